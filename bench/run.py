@@ -1,0 +1,153 @@
+"""Runs a grid: one result per (op, shape, dtype, dropout, mode), with the versions and the commit that made it."""
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+import peft_fused
+
+from . import baselines, roofline
+from .shapes import Shape, grid
+from .timing import MODES, CpuClock, CudaClock, Times, interleave, ratio, wall_ms
+from .verify import verify
+
+# Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
+ROUND_SECONDS = {"tiny": 0.2, "default": 8.0, "all": 15.0}
+COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
+# op: (our variant, its frozen layer, PEFT's counterpart, the three lines, compiled PEFT); PEFT has no DyLoRA.
+OPS = {"lora": ("fused", "peft", "addmm", "compiled"), "dylora": ("dylora", None, "dylora_addmm", None)}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    """A device name as a folder name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str | None:
+    """Git commit of the checkout this module lies in, with "-dirty" for local changes; None outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed copy may lie inside an unrelated checkout: only one that tracks this file names our commit.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    head = git("rev-parse", "HEAD")
+    return f"{head}-dirty" if head and git("status", "--porcelain") else head
+
+
+def versions() -> dict[str, str]:
+    found = {m.__name__: m.__version__ for m in (torch, peft, transformers, peft_fused)}
+    return {"python": platform.python_version(), **found}
+
+
+def _row(case, op: str, mode: str, times: dict[str, dict[str, Times]], saved: dict[str, int]) -> dict:
+    ours, reference, addmm, compiled = OPS[op]
+    mine = times[ours][mode]
+
+    def against(name: str | None) -> float | None:
+        return ratio(mine, times[name][mode]) if name in times else None
+
+    shape = case.shape
+    shown = {"base": "base", ours: "ours", reference: "peft", addmm: "addmm", compiled: "compiled"}
+    return {
+        "op": op,
+        "shape": shape.name,
+        "r": shape.r,
+        "active_rank": case.dylora_rank if op == "dylora" else shape.r,
+        "dtype": shape.dtype_name,
+        "dropout": shape.dropout,
+        "mode": mode,
+        "ratio_to_base": against("base"),
+        "ratio_to_peft": against(reference),
+        "ratio_to_addmm": against(addmm),
+        "ratio_to_compiled": against(compiled),
+        "ms_median": {label: times[name][mode].median for name, label in shown.items() if name in times},
+        "ms_iqr": {label: times[name][mode].iqr for name, label in shown.items() if name in times},
+        "rounds": len(mine.ms),
+        "path": case.variants[ours].path,
+        "saved_bytes": {"ours": saved[ours], "peft": saved.get(reference)},
+        "skipped": {"compiled": case.skipped["compiled"]} if op == "lora" and case.skipped else {},
+    }
+
+
+def run_case(shape: Shape, device: torch.device, *, seconds: float, compile_budget: float | None) -> tuple[list, float]:
+    """(one row per op and mode, seconds spent compiling). compile_budget None leaves the compiled variant out."""
+    case = baselines.build(shape, device)
+    errors = verify(case)
+    spent = 0.0
+    if compile_budget is None:
+        case.skipped["compiled"] = "not part of this grid (--all times it for every shape)"
+    else:
+        spent = baselines.compile_peft(case, compile_budget)
+    saved = {name: baselines.saved_bytes(case.variants[name]) for name in ("fused", "peft", "dylora")}
+    cuda = device.type == "cuda"
+    clock = CudaClock(device) if cuda else CpuClock(shape.calls)
+    times = interleave(case.variants, clock, seconds=seconds)
+    rows = []
+    for op, (ours, reference, _, _) in OPS.items():
+        extra = {"error_vs_reference": errors[ours]}
+        if cuda:
+            measured = {"ours": ours, "peft": reference}
+            extra["peak_bytes"] = {k: baselines.cuda_peak_bytes(case.variants[v]) for k, v in measured.items() if v}
+            extra["wall_ms"] = {k: wall_ms(case.variants[v]) for k, v in measured.items() if v}
+        rows += [_row(case, op, mode, times, saved) | extra for mode in MODES]
+    return rows, spent
+
+
+def run(
+    device: torch.device, name: str = "default", progress: Callable[[str, int, int], None] | None = None
+) -> Iterator[dict]:
+    """Rows of the grid `name` ("tiny", "default" or "all") as they are measured.
+
+    progress(shape, done, total) is told before each shape. Raises verify.WrongResult before timing a wrong layer.
+    """
+    shapes = grid(device.type, name)
+    ceilings = roofline.measure(device, tuple({shape.dtype: None for shape in shapes}))
+    about = {"versions": versions(), "commit": commit(), "device": device_name(device), "ceilings": ceilings.as_dict()}
+    budget = COMPILE_SECONDS[name]
+    for index, shape in enumerate(shapes):
+        if progress:
+            progress(f"{shape.name} r{shape.r} {shape.dtype_name}", index, len(shapes))
+        compiling = shape.compiled or name == "all" or device.type == "cuda"
+        rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=budget if compiling else None)
+        budget -= spent
+        for row in rows:
+            yield row | {"floor_ms": roofline.floor_ms(shape, row["mode"], ceilings)} | about
+
+
+def default_folder(device: torch.device) -> Path | None:
+    """bench/results/<device> when the current directory is the repository root; None elsewhere."""
+    if not Path("bench/run.py").is_file():
+        return None
+    return Path("bench/results") / slug(device_name(device))
+
+
+def write(rows: list[dict], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

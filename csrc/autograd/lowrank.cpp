@@ -1,0 +1,464 @@
+// The low-rank op as one autograd node. The composition is the one ops/lowrank_torch.py explains; here it is made of
+// ATen calls without Python between them, and on CUDA the product with A is csrc/kernels/lowrank.cu.
+#include "lowrank.h"
+
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+
+#include "../dropout.h"
+#ifdef PEFT_FUSED_CUDA
+#include "../kernels/launch.h"
+#endif
+
+namespace peft_fused {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int64_t kMaxRank = 256;
+// Elements converted or dropped out at a time: a block and its product stay in a CPU's L2 cache, and fill a GPU.
+constexpr int64_t kBlockElementsCpu = 1 << 18;
+constexpr int64_t kBlockElementsGpu = 1 << 24;
+// Below this size the two layouts of dB's product cost the same and the direct one saves a transposition.
+constexpr int64_t kSmallProduct = 1 << 16;
+
+// ------------------------------------------------------------------------------------------------ which calls to take
+
+bool plain(const Tensor& t) {
+  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized();
+}
+
+bool same(const Tensor& t, const Tensor& like, at::ScalarType type) {
+  return !t.defined() || (plain(t) && t.device() == like.device() && t.scalar_type() == type);
+}
+
+bool is_control(const Control& c, const Tensor& x, bool integer) {
+  if (!c.tensor.defined()) return true;
+  return c.tensor.dim() == 0 && c.tensor.device() == x.device() && plain(c.tensor) && !c.tensor.requires_grad() &&
+         c.tensor.scalar_type() != at::kBool && c10::isIntegralType(c.tensor.scalar_type(), false) == integer;
+}
+
+// A control on the CPU is read; one on a device stays there.
+void read_on_host(Control& c) {
+  if (c.tensor.defined() && c.tensor.is_cpu()) {
+    c.number = c.tensor.item().toDouble();
+    c.tensor = Tensor();
+  }
+}
+
+bool in_range(const Control& c, int64_t least, int64_t most) {
+  return c.tensor.defined() || (c.number >= least && c.number <= most);
+}
+
+bool takes(LowRankArguments& a, const std::string& backend) {
+  const Tensor &x = a.x, &A = a.A, &B = a.B;
+  if (!plain(x) || x.dim() < 1 || (A.dim() != 2 && A.dim() != 3) || (B.dim() != 2 && B.dim() != 3)) return false;
+  const auto type = x.scalar_type();
+  const bool cpu = x.is_cpu();
+  const int64_t k = x.size(-1), r = A.size(-2), n = B.size(-2);
+  if (cpu) {
+    if (!backend.empty() && backend != "torch") return false;
+    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
+  } else {
+#ifdef PEFT_FUSED_CUDA
+    const bool launch_bound = static_cast<double>(x.numel()) * n < lowrank_settings().launch_bound;
+    const bool mixed = A.scalar_type() != type;
+    if (!x.is_cuda() || !(backend == "cuda" || (backend.empty() && launch_bound && !mixed))) return false;
+    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
+#else
+    return false;
+#endif
+  }
+  if (at::autocast::is_autocast_enabled(x.device().type())) return false;
+
+  const auto adapter = A.scalar_type();
+  if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
+  if (!same(A, x, adapter) || !same(B, x, adapter) || !same(a.u, x, adapter) || !same(a.v, x, adapter)) return false;
+  if (!same(a.weight, x, type) || !same(a.bias, x, type) || !same(a.add, x, type)) return false;
+  if (r < 1 || r > kMaxRank || A.size(-1) != k || B.size(-1) != r) return false;
+  if (a.weight.defined() && (a.weight.dim() != 2 || a.weight.size(0) != n || a.weight.size(1) != k)) return false;
+  if (a.bias.defined() && (a.bias.dim() != 1 || a.bias.size(0) != n)) return false;
+  if (a.u.defined() && (a.u.dim() != 1 || a.u.size(0) != r)) return false;
+  if (a.v.defined() && (a.v.dim() != 1 || a.v.size(0) != n)) return false;
+  if (a.add.defined()) {
+    if (a.add.dim() != x.dim() || a.add.size(-1) != n) return false;
+    for (int64_t i = 0; i + 1 < x.dim(); ++i)
+      if (a.add.size(i) != x.size(i)) return false;
+  }
+
+  if (!(a.dropout_p >= 0 && a.dropout_p < 1)) return false;
+  if (a.seed_tensor.defined() &&
+      (a.seed_tensor.dim() != 0 || a.seed_tensor.scalar_type() != at::kLong || a.seed_tensor.device() != x.device()))
+    return false;
+  if (!is_control(a.scale, x, false) || !is_control(a.rank, x, true)) return false;
+  if (!is_control(a.expert_a, x, true) || !is_control(a.expert_b, x, true)) return false;
+  if ((a.has_expert_a || a.has_expert_b) && A.dim() == 2 && B.dim() == 2) return false;
+  read_on_host(a.scale);
+  read_on_host(a.rank);
+  read_on_host(a.expert_a);
+  read_on_host(a.expert_b);
+  if (!a.has_rank) a.rank.number = static_cast<double>(r);
+  if (!std::isfinite(a.scale.number) || !in_range(a.rank, 1, r)) return false;
+  if (A.dim() == 3 && !in_range(a.expert_a, 0, A.size(0) - 1)) return false;
+  if (B.dim() == 3 && !in_range(a.expert_b, 0, B.size(0) - 1)) return false;
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------------ pieces
+
+// Everything backward needs that is no tensor to be differentiated.
+enum Input { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kInputs };
+
+struct Call : torch::CustomClassHolder {
+  double scale = 1;
+  int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
+  bool frozen = false, mixed = false;
+  // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
+  int edge[kInputs];
+};
+
+struct Device {  // controls that stay on the device
+  Tensor scale, rank, expert_a, expert_b, seed;
+};
+
+Tensor choose(const Tensor& stack, int64_t index, const Tensor& device_index) {
+  if (stack.dim() == 2) return stack;
+  if (device_index.defined()) return stack.index_select(0, device_index.reshape({1})).squeeze(0);
+  return stack.select(0, index);
+}
+
+// The live part of the adapter: experts chosen, truncated to the rank where that is known here.
+struct Adapter {
+  Tensor A, B, u, v, kept;
+  int64_t width;
+
+  Adapter(const Tensor& a, const Tensor& b, const Tensor& u_, const Tensor& v_, const Call& c, const Device& d)
+      : A(choose(a, c.expert_a, d.expert_a)), B(choose(b, c.expert_b, d.expert_b)), u(u_), v(v_), width(A.size(0)) {
+    if (d.rank.defined()) {
+      kept = at::arange(width, A.options().dtype(at::kLong)).lt(d.rank).to(A.scalar_type());
+    } else if (c.rank < width) {
+      width = c.rank;
+      A = A.narrow(0, 0, width);
+      B = B.narrow(1, 0, width);
+      if (u.defined()) u = u.narrow(0, 0, width);
+    }
+  }
+  Tensor mask(const Tensor& S) const { return kept.defined() ? S * kept : S; }
+  Tensor inner(const Tensor& S, const Device& d) const {
+    Tensor P = u.defined() ? S * u : S;
+    return d.scale.defined() ? P * d.scale : P;
+  }
+  Tensor outer() const { return v.defined() ? B * v.unsqueeze(1) : B; }
+};
+
+int64_t block_rows(const Tensor& x2, bool blocked) {
+  const int64_t rows = std::max<int64_t>(1, x2.size(0));
+  if (!blocked) return rows;
+  const int64_t elements = x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu;
+  return std::min(rows, std::max<int64_t>(1, elements / std::max<int64_t>(1, x2.size(1))));
+}
+
+Tensor load(const Tensor& x2, int64_t i, int64_t count, at::ScalarType type, const Call& c, const Device& d) {
+  const Tensor block = (count == x2.size(0) ? x2 : x2.narrow(0, i, count)).to(type);
+  return c.threshold > 0 ? drop(block, d.seed, c.threshold, i) : block;
+}
+
+bool uses_onednn(const Tensor& x2, int64_t n) {
+  const auto& s = lowrank_settings();
+  return s.onednn && x2.is_cpu() && x2.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
+         x2.numel() * n >= s.onednn_least;
+}
+
+Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
+  return op.call(x2, weight, bias.defined() ? std::optional<Tensor>(bias) : std::nullopt, "none",
+                 c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// out = alpha * a b without a separate scaling; what `out` held is not read.
+Tensor& product_into(Tensor& out, const Tensor& a, const Tensor& b, double alpha) {
+  return out.addmm_(a, b, /*beta=*/0, alpha);
+}
+
+// S = keep_rank(A drop(x)) [m, width].
+Tensor shrink_rows(const Tensor& x2, const Adapter& ad, const Call& c, const Device& d, const Tensor& A_stack) {
+#ifdef PEFT_FUSED_CUDA
+  if (x2.is_cuda() && A_stack.stride(-1) == 1) {
+    const Tensor x = x2.stride(1) == 1 ? x2 : x2.contiguous();
+    Tensor S = at::empty({x.size(0), ad.width}, ad.A.options());
+    const c10::DeviceGuard guard(x.device());
+    ShrinkParams p{};
+    p.x = x.const_data_ptr();
+    p.A = A_stack.const_data_ptr();
+    p.S = S.mutable_data_ptr();
+    p.seed = c.threshold > 0 ? d.seed.const_data_ptr<int64_t>() : nullptr;
+    p.m = x.size(0);
+    p.k = x.size(1);
+    p.x_row = x.stride(0);
+    p.a_expert = A_stack.dim() == 3 ? A_stack.stride(0) : 0;
+    p.a_row = A_stack.stride(-2);
+    p.r = static_cast<int>(ad.width);
+    p.threshold = static_cast<uint32_t>(c.threshold);
+    p.keep_scale = keep_scale(c.threshold);
+    const Tensor rank = d.rank.defined() ? d.rank.to(at::kLong) : Tensor();
+    const Tensor expert = d.expert_a.defined() ? d.expert_a.to(at::kLong) : Tensor();
+    p.rank = {rank.defined() ? rank.const_data_ptr<int64_t>() : nullptr, ad.width};
+    p.expert = {expert.defined() ? expert.const_data_ptr<int64_t>() : nullptr, c.expert_a};
+    p.x_type = type_of(x);
+    p.a_type = type_of(A_stack);
+    check_launch(shrink(p, current_stream(x.device())), "shrink");
+    return S;
+  }
+#endif
+  const bool blocked = c.mixed || c.threshold > 0;
+  if (!blocked) return ad.mask(x2.mm(ad.A.t()));
+  const int64_t m = x2.size(0), step = block_rows(x2, true);
+  Tensor S = at::empty({m, ad.width}, ad.A.options());
+  for (int64_t i = 0; i < m; i += step) {
+    const int64_t count = std::min(step, m - i);
+    Tensor rows = S.narrow(0, i, count);
+    at::mm_out(rows, load(x2, i, count, ad.A.scalar_type(), c, d), ad.A.t());
+  }
+  return ad.mask(S);
+}
+
+// y [m, n] = (base | add) + bias + alpha * P Q.
+Tensor expand_rows(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias, const Tensor& P,
+                   const Tensor& Q, double alpha, const Call& c) {
+  const int64_t m = x2.size(0), n = Q.size(1);
+  const bool base_first = weight.defined() && uses_onednn(x2, n);
+  Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
+  if (c.mixed) {
+    const int64_t step = block_rows(y, true);
+    for (int64_t i = 0; i < m; i += step) {
+      const int64_t count = std::min(step, m - i);
+      Tensor rows = y.narrow(0, i, count);
+      Tensor delta = at::empty({count, n}, P.options());
+      product_into(delta, P.narrow(0, i, count), Q, alpha);
+      if (bias.defined()) delta.add_(bias);
+      if (add2.defined()) delta.add_(add2.narrow(0, i, count));
+      rows.copy_(delta);
+    }
+  } else if (base_first) {
+    y.addmm_(P, Q, 1, alpha);
+  } else if (add2.defined()) {
+    at::addmm_out(y, add2, P, Q, 1, alpha);
+  } else if (bias.defined()) {
+    at::addmm_out(y, bias, P, Q, 1, alpha);
+  } else {
+    product_into(y, P, Q, alpha);
+  }
+  if (weight.defined() && !base_first) y.addmm_(x2, weight.t());
+  return y;
+}
+
+// The gradient of the live rows (columns) of a factor, in a tensor like the factor, zero elsewhere.
+Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& device_expert, const Call& c,
+             const Device& d, bool columns) {
+  if (c.frozen) {
+    const int64_t width = grad.size(columns ? 1 : 0);
+    Tensor last = at::arange(width, grad.options().dtype(at::kLong));
+    last = (d.rank.defined() ? last.eq(d.rank - 1) : last.eq(c.rank - 1)).to(grad.scalar_type());
+    grad = grad * (columns ? last : last.unsqueeze(1));
+  }
+  if (factor.dim() == 2 && grad.sizes() == factor.sizes()) return grad.contiguous();
+  Tensor full = at::zeros(factor.sizes(), factor.options());
+  if (factor.dim() == 3 && device_expert.defined())
+    return full.index_copy_(0, device_expert.reshape({1}).to(at::kLong), grad.unsqueeze(0));
+  Tensor slot = factor.dim() == 3 ? full.select(0, expert) : full;
+  slot.narrow(columns ? 1 : 0, 0, grad.size(columns ? 1 : 0)).copy_(grad);
+  return full;
+}
+
+Tensor rows_of(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
+
+// -------------------------------------------------------------------------------------------------------------- node
+
+struct LowRank : torch::autograd::Function<LowRank> {
+  // Autograd takes an absent tensor as an empty optional, not as an undefined tensor.
+  using Optional = std::optional<Tensor>;
+  static Optional optional(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& weight_, const Optional& add_,
+                        const Optional& bias_, const Tensor& A, const Tensor& B, const Optional& u_,
+                        const Optional& v_, const c10::intrusive_ptr<Call>& call, const Device& d) {
+    const Call& c = *call;
+    const auto get = [](const Optional& t) { return t ? *t : Tensor(); };
+    const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
+    const Adapter ad(A, B, u, v, c, d);
+    const Tensor x2 = rows_of(x);
+    const Tensor S = shrink_rows(x2, ad, c, d, A);
+    Tensor y = expand_rows(x2, weight, add.defined() ? rows_of(add) : add, bias, ad.inner(S, d), ad.outer().t(),
+                           c.scale, c);
+    const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
+    const bool keeps_x = needs(A) || needs(weight);
+    const bool keeps_S = needs(B) || needs(u) || needs(v);
+    ctx->save_for_backward({keeps_x ? x : Tensor(), needs(x) ? weight : Tensor(), A, B, u, v, keeps_S ? S : Tensor(),
+                            d.scale, d.rank, d.expert_a, d.expert_b, d.seed});
+    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    if (x.dim() == 2) return y;
+    auto shape = x.sizes().vec();
+    shape.back() = B.size(-2);
+    return at::_unsafe_view(y, shape);  // no view: an output of a node may be written in place later
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list out(kInputs + 2);
+    const Tensor& dy = grads[0];
+    if (!dy.defined()) return out;
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "peft_fused: the low-rank op has no second derivative; use_backend('reference') has one");
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Call& c = *call;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &u = saved[4], &v = saved[5];
+    const Device d{saved[7], saved[8], saved[9], saved[10], saved[11]};
+    const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
+
+    const Adapter ad(A, B, u, v, c, d);
+    const int64_t width = ad.width, n = B.size(-2), k = A.size(-1);
+    const Tensor dy2 = rows_of(dy);
+    const int64_t m = dy2.size(0);
+    const bool need_dS = need(kX) || need(kA) || need(kU), need_raw = need(kB) || need(kV);
+    const Tensor S = saved[6];
+
+    // One pass over dY: dS and dB.
+    Tensor dS, raw;
+    const auto type = A.scalar_type();
+    if (!c.mixed) {
+      if (need_dS) product_into(dS = at::empty({m, width}, A.options()), dy2, ad.outer(), c.scale);
+      if (need_raw) {
+        const Tensor P = ad.inner(S, d);
+        if (m * n <= kSmallProduct) {
+          product_into(raw = at::empty({n, width}, A.options()), dy2.t(), P, c.scale);
+        } else {
+          product_into(raw = at::empty({width, n}, A.options()), P.t(), dy2, c.scale);
+          raw = raw.t();
+        }
+      }
+    } else {
+      if (need_dS) dS = at::empty({m, width}, A.options());
+      if (need_raw) raw = at::zeros({width, n}, A.options());
+      const Tensor P = need_raw ? ad.inner(S, d) : Tensor(), outer = need_dS ? ad.outer() : Tensor();
+      const int64_t step = block_rows(dy2, true);
+      for (int64_t i = 0; i < m; i += step) {
+        const int64_t count = std::min(step, m - i);
+        const Tensor block = dy2.narrow(0, i, count).to(type);
+        if (need_dS) {
+          Tensor rows = dS.narrow(0, i, count);
+          product_into(rows, block, outer, c.scale);
+        }
+        if (need_raw) raw.addmm_(P.narrow(0, i, count).t(), block, 1, c.scale);
+      }
+      if (need_raw) raw = raw.t();
+    }
+    if (need_dS) {
+      if (d.scale.defined()) dS.mul_(d.scale);
+      dS = ad.mask(dS);
+    }
+    if (need(kU)) {
+      out[kU] = at::zeros_like(u);
+      out[kU].narrow(0, 0, width).copy_((dS * S).sum(0));
+    }
+    if (need_dS && ad.u.defined()) dS = dS * ad.u;
+    if (need(kV)) out[kV] = (ad.B * raw).sum(1);
+    if (need(kB)) {
+      const Tensor grad = v.defined() ? raw * v.unsqueeze(1) : raw;
+      out[kB] = place(grad, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);
+    }
+    if (need(kBias)) out[kBias] = dy2.sum(0);
+    if (need(kAdd)) out[kAdd] = dy;
+    if (need(kWeight)) out[kWeight] = dy2.t().mm(rows_of(x));
+
+    // One pass over x: dA; and dx, with the same blocks.
+    const bool blocked = c.mixed || c.threshold > 0;
+    if (need(kA)) {
+      const Tensor x2 = rows_of(x);
+      Tensor grad;
+      if (!blocked) {
+        grad = dS.t().mm(x2);
+      } else {
+        grad = at::zeros({width, k}, A.options());
+        const int64_t step = block_rows(x2, true);
+        for (int64_t i = 0; i < m; i += step) {
+          const int64_t count = std::min(step, m - i);
+          grad.addmm_(dS.narrow(0, i, count).t(), load(x2, i, count, type, c, d));
+        }
+      }
+      out[kA] = place(grad, A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
+    }
+    if (need(kX)) {
+      Tensor dx;
+      if (!blocked && weight.defined() && uses_onednn(dy2, k)) {
+        dx = onednn_linear(dy2, weight.t(), Tensor());
+        dx.addmm_(dS, ad.A);
+      } else {
+        if (!blocked) {
+          dx = dS.mm(ad.A);
+        } else {
+          dx = at::empty({m, k}, dy2.options());
+          const int64_t step = block_rows(dx, true);
+          for (int64_t i = 0; i < m; i += step) {
+            const int64_t count = std::min(step, m - i);
+            const Tensor rows = dS.narrow(0, i, count).mm(ad.A);
+            dx.narrow(0, i, count).copy_(c.threshold > 0 ? drop(rows, d.seed, c.threshold, i) : rows);
+          }
+        }
+        if (weight.defined()) {
+          if (uses_onednn(dy2, k)) {
+            dx.add_(onednn_linear(dy2, weight.t(), Tensor()));
+          } else {
+            dx.addmm_(dy2, weight);
+          }
+        }
+      }
+      auto shape = dy.sizes().vec();
+      shape.back() = k;
+      out[kX] = dx.view(shape);
+    }
+    return out;
+  }
+};
+
+}  // namespace
+
+LowRankSettings& lowrank_settings() {
+  static LowRankSettings settings;
+  return settings;
+}
+
+Tensor lowrank(LowRankArguments a, const std::string& backend) {
+  if (!takes(a, backend)) return Tensor();
+  auto call = c10::make_intrusive<Call>();
+  call->scale = a.scale.tensor.defined() ? 1.0 : a.scale.number;
+  call->rank = static_cast<int64_t>(a.rank.number);
+  call->expert_a = static_cast<int64_t>(a.expert_a.number);
+  call->expert_b = static_cast<int64_t>(a.expert_b.number);
+  call->threshold = std::min<int64_t>(65535, std::llrint(a.dropout_p * 65536.0));
+  call->frozen = a.frozen;
+  call->mixed = a.A.scalar_type() != a.x.scalar_type();
+  Device d{a.scale.tensor, a.rank.tensor, a.expert_a.tensor, a.expert_b.tensor, Tensor()};
+  if (call->threshold > 0) {
+    const auto options = at::TensorOptions().dtype(at::kLong).device(a.x.device());
+    d.seed = a.seed_tensor.defined() ? a.seed_tensor
+             : a.seed                ? at::full({}, *a.seed, options)
+                                     : at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
+  }
+  int edges = 0;
+  const Tensor* inputs[kInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
+  for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
+  const auto optional = LowRank::optional;
+  return LowRank::apply(a.x, optional(a.weight), optional(a.add), optional(a.bias), a.A, a.B, optional(a.u),
+                        optional(a.v), call, d);
+}
+
+}  // namespace peft_fused

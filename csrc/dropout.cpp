@@ -1,0 +1,81 @@
+#include "dropout.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+
+#include <vector>
+
+#include "kernels/philox.h"
+#ifdef PEFT_FUSED_CUDA
+#include "kernels/launch.h"
+#endif
+
+namespace peft_fused {
+namespace {
+
+// Blocks advanced together, so that the compiler keeps each Philox word of all of them in one vector register.
+constexpr int kLanes = 16;
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+__attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+void row_bits(uint64_t seed, uint32_t row, int64_t blocks, uint16_t* bits) {
+  for (int64_t first = 0; first < blocks; first += kLanes) {
+    uint32_t w[4][kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const PhiloxBlock b = philox(seed, static_cast<uint32_t>(first + lane), row);
+      w[0][lane] = b.w[0];
+      w[1][lane] = b.w[1];
+      w[2][lane] = b.w[2];
+      w[3][lane] = b.w[3];
+    }
+    uint16_t* out = bits + first * kElementsPerBlock;
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int word = 0; word < 4; ++word) {
+        out[lane * 8 + word * 2] = static_cast<uint16_t>(w[word][lane]);
+        out[lane * 8 + word * 2 + 1] = static_cast<uint16_t>(w[word][lane] >> 16);
+      }
+  }
+}
+
+}  // namespace
+
+at::Tensor drop(const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
+  const at::Tensor in = x.contiguous();
+  at::Tensor out = at::empty_like(in);
+  const int64_t rows = in.size(0), columns = in.size(1);
+  if (in.numel() == 0) return out;
+  const double scale = 65536.0 / (65536.0 - static_cast<double>(threshold));
+#ifdef PEFT_FUSED_CUDA
+  if (in.is_cuda()) {
+    launch_drop(in, seed, out, threshold, first_row);
+    return out;
+  }
+#endif
+  TORCH_CHECK(in.is_cpu(), "drop: the extension was built without CUDA kernels");
+  const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  const int64_t blocks = (columns + kElementsPerBlock - 1) / kElementsPerBlock;
+  const int64_t padded = (blocks + kLanes - 1) / kLanes * kLanes * kElementsPerBlock;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "peft_fused_drop", [&] {
+    using wide = at::opmath_type<scalar_t>;
+    const scalar_t* source = in.const_data_ptr<scalar_t>();
+    scalar_t* target = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t begin, int64_t end) {
+      std::vector<uint16_t> bits(padded);
+      for (int64_t row = begin; row < end; ++row) {
+        row_bits(key, static_cast<uint32_t>(first_row + row), blocks, bits.data());
+        const scalar_t* s = source + row * columns;
+        scalar_t* t = target + row * columns;
+        for (int64_t k = 0; k < columns; ++k) {
+          const wide kept = static_cast<wide>(s[k]) * static_cast<wide>(scale);
+          t[k] = static_cast<scalar_t>(bits[k] >= threshold ? kept : wide(0));
+        }
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace peft_fused

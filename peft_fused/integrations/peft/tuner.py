@@ -1,0 +1,279 @@
+"""What all our PEFT tuners share: registration, target checks, the forward pass, exact merging, strict loading.
+
+A method adds a config, a layer with `update_layer`, `fused_linear`, `add_delta` and `dense_delta`, and a tuner that
+names them; see `dylora.py`.
+"""
+
+import copy
+import warnings
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .loading import check_state_dict, forget_checkpoint, undo_injection
+
+
+class FusedPeftType(str, Enum):
+    """Our members of PEFT's mappings. PEFT compares types as strings, so its own closed enum need not be changed."""
+
+    DYLORA = "DYLORA"
+
+
+def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> None:
+    """Makes a method known to PEFT's loaders. Repeated calls change nothing; RuntimeError if the name is taken."""
+    for mapping, value in (
+        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
+        (PEFT_TYPE_TO_TUNER_MAPPING, tuner_cls),
+        (PEFT_TYPE_TO_PREFIX_MAPPING, tuner_cls.prefix),
+    ):
+        present = mapping.get(peft_type, value)
+        # A reloaded module defines its classes anew; those may take the place of the old ones.
+        if getattr(present, "__module__", present) != getattr(value, "__module__", value):
+            raise RuntimeError(
+                f"this version of peft has a method {peft_type.value} of its own ({present}); "
+                "peft_fused does not replace it. Use that method, or a version of peft without it."
+            )
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
+
+
+def check_target(module: nn.Module, key: str) -> None:
+    """TypeError if a module cannot carry one of our adapters."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"target module {key!r} is part of torch.nn.MultiheadAttention, which reads its weight without calling it: "
+            "an adapter would have no effect. Exclude it with exclude_modules."
+        )
+    backend = resolve_quantization_backend(module) if not _is_torchao(module) else None
+    if isinstance(module, nn.Linear | Conv1D) or (backend is not None and backend.layer_type == "linear"):
+        return
+    raise TypeError(
+        f"target module {key!r} is a {type(module).__name__}; allowed are torch.nn.Linear, transformers' Conv1D and "
+        "the quantised linear layers that PEFT knows"
+    )
+
+
+def _is_torchao(module: nn.Module) -> bool:
+    # Resolving its backend needs arguments that only the model has; such layers are torch.nn.Linear anyway.
+    return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)) not in (torch.Tensor, nn.Parameter)
+
+
+def reasons_opaque(base: nn.Module) -> list[str]:
+    """Why a base layer has to be called as a module; empty if its weight may be read and multiplied with instead."""
+    reasons = []
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        reasons.append(f"the base layer is a {type(base).__name__}, not exactly torch.nn.Linear or Conv1D")
+        return reasons
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        reasons.append("the base layer has hooks")
+    if hasattr(base, "_hf_hook"):
+        reasons.append("the base layer has an accelerate hook (offloading)")
+    if type(base.weight) is not nn.Parameter and type(base.weight) is not torch.Tensor:
+        reasons.append(f"the base weight is a {type(base.weight).__name__}")
+    elif not base.weight.is_floating_point():
+        reasons.append(f"the base weight is {base.weight.dtype}")
+    return reasons
+
+
+class FusedLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with our adapters. Subclasses name their containers, which become ModuleDicts keyed by adapter
+    name, in `adapter_layer_names` (the first one holds a leaf with a `weight`) and `other_param_names`, and define:
+
+    update_layer(adapter_name, **options): creates and initialises an adapter.
+    fused_linear(adapter_name, x, weight, bias): base and adapter in one op; weight as [N, K].
+    add_delta(adapter_name, x, result): result plus the adapter's contribution.
+    dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
+    is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
+        super().__init__()
+        for container in self.adapter_layer_names + self.other_param_names:
+            setattr(self, container, nn.ModuleDict())
+        self.base_layer = base_layer
+        self.merged_adapters = []
+        self._unmerged = None
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=options.pop("get_apply_tensor_subclass", None)
+        )
+        base = self.get_base_layer()
+        self.transposed = isinstance(base, Conv1D)
+        if self.transposed:
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, **options)
+
+    def adapters_in_use(self) -> list[str]:
+        """The active adapters that this layer has."""
+        here = getattr(self, self.adapter_layer_names[0])
+        return [name for name in self.active_adapters if name in here]
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        names = [] if self.merged else self.adapters_in_use()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.base_layer
+        if args or kwargs or reasons_opaque(base) or not self._mixes(names[0], base.weight.dtype):
+            result = base(x, *args, **kwargs)
+        else:
+            weight = base.weight.t() if self.transposed else base.weight
+            result = self.fused_linear(names.pop(0), x, weight, base.bias)
+        for name in names:
+            result = self._add(name, x, result)
+        return result
+
+    def _factor(self, adapter_name: str) -> torch.Tensor:
+        return getattr(self, self.adapter_layer_names[0])[adapter_name].weight
+
+    def _mixes(self, adapter_name: str, dtype: torch.dtype) -> bool:
+        """Whether the ops combine this adapter with inputs of a dtype: it is the same one, or fp32 beside a half."""
+        factor = self._factor(adapter_name).dtype
+        return factor == dtype or (factor == torch.float32 and dtype.itemsize == 2)
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if (autocast or x.dtype == result.dtype) and self._mixes(name, result.dtype):
+            return self.add_delta(name, x, result)
+        # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
+        if not self._mixes(name, x.dtype):
+            x = x.to(self._factor(name).dtype)
+        return (result + self.add_delta(name, x, None)).to(result.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters to the base weight: summed in fp32 and rounded once per call, to the weight's dtype.
+
+        What `unmerge` puts back is kept: the weight, on the host, or for a quantised layer the whole layer. safe_merge:
+        ValueError, and an unchanged weight, if the result is not finite. adapter_names: None means the active ones.
+        """
+        here = getattr(self, self.adapter_layer_names[0])
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
+        if not names:
+            return
+        with torch.no_grad():
+            delta = sum(self.dense_delta(name) for name in names)
+            weight = self.get_base_weight()
+            merged = weight.to(delta.dtype) + (delta.t() if self.transposed else delta)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; nothing was merged")
+            merged = merged.to(weight.dtype)
+            if self.quantization_backend is None:
+                if self._unmerged is None:
+                    self._unmerged = weight.to("cpu", copy=True)
+                self.get_base_layer().weight.data.copy_(merged)
+            else:
+                # Quantising again would not give back the old layer, so a copy is merged and the original is put aside.
+                if self._unmerged is None:
+                    self._unmerged = (self.base_layer,)
+                    self.base_layer = copy.deepcopy(self.base_layer)
+                self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts back, bit for bit, what `merge` replaced, whatever became of the adapters or their ranks since."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        if self.quantization_backend is None:
+            with torch.no_grad():
+                self.get_base_layer().weight.data.copy_(self._unmerged)
+        else:
+            self.base_layer = self._unmerged[0]
+        self._unmerged = None
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The adapter's change of the base weight, in the layout of that weight, fp32."""
+        delta = self.dense_delta(adapter)
+        return delta.t() if self.transposed else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def explain_path(self) -> tuple[str, list[str]]:
+        """(path of a forward call, reasons against the fully fused one); see `peft_fused.explain`."""
+        if self.disable_adapters or self.merged or not self.adapters_in_use():
+            state = "disabled" if self.disable_adapters else "merged" if self.merged else "not active in this layer"
+            return "base layer", [f"lowrank_linear: the adapters are {state}"]
+        reasons = reasons_opaque(self.base_layer)
+        if not reasons and not self._mixes(self.adapters_in_use()[0], self.base_layer.weight.dtype):
+            reasons = ["the adapter's dtype is neither the base weight's nor float32 beside a half-precision base"]
+        if reasons:
+            return "base layer, then lowrank added to it", [f"lowrank_linear: {reason}" for reason in reasons]
+        return "lowrank_linear", []
+
+
+class FusedTuner(BaseTuner):
+    """Base of our tuners. Subclasses set `prefix`, `tuner_layer_cls` and `layer_options(config, key)`."""
+
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
+        # A load that fails puts these back; see loading.undo_injection.
+        self.trainable_before = [name for name, p in model.named_parameters() if p.requires_grad]
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def layer_options(self, config, key: str) -> dict:
+        """Arguments of the layer's `update_layer` for the module named key."""
+        raise NotImplementedError
+
+    def _prepare_model(self, peft_config, model):
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise NotImplementedError(
+                f"{peft_config.peft_type.value} does not support tensor-parallel models; load the model without tp_plan"
+            )
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
+    ):
+        options = self.layer_options(peft_config, current_key)
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, **options)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        check_target(base, current_key)
+        layer = self.tuner_layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__} does not support adapter_names, one adapter per sample; use set_adapter, or "
+                "export the adapters to LoRA"
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            check_state_dict(model, cls.prefix, adapter_name, remapped)
+        except ValueError:
+            undo_injection(model, config, adapter_name)
+            raise
+        forget_checkpoint(config)
+        return remapped

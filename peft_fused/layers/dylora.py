@@ -1,0 +1,196 @@
+"""DyLoRA as a plain PyTorch layer, and the state by which a schedule tells any DyLoRA layer its rank."""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..ops import lowrank_linear
+from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
+from .lowrank import LowRankLinear
+
+DISTRIBUTIONS = ("uniform", "geometric")
+RESAMPLE = ("step", "micro")
+# A training loop that has not called the schedule after this many forwards is not going to.
+FORWARDS_BEFORE_WARNING = 100
+
+
+@dataclass(frozen=True)
+class RankPolicy:
+    """How the rank b of a step is drawn and what it trains. (DyLoRA, Valipour et al. 2023, eq. 5-7.)
+
+    r_min: least rank drawn. rank_distribution: uniform, or geometric with probability geometric_p, both over r_min..r.
+    resample: draw per optimizer step, or per micro-batch of an accumulated step. frozen: only row b of A and column b
+    of B are trained. strict_frozen: what gets no gradient is kept from moving by momentum or weight decay too. seed:
+    of the draws. Raises TypeError or ValueError naming the field.
+    """
+
+    r_min: int = 1
+    rank_distribution: str = "uniform"
+    geometric_p: float = 0.15
+    resample: str = "step"
+    frozen: bool = False
+    strict_frozen: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        check_rank("r_min", self.r_min)
+        check_choice("rank_distribution", self.rank_distribution, DISTRIBUTIONS)
+        check_alpha("geometric_p", self.geometric_p)
+        if not 0.0 < self.geometric_p < 1.0:
+            raise ValueError(f"geometric_p must be in (0, 1), got {self.geometric_p}")
+        check_choice("resample", self.resample, RESAMPLE)
+        check_flag("frozen", self.frozen)
+        check_flag("strict_frozen", self.strict_frozen)
+        check_int("seed", self.seed)
+
+    def check_r(self, r: int) -> None:
+        """ValueError if r_min does not leave a rank to draw."""
+        if self.r_min > r:
+            raise ValueError(f"r_min must be in 1..r = 1..{r}, got {self.r_min}")
+
+
+class RankState(nn.Module):
+    """The rank and scale of one adapter of one layer, for training and for evaluation, as 0-d buffers on its device.
+
+    The buffers are written in place, so that neither a compiled nor a captured forward pass has to be made anew when
+    the rank changes. They stay out of checkpoints: a schedule derives them from its seed and the step. The numbers in
+    them are also kept on the host, from which they are written again whenever the module is moved or cast.
+    """
+
+    def __init__(self, r: int, alpha: float, policy: RankPolicy, group: str = "default", use_rslora: bool = False):
+        super().__init__()
+        policy.check_r(r)
+        self.r, self.alpha, self.policy, self.group, self.use_rslora = r, alpha, policy, group, use_rslora
+        self.train_value = self.eval_value = r
+        # Ranks that contributed gradients to the optimizer step under way.
+        self.used = {r}
+        self.scheduled = False
+        self.forwards = 0
+        for name in ("train", "eval"):
+            self.register_buffer(f"{name}_rank", torch.tensor(r), persistent=False)
+            self.register_buffer(f"{name}_scale", torch.tensor(self.scale_at(r), dtype=torch.float32), persistent=False)
+
+    def scale_at(self, rank: int) -> float:
+        """alpha / b of eq. 5, or alpha / sqrt(b)."""
+        return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def controls(self, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rank, scale) of a forward pass in training or evaluation mode."""
+        return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
+
+    def count_forward(self) -> None:
+        """Warns, once per process, when many training forwards have passed without a schedule."""
+        if self.scheduled or torch.compiler.is_compiling():
+            return
+        self.forwards += 1
+        if self.forwards == FORWARDS_BEFORE_WARNING + 1:
+            _warn_unscheduled(self.train_value)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        for name in ("train", "eval"):
+            scale = getattr(self, f"{name}_scale")
+            if scale.dtype != torch.float32:
+                setattr(self, f"{name}_scale", scale.float())
+        write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
+        return self
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, train={self.train_value}, eval={self.eval_value}"
+
+
+class _Warned:
+    unscheduled = False
+
+
+def _warn_unscheduled(rank: int) -> None:
+    if _Warned.unscheduled:
+        return
+    _Warned.unscheduled = True
+    warnings.warn(
+        f"DyLoRA has run {FORWARDS_BEFORE_WARNING} training forwards at the fixed rank {rank} because no schedule sets "
+        "it. Add peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=...) before "
+        "each step.",
+        stacklevel=5,
+    )
+
+
+@torch.no_grad()
+def write_ranks(
+    states: list[RankState], *, train: list[int] | None = None, evaluation: list[int] | None = None
+) -> None:
+    """Sets the ranks of all states, and the scales that go with them, by a few fused in-place kernels without a
+    sync.
+    """
+    for name, values in (("train", train), ("eval", evaluation)):
+        if values is None or not states:
+            continue
+        for state, value in zip(states, values, strict=True):
+            setattr(state, f"{name}_value", value)
+        scales = [state.scale_at(value) for state, value in zip(states, values, strict=True)]
+        for field, numbers in (("rank", values), ("scale", scales)):
+            buffers = [getattr(state, f"{name}_{field}") for state in states]
+            torch._foreach_zero_(buffers)
+            torch._foreach_add_(buffers, numbers)
+
+
+@dataclass(frozen=True)
+class RankMember:
+    """One adapter of one layer as the DyLoRA schedule sees it."""
+
+    method = "dylora"
+    state: RankState
+    A: nn.Parameter
+    B: nn.Parameter
+    merged: bool
+
+
+class DyLoRALinear(LowRankLinear):
+    """y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x) in one fused op, with b set from outside.
+
+    Source: DyLoRA, Valipour et al. 2023, eq. 5-7. In training mode b is what `peft_fused.on_step` drew for this step (r
+    until it is called), in evaluation mode what `peft_fused.set_rank` asked for (r by default). Made by `from_linear`;
+    `merge`, `unmerge` and `delta` work at the evaluation rank.
+    """
+
+    def __init__(self, base, r, alpha, dropout, use_rslora, dtype, policy: RankPolicy):
+        super().__init__(base, r, alpha, dropout, use_rslora, dtype)
+        self.ranks = RankState(r, alpha, policy, use_rslora=use_rslora).to(self.weight.device)
+
+    @classmethod
+    def from_linear(
+        cls, base: nn.Module, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False, dtype=None,
+        r_min: int = 1, rank_distribution: str = "uniform", geometric_p: float = 0.15, resample: str = "step",
+        frozen: bool = False, strict_frozen: bool = False, seed: int = 0,
+    ) -> "DyLoRALinear":
+        """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
+
+        base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. r: 1..256, the largest rank.
+        dropout: in [0, 1), on the adapter's input, in training only. use_rslora: scale alpha / sqrt(b). dtype: of A
+        and B, by default fp32. The rest: see `RankPolicy`; layers with equal policies share one draw, over r_min to the
+        largest r. Raises TypeError or ValueError naming the argument, the value and what is allowed.
+        """
+        check_flag("use_rslora", use_rslora)
+        policy = RankPolicy(r_min, rank_distribution, geometric_p, resample, frozen, strict_frozen, seed)
+        return cls(base, r, alpha, dropout, use_rslora, dtype, policy)
+
+    def schedule_members(self) -> list[RankMember]:
+        return [RankMember(self.ranks, self.lora_A, self.lora_B, self.merged)]
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight at the evaluation rank, [N, K], in fp32 (fp64 for fp64 factors)."""
+        rank = self.ranks.eval_value
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.ranks.scale_at(rank) * (self.lora_B[:, :rank].to(dtype) @ self.lora_A[:rank].to(dtype))
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.ranks.count_forward()
+        rank, scale = self.ranks.controls(self.training)
+        return lowrank_linear(
+            x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=scale, rank=rank, dropout_p=self.dropout_p,
+            frozen=self.ranks.policy.frozen,
+        )  # fmt: skip

@@ -1,0 +1,52 @@
+"""LoRA as a plain PyTorch layer."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..ops import lowrank_linear
+from .checks import check_flag
+from .lowrank import LowRankLinear
+
+
+class LoRALinear(LowRankLinear):
+    """y = x W^T + bias + (alpha / r) B A drop(x) in one fused op.
+
+    Sources: LoRA, Hu et al. 2021, eq. 3; rank-stabilised scale alpha / sqrt(r), Kalajdzievski 2023. Made by
+    `from_linear`; `merge`, `unmerge` and `delta` are inherited.
+    """
+
+    @classmethod
+    def from_linear(
+        cls,
+        base: nn.Module,
+        *,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        dtype=None,
+    ) -> "LoRALinear":
+        """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
+
+        base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. r: 1..256. dropout: in [0,
+        1), on the adapter's input, in training only. use_rslora: scale alpha / sqrt(r). dtype: of A and B, by default
+        fp32. Raises TypeError or ValueError naming the argument, the value and what is allowed.
+        """
+        check_flag("use_rslora", use_rslora)
+        return cls(base, r, alpha, dropout, use_rslora, dtype)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 factors)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scale * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        return lowrank_linear(
+            x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=self.scale, dropout_p=self.dropout_p
+        )

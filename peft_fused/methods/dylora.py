@@ -1,0 +1,139 @@
+"""DyLoRA (Valipour et al. 2023): one adapter trained to work at every rank up to r.
+
+Per step one rank b is drawn for all layers, and the layers compute with the first b rows of A and columns of B at scale
+alpha / b (eq. 5-7), in training and in evaluation alike. A draw is a function of (seed, step, micro-batch); the layers
+read it from buffers that are set here, outside their forward pass, so that a recomputed forward sees the same rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from ..layers.checks import check_rank
+from ..layers.dylora import RankMember, RankPolicy, RankState, write_ranks
+from . import schedule
+from .stepping import METHODS, members_of
+from .strict import Guarded, guard_updates
+
+
+def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
+    """The rank of a step, in r_min..r: a pure function of its arguments. micro counts only if resample is "micro"."""
+    key = dict(purpose="dylora rank", index=micro if policy.resample == "micro" else 0)
+    if policy.rank_distribution == "geometric":
+        return schedule.draw_geometric(policy.r_min, r, policy.geometric_p, policy.seed, step, **key)
+    return schedule.draw_int(policy.r_min, r, policy.seed, step, **key)
+
+
+class DyLoRA:
+    """The method as `peft_fused.on_step` calls it."""
+
+    def before_step(self, members: list[RankMember], *, step, micro, total_steps, optimizer) -> None:
+        groups = defaultdict(list)
+        for member in members:
+            groups[member.state.policy, member.state.group].append(member.state)
+        states, ranks = [], []
+        for (policy, _), group in groups.items():
+            if micro > 0 and policy.resample == "step":
+                continue
+            rank = draw_rank(policy, max(state.r for state in group), step, micro)
+            for state in group:
+                state.scheduled = True
+                states.append(state)
+                ranks.append(min(rank, state.r))
+                state.used = {ranks[-1]} if micro == 0 else state.used | {ranks[-1]}
+        write_ranks(states, train=ranks)
+        strict = [member for member in members if member.state.policy.strict_frozen]
+        if strict:
+            _guard(strict, optimizer)
+
+
+METHODS["dylora"] = DyLoRA()
+
+
+def _live(state: RankState) -> Iterable[int]:
+    """Rows of A, and columns of B, that the gradients of the step under way belong to."""
+    return {rank - 1 for rank in state.used} if state.policy.frozen else range(max(state.used))
+
+
+def _guard(members: list[RankMember], optimizer) -> None:
+    if optimizer is None:
+        raise ValueError("strict_frozen=True masks the optimizer's update: pass optimizer= to on_step")
+    states = [member.state for member in members]
+
+    def forget():
+        for state in states:
+            state.used = {state.train_value}
+
+    entries = []
+    for member in members:
+        entries.append(Guarded(member.A, 0, lambda state=member.state: _live(state)))
+        entries.append(Guarded(member.B, 1, lambda state=member.state: _live(state)))
+    guard_updates(optimizer, entries, forget)
+
+
+def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[RankState]:
+    members = members_of(model).get("dylora", [])
+    if not members:
+        raise ValueError(f"{caller}: the model has no DyLoRA layers")
+    names = sorted({member.state.group for member in members})
+    if adapter_name is not None:
+        members = [member for member in members if member.state.group == adapter_name]
+        if not members:
+            raise ValueError(f"{caller}: adapter_name must be one of {names}, got {adapter_name!r}")
+    if any(member.merged for member in members):
+        raise ValueError(f"{caller}: the adapter is merged into the base weights at a fixed rank; unmerge it first")
+    return [member.state for member in members]
+
+
+def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = None) -> None:
+    """Sets the rank at which the model's DyLoRA layers evaluate, and train until the schedule's next step.
+
+    rank: 1..r, where r is the largest of the layers; a layer with a smaller r (`rank_pattern`) uses all of its own.
+    None goes back to the full rank. The scale follows: alpha / rank. adapter_name: None means every DyLoRA adapter.
+    Recompiles nothing. Raises TypeError or ValueError for a bad rank, a model without DyLoRA layers, or merged
+    adapters.
+    """
+    states = _states(model, adapter_name, "set_rank")
+    if rank is not None:
+        check_rank("rank", rank, max(state.r for state in states))
+    ranks = [state.r if rank is None else min(rank, state.r) for state in states]
+    write_ranks(states, train=ranks, evaluation=ranks)
+    for state, value in zip(states, ranks, strict=True):
+        state.used = state.used | {value}
+
+
+def evaluate_ranks(
+    model: nn.Module,
+    fn: Callable[[nn.Module], Any],
+    ranks: Iterable[int] | None = None,
+    *,
+    adapter_name: str | None = None,
+) -> dict[int, Any]:
+    """{rank: fn(model)} with the model set to each rank; by default every rank from 1 to the largest r.
+
+    The ranks before, of training and of evaluation, are restored even if fn raises. The model is put into evaluation
+    mode for the calls and returned to the mode it was in. Raises as `set_rank`.
+    """
+    states = _states(model, adapter_name, "evaluate_ranks")
+    most = max(state.r for state in states)
+    ranks = range(1, most + 1) if ranks is None else list(ranks)
+    for rank in ranks:
+        check_rank("ranks", rank, most)
+    before = [(state.train_value, state.eval_value, state.used) for state in states]
+    modes = [(module, module.training) for module in model.modules()]
+    results = {}
+    try:
+        model.eval()
+        for rank in ranks:
+            set_rank(model, rank, adapter_name=adapter_name)
+            results[rank] = fn(model)
+    finally:
+        for module, training in modes:
+            module.training = training
+        train, evaluation, used = zip(*before, strict=True)
+        write_ranks(states, train=list(train), evaluation=list(evaluation))
+        for state, value in zip(states, used, strict=True):
+            state.used = value
+    return results

@@ -1,0 +1,270 @@
+"""Which implementation runs an operation, and why not the others.
+
+A backend is usable when its list of reasons against it is empty. The choice is a pure function of the problem, made
+again on every call from cached answers; nothing is tried and caught.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from ..triton_kernels.plan import MAX_RANK, Problem, plan
+from . import native
+
+__all__ = ["BACKENDS", "Explanation", "Problem", "choose", "explain", "forced", "problem_of", "use_backend", "why_not"]
+
+logger = logging.getLogger("peft_fused")
+
+BACKENDS = ("reference", "torch", "triton", "cuda")
+NATIVE_DTYPES = ("float32", "float16", "bfloat16")
+# Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
+# Python does, so the C++ node, which launches without Python, comes first there.
+LAUNCH_BOUND = 4e10
+
+
+class _Forced:
+    """What use_backend and the environment have asked for; None leaves the choice to the problem."""
+
+    backend: str | None = None
+    native: bool = True
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}, allowed: {', '.join(BACKENDS)}")
+    return name
+
+
+if os.environ.get("PEFT_FUSED_BACKEND"):
+    _Forced.backend = _check_name(os.environ["PEFT_FUSED_BACKEND"], "PEFT_FUSED_BACKEND")
+
+
+def forced() -> str | None:
+    """The backend that use_backend or PEFT_FUSED_BACKEND asks for."""
+    return _Forced.backend
+
+
+def native_allowed() -> bool:
+    """Whether the C++ node may host the torch and cuda backends."""
+    return _Forced.native and native.module is not None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None, *, native: bool = True):
+    """Within the context every op runs on the named backend, or raises RuntimeError with all reasons if it cannot.
+
+    None restores the automatic choice. native=False keeps the Python autograd node instead of the C++ one. Process-wide.
+    Raises ValueError for an unknown name.
+    """
+    if name is not None:
+        _check_name(name, "use_backend")
+    before = _Forced.backend, _Forced.native
+    _Forced.backend, _Forced.native = name, native
+    try:
+        yield
+    finally:
+        _Forced.backend, _Forced.native = before
+
+
+@lru_cache(maxsize=None)
+def _gpu(device: torch.device) -> tuple[str, int, tuple[int, int]]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count, (properties.major, properties.minor)
+
+
+@lru_cache(maxsize=None)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight: bool, dropout: bool) -> Problem:
+    """Description of lowrank_linear (has_weight) or lowrank on these tensors."""
+    gpu, sm_count, _ = _gpu(x.device) if x.is_cuda else ("", 1, (0, 0))
+    k = x.shape[-1]
+    m = x.numel() // k if k else 0
+    return Problem(
+        m, B.shape[-2], k, A.shape[-2], _name(x.dtype), _name(A.dtype), x.device.type, gpu, sm_count, dropout, has_weight
+    )
+
+
+@lru_cache(maxsize=None)
+def _triton_missing() -> str:
+    """Reason why Triton kernels cannot be launched at all, empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+def interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(backend: str, problem: Problem) -> list[str]:
+    """Reasons against a backend for a problem; an empty list means that it can run. ValueError for an unknown name."""
+    return list(_why_not(_check_name(backend, "why_not"), problem, interpreting()))
+
+
+@lru_cache(maxsize=4096)
+def _why_not(backend: str, problem: Problem, interpret: bool) -> tuple[str, ...]:
+    reasons = []
+    if backend in ("reference", "torch"):
+        return ()
+    if problem.dtype not in NATIVE_DTYPES:
+        reasons.append(f"x is {problem.dtype}; the kernels take {', '.join(NATIVE_DTYPES)}")
+    if problem.r > MAX_RANK:
+        reasons.append(f"r is {problem.r}; the kernels take ranks up to {MAX_RANK}")
+    if backend == "triton":
+        if _triton_missing():
+            reasons.append(_triton_missing())
+        if problem.device != "cuda" and not interpret:
+            reasons.append(f"x is on {problem.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
+        if interpret and problem.dtype == "bfloat16":
+            reasons.append("Triton's interpreter computes bfloat16 products wrongly")
+    if backend == "cuda":
+        if problem.device != "cuda":
+            reasons.append(f"x is on {problem.device}; CUDA kernels need a CUDA device")
+        if native.module is None:
+            reasons.append(f"C++ extension: {native.why_missing}")
+        elif not native.has_cuda():
+            reasons.append("the C++ extension was built without CUDA kernels")
+    if problem.device == "cuda" and not interpret:
+        capability = _gpu(torch.device("cuda"))[2] if torch.cuda.is_available() else (0, 0)
+        if capability < (8, 0):
+            reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is the least")
+    return tuple(reasons)
+
+
+def _preference(problem: Problem) -> tuple[str, ...]:
+    if problem.device != "cuda":
+        return ("torch",)
+    launch_bound = problem.m * problem.n * problem.k < LAUNCH_BOUND
+    return ("cuda", "triton", "torch") if launch_bound else ("triton", "cuda", "torch")
+
+
+_said = set()
+
+
+def choose(problem: Problem) -> str:
+    """Backend of a problem: the forced one, or the first usable one in order of preference.
+
+    RuntimeError, with every reason, when the forced backend cannot run it.
+    """
+    name = _Forced.backend
+    if name is not None:
+        reasons = why_not(name, problem)
+        if reasons:
+            raise RuntimeError(f"backend {name!r} cannot run {describe(problem)}: " + "; ".join(reasons))
+        return name
+    order = _preference(problem)
+    chosen = next(name for name in order if not _why_not(name, problem, interpreting()))
+    # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.
+    if problem.device == "cuda" and chosen == "torch" and (chosen, problem.dtype) not in _said:
+        _said.add((chosen, problem.dtype))
+        against = "; ".join(f"{name}: {', '.join(why_not(name, problem))}" for name in order[:-1])
+        logger.warning("peft_fused: %s runs on plain torch (%s)", describe(problem), against)
+    return chosen
+
+
+def describe(problem: Problem) -> str:
+    op = "lowrank_linear" if problem.has_weight else "lowrank"
+    drop = ", dropout" if problem.dropout else ""
+    types = problem.dtype if problem.dtype == problem.adapter_dtype else f"{problem.dtype} x, {problem.adapter_dtype} A, B"
+    return f"{op} [{problem.m}, {problem.k}] -> [{problem.m}, {problem.n}], r={problem.r}, {types}{drop} on {problem.device}"
+
+
+def path_of(problem: Problem) -> str:
+    """The backend, its host node and the order of its kernels, in words."""
+    backend = choose(problem)
+    if backend == "reference":
+        return "reference: plain PyTorch, autograd by torch"
+    node = "C++ autograd node" if backend in ("torch", "cuda") and native_allowed() else "Python autograd node"
+    if backend == "triton":
+        return f"triton: {node}, {plan(problem).forward}"
+    if backend == "cuda":
+        return f"cuda: {node}, CUDA shrink kernel, adapter first, base GEMM last with beta=1"
+    gemm = "oneDNN" if problem.device == "cpu" and uses_onednn(problem) else "BLAS"
+    return f"torch: {node}, {gemm} base GEMM"
+
+
+@lru_cache(maxsize=1)
+def _onednn_beats_blas() -> bool:
+    """Whether fp32 products go to oneDNN: torch's x86 builds carry MKL, whose AVX-512 kernels run on Intel CPUs only."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return False
+    return not _is_intel()
+
+
+def _is_intel() -> bool:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return any("GenuineIntel" in line for line in file)
+    except OSError:
+        return True
+
+
+# Packing the operands for oneDNN costs more than it gains below this many multiply-adds.
+ONEDNN_LEAST = 1 << 22
+
+
+def uses_onednn(problem: Problem) -> bool:
+    return (
+        problem.dtype == "float32"
+        and problem.m * problem.n * problem.k >= ONEDNN_LEAST
+        and torch.backends.mkldnn.enabled
+        and _onednn_beats_blas()
+    )
+
+
+if native.module is not None:
+    native.module.configure(_onednn_beats_blas(), ONEDNN_LEAST, LAUNCH_BOUND)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What runs and why. `lines` holds one (name, path, reasons against the alternatives) per op or layer."""
+
+    lines: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+    def __str__(self) -> str:
+        text = []
+        for name, path, reasons in self.lines:
+            text.append(f"{name}: {path}")
+            text.extend(f"    not {reason}" for reason in reasons)
+        return "\n".join(text) if text else "no peft_fused layer or op in here"
+
+
+def reasons_against_others(problem: Problem) -> tuple[str, ...]:
+    chosen = choose(problem)
+    against = []
+    for name in BACKENDS:
+        if name == chosen:
+            continue
+        reasons = why_not(name, problem)
+        if not reasons:
+            reasons = [f"{_Forced.backend} is forced" if _Forced.backend else f"{chosen} comes first for this problem"]
+        against.append(f"{name}: " + "; ".join(reasons))
+    return tuple(against)
+
+
+def explain(target) -> Explanation:
+    """Path of a Problem, or of every peft_fused layer of a model, with the reasons against the other backends.
+
+    Layers answer through `explain_path() -> (path, reasons)`. TypeError for anything else.
+    """
+    if isinstance(target, Problem):
+        return Explanation(((describe(target), path_of(target), reasons_against_others(target)),))
+    if isinstance(target, torch.nn.Module):
+        lines = []
+        for name, module in target.named_modules():
+            if hasattr(module, "explain_path"):
+                path, reasons = module.explain_path()
+                lines.append((name or type(module).__name__, path, tuple(reasons)))
+        return Explanation(tuple(lines))
+    raise TypeError(f"explain: target must be a Problem or a torch.nn.Module, got {type(target).__name__}")

@@ -1,0 +1,416 @@
+"""A low-rank adapter on a linear map, and the map itself in the same op.
+
+    y = x W^T + bias + scale * v . (B[e] (u . keep_rank(A[e] drop(x))))
+
+keep_rank zeroes all but the first `rank` components. One formula serves LoRA (Hu et al. 2021, eq. 3), DyLoRA (Valipour
+et al. 2023, eq. 5: rank drawn per step, scale alpha / rank), AFLoRA (Liu et al. 2024: u, v), and AdaMix's LoRA form
+(Wang et al. 2022: e drawn per forward). With t = dY^T (u . S) and S = keep_rank(A drop(x)):
+
+    dSu = scale dY (v . B)      dB = scale v . t          dv = scale rowsum(B . t)
+    dS  = u . dSu               dA = dS^T drop(x)         du = colsum(dSu . S)        dx = dY W + drop^T(dS A)
+
+Saved for backward: x itself, S and a seed; neither when nothing that needs them is trained. Implementations:
+`lowrank_torch.py` here, `triton_kernels/lowrank.py`, `csrc/autograd/lowrank.cpp` with `csrc/kernels/lowrank.cu`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from ..triton_kernels.plan import MAX_RANK
+from . import dispatch, lowrank_torch, native
+from .dropout import draw_seed, dropout_threshold, keep_mask, keep_scale
+from .lowrank_torch import Controls
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def lowrank_linear_reference(
+    x, weight, bias, A, B, *, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
+):
+    """`lowrank_linear` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    return lowrank_reference(
+        x, A, B, add=F.linear(x, weight, bias), scale=scale, rank=rank, expert=expert, u=u, v=v, dropout_p=dropout_p,
+        seed=seed, frozen=frozen,
+    )  # fmt: skip
+
+
+def lowrank_reference(
+    x, A, B, *, add=None, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
+):
+    """`lowrank` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    expert_a, expert_b = expert if isinstance(expert, tuple | list) else (expert, expert)
+    A = A if A.dim() == 2 else A[0 if expert_a is None else expert_a]
+    B = B if B.dim() == 2 else B[0 if expert_b is None else expert_b]
+    r = A.shape[0]
+    rank = r if rank is None else rank
+    ranks = torch.arange(r, device=x.device)
+    if frozen:
+        last = ranks == rank - 1
+        A = torch.where(last.unsqueeze(1), A, A.detach())
+        B = torch.where(last, B, B.detach())
+    xd = x.to(A.dtype)
+    if dropout_p > 0:
+        seed = _seed_tensor(seed, x.device)
+        threshold = dropout_threshold(dropout_p)
+        keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], threshold).reshape(x.shape)
+        xd = xd * keep * keep_scale(threshold)
+    S = F.linear(xd, A) * (ranks < rank)
+    if u is not None:
+        S = S * u
+    delta = F.linear(S, B)
+    if v is not None:
+        delta = delta * v
+    delta = delta * scale
+    return (delta if add is None else add + delta).to(x.dtype)
+
+
+def lowrank_linear(
+    x, weight, bias, A, B, *, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
+):
+    """x W^T + bias + scale * v . (B[e] (u . keep_rank(A[e] drop(x)))), differentiable in every tensor but the controls.
+
+    x: [..., K], any strides; fp32, fp16, bf16, or fp64 on the torch and reference backends.
+    weight: [N, K] in x's dtype, any strides. bias: [N] or None.
+    A: [r, K] or a stack [E, r, K]; B: [N, r] or [E, N, r]; 1 <= r <= 256; in x's dtype or fp32.
+    u: [r], v: [N] or None, in A's dtype.
+    scale: number or 0-d tensor. rank: 1..r, number or 0-d integer tensor; None keeps all.
+    expert: index in 0..E-1 (number or 0-d tensor), or a pair of them for A and B; only for stacked factors, default 0.
+    dropout_p: in [0, 1). It acts whenever it is not 0; pass 0 in evaluation.
+    seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor fixes the mask.
+    frozen: DyLoRA's frozen mode, only row `rank - 1` of A and that column of B receive a gradient.
+
+    0-d tensors belong on x's device; changing their value neither synchronises nor recompiles.
+    Returns [..., N] in x's dtype. Under autocast x, weight and bias are cast as by torch.nn.functional.linear.
+    Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
+    """
+    return _run(x, weight, None, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
+
+
+def lowrank(
+    x, A, B, *, add=None, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
+):
+    """add + scale * v . (B[e] (u . keep_rank(A[e] drop(x)))): the adapter beside a base layer that is called as a module.
+
+    add: [..., N] in x's dtype, the output of that layer, or None. It is not written to. The rest: see `lowrank_linear`.
+    """
+    return _run(x, None, add, None, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
+
+
+def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and dispatch.native_allowed() and dispatch.forced() in (None, "torch", "cuda"):
+        # None says that something is unusual: bad arguments, autocast, a tensor subclass, another backend. The checks
+        # and the choice are made below, once, in Python.
+        y = native.module.lowrank(
+            x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen, dispatch.forced()
+        )
+        if y is not None:
+            return y
+    if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, add, bias, A, B, u, v = (_autocast(t, dtype, i) for i, t in enumerate((x, weight, add, bias, A, B, u, v)))
+        with torch.autocast(x.device.type, enabled=False):
+            return _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
+    pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
+    _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed)
+
+    threshold = dropout_threshold(dropout_p)
+    seed = _seed_tensor(seed, x.device) if threshold else None
+    backend = dispatch.choose(dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0))
+    if backend == "reference":
+        options = dict(
+            scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen
+        )  # fmt: skip
+        if weight is not None:
+            return lowrank_linear_reference(x, weight, bias, A, B, **options)
+        return lowrank_reference(x, A, B, add=add, **options)
+    if backend == "cuda":
+        raise RuntimeError("backend 'cuda' runs in the C++ node, which does not take tensor subclasses or torch.compile")
+    expert_a, expert_b = (0 if e is None else e for e in pair)
+    flat = (
+        *_split(scale, float), *_split(A.shape[-2] if rank is None else rank, int), *_split(expert_a, int),
+        *_split(expert_b, int), threshold, seed, bool(frozen), backend,
+    )  # fmt: skip
+    if compiling or _is_subclass(x):
+        return torch.ops.peft_fused.lowrank_fwd(x, weight, add, bias, A, B, u, v, *flat)[0]
+    return _LowRank.apply(x, weight, add, bias, A, B, u, v, *flat)[0]
+
+
+def _autocast(tensor, dtype, position):
+    # Adapters (positions 4..7) in fp32 stay there: mixing is what the op does well, and it is the more accurate choice.
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor if position >= 4 and tensor.dtype == torch.float32 else tensor.to(dtype)
+
+
+def _is_subclass(x) -> bool:
+    return type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def _seed_tensor(seed, device):
+    if seed is None:
+        return draw_seed(device)
+    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def _split(value, kind):
+    """(number, tensor or None): the two columns that a control has in the op's schema."""
+    return (kind(1), value) if isinstance(value, torch.Tensor) else (kind(value), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed):
+    """Raises ValueError or TypeError naming the first bad argument, what it is and what is allowed."""
+    for name, tensor in (("x", x), ("A", A), ("B", B)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, tensor in (("weight", weight), ("add", add), ("bias", bias), ("u", u), ("v", v)):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"x must be floating point ({_names(FLOATING)}), got {_names((x.dtype,))}")
+    if x.dim() < 1:
+        raise ValueError("x must have shape [..., K], got a 0-d tensor")
+    if A.dim() not in (2, 3):
+        raise ValueError(f"A must have shape [r, K] or [E, r, K], got {list(A.shape)}")
+    if B.dim() not in (2, 3):
+        raise ValueError(f"B must have shape [N, r] or [E, N, r], got {list(B.shape)}")
+    k, (n, r) = x.shape[-1], B.shape[-2:]
+    if not 1 <= A.shape[-2] <= MAX_RANK:
+        raise ValueError(f"A must have 1 to {MAX_RANK} rows (the rank r), got shape {list(A.shape)}")
+    _check_shape("A", A, (*A.shape[:-2], A.shape[-2], k), "[r, K] with K = x.shape[-1]")
+    if r != A.shape[-2]:
+        raise ValueError(f"B must have {A.shape[-2]} columns (the rank of A), got shape {list(B.shape)}")
+    for name, tensor, shape, text in (
+        ("weight", weight, (n, k), "[N, K]"),
+        ("bias", bias, (n,), "[N]"),
+        ("u", u, (r,), "[r]"),
+        ("v", v, (n,), "[N]"),
+        ("add", add, (*x.shape[:-1], n), "[..., N]"),
+    ):
+        if tensor is not None:
+            _check_shape(name, tensor, shape, text)
+    adapter = {x.dtype, torch.float32} if x.dtype != torch.float64 else {torch.float64}
+    for name, tensor, allowed in (
+        ("weight", weight, {x.dtype}),
+        ("bias", bias, {x.dtype}),
+        ("add", add, {x.dtype}),
+        ("A", A, adapter),
+        ("B", B, {A.dtype}),
+        ("u", u, {A.dtype}),
+        ("v", v, {A.dtype}),
+    ):
+        if tensor is not None and tensor.dtype not in allowed:
+            why = "x's dtype or float32" if name == "A" else "A's dtype" if name in "Buv" else "x's dtype"
+            raise TypeError(f"{name} must have {why} ({_names(allowed)}), got {_names((tensor.dtype,))}")
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
+        if tensor is not None and tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+    _check_control("scale", scale, x.device, None, None)
+    if rank is not None:
+        _check_control("rank", rank, x.device, 1, r)
+    for name, factor, index in (("A", A, pair[0]), ("B", B, pair[1])):
+        if index is not None and factor.dim() == 3:
+            _check_control(f"expert (of {name})", index, x.device, 0, factor.shape[0] - 1)
+    if len(pair) != 2:
+        raise ValueError(f"expert must be an index or a pair of them, got {len(pair)} values")
+    if A.dim() == 2 and B.dim() == 2 and pair != (None, None):
+        raise ValueError("expert needs a stacked A [E, r, K] or B [E, N, r], got 2-D factors")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if isinstance(seed, torch.Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device:
+            raise ValueError(f"seed must be a 0-d int64 tensor on {x.device}, got {_describe(seed)}")
+    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+
+
+def _names(dtypes):
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _describe(tensor):
+    return f"{_names((tensor.dtype,))} {list(tensor.shape)} on {tensor.device}"
+
+
+def _check_shape(name, tensor, shape, text):
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {text} = {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_control(name, value, device, least, most):
+    """A number in least..most, or a 0-d tensor; a tensor's value is read only where reading it is free."""
+    integer = least is not None
+    if isinstance(value, torch.Tensor):
+        kind = "integer" if integer else "floating-point"
+        if value.dim() != 0 or value.is_floating_point() == integer or value.dtype == torch.bool:
+            raise ValueError(f"{name} must be a number or a 0-d {kind} tensor, got {_describe(value)}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on x's device ({device}), got {value.device}")
+        if value.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: the op has none for it")
+        if device.type != "cpu" or _is_subclass(value) or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    elif isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+        raise TypeError(f"{name} must be {'an int' if integer else 'a number'} or a 0-d tensor, got {type(value).__name__}")
+    if integer and not least <= value <= most:
+        raise ValueError(f"{name} must be in {least}..{most}, got {value}")
+    if not integer and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+# ------------------------------------------------------------------------------------- registered ops and the autograd
+
+_CONTROLS = (
+    "float scale, Tensor? scale_t, int rank, Tensor? rank_t, int expert_a, Tensor? expert_a_t, int expert_b, "
+    "Tensor? expert_b_t, int threshold, Tensor? seed, bool frozen, str backend"
+)
+_LIBRARY = torch.library.Library("peft_fused", "DEF")
+_LIBRARY.define(
+    "lowrank_fwd(Tensor x, Tensor? weight, Tensor? add, Tensor? bias, Tensor A, Tensor B, Tensor? u, Tensor? v, "
+    f"{_CONTROLS}) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lowrank_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? u, Tensor? v, Tensor? S, "
+    f"{_CONTROLS}, bool[] needs) -> Tensor[]"
+)
+# Positions of the tensors in lowrank_fwd that have a gradient, in the order of `needs`; add's gradient is dy itself.
+_X, _WEIGHT, _ADD, _BIAS, _A, _B, _U, _V = range(8)
+_NEEDS = (_X, _WEIGHT, _BIAS, _A, _B, _U, _V)
+_NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
+
+
+def _controls(scale, scale_t, rank, rank_t, expert_a, expert_a_t, expert_b, expert_b_t, threshold, seed, frozen):
+    pick = lambda number, tensor: number if tensor is None else tensor  # noqa: E731
+    return Controls(
+        pick(scale, scale_t), pick(rank, rank_t), pick(expert_a, expert_a_t), pick(expert_b, expert_b_t),
+        threshold, seed, frozen,
+    )  # fmt: skip
+
+
+def _launch_controls(c: Controls) -> dict:
+    """The controls as the Triton launchers name them."""
+    return dict(
+        scale=c.scale, rank=c.rank, expert_a=c.expert_a, expert_b=c.expert_b, threshold=c.threshold, seed=c.seed
+    )  # fmt: skip
+
+
+def _forward(x, weight, add, bias, A, B, u, v, *flat):
+    c, backend = _controls(*flat[:-1]), flat[-1]
+    if backend == "torch":
+        return lowrank_torch.forward(x, weight, add, bias, A, B, u, v, c)
+    from ..triton_kernels import lowrank as triton_lowrank
+
+    n = B.shape[-2]
+    add2 = None if add is None else add.reshape(-1, n)
+    y, S = triton_lowrank.lowrank_fwd(
+        x.reshape(-1, x.shape[-1]), weight, add2, bias, A, B, u, v, **_launch_controls(c)
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], n), S
+
+
+def _backward(dy, x, weight, A, B, u, v, S, *flat):
+    """The needed gradients, as a list in the order of `_NAMES`."""
+    c, backend, needs = _controls(*flat[:-2]), flat[-2], flat[-1]
+    if backend == "torch":
+        grads = lowrank_torch.backward(dy, x, weight, A, B, u, v, S, c, needs)
+        return [grad.contiguous() for grad in grads if grad is not None]
+    from ..triton_kernels import lowrank as triton_lowrank
+
+    k = A.shape[-1]
+    grads = triton_lowrank.lowrank_bwd(
+        dy.reshape(-1, dy.shape[-1]),
+        dy.new_empty(dy.shape[:-1].numel(), k) if x is None else x.reshape(-1, k),
+        weight, A, B, u, v, S, **_launch_controls(c), frozen=c.frozen,
+        needs={name for name, need in zip(_NAMES, needs, strict=True) if need},
+    )  # fmt: skip
+    if "x" in grads:
+        grads["x"] = grads["x"].view(*dy.shape[:-1], k)
+    return [grads[name].contiguous() for name in _NAMES if name in grads]
+
+
+def _forward_fake(x, weight, add, bias, A, B, u, v, *flat):
+    S = x.new_empty(x.shape[:-1].numel(), A.shape[-2], dtype=A.dtype)
+    return x.new_empty(*x.shape[:-1], B.shape[-2]), S
+
+
+def _backward_fake(dy, x, weight, A, B, u, v, S, *flat):
+    n, k, needs = B.shape[-2], A.shape[-1], flat[-1]
+    shapes = ((*dy.shape[:-1], k), (n, k), (n,), A.shape, B.shape, A.shape[-2:-1], (n,))
+    dtypes = (dy.dtype,) * 3 + (A.dtype,) * 4
+    return [dy.new_empty(s, dtype=d) for s, d, need in zip(shapes, dtypes, needs, strict=True) if need]
+
+
+def _setup(ctx, inputs, output):
+    x, weight, _, _, A, B, u, v, *flat = inputs
+    ctx.set_materialize_grads(False)
+    needs = [ctx.needs_input_grad[i] for i in _NEEDS]
+    need = dict(zip(_NAMES, needs, strict=True))
+    down = need["x"] or need["A"] or need["u"]
+    tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+    ctx.flat = [None if isinstance(t, torch.Tensor) else t for t in flat]
+    ctx.tensor_slots = [i for i, t in enumerate(flat) if isinstance(t, torch.Tensor)]
+    ctx.needs = needs
+    ctx.save_for_backward(
+        x if need["A"] or need["weight"] else None,
+        weight if need["x"] else None,
+        A, B, u, v,
+        output[1] if need["B"] or need["v"] or (need["u"] and down) else None,
+        *tensors,
+    )  # fmt: skip
+
+
+def _grads(ctx, dy, dS, backward=None):
+    """Gradients for every input of lowrank_fwd. Traced, they come from the registered op; eager skips its dispatch."""
+    if dy is None:
+        return (None,) * (8 + len(ctx.flat))
+    x, weight, A, B, u, v, S, *tensors = ctx.saved_tensors
+    flat = list(ctx.flat)
+    for slot, tensor in zip(ctx.tensor_slots, tensors, strict=True):
+        flat[slot] = tensor
+    out = [None] * (8 + len(flat))
+    if any(ctx.needs):
+        backward = backward or torch.ops.peft_fused.lowrank_bwd
+        found = iter(backward(dy, x, weight, A, B, u, v, S, *flat, ctx.needs))
+        for position, need in zip(_NEEDS, ctx.needs, strict=True):
+            if need:
+                out[position] = next(found)
+    if ctx.needs_input_grad[_ADD]:
+        out[_ADD] = dy
+    return tuple(out)
+
+
+class _LowRank(torch.autograd.Function):
+    """The op without the C++ node: what eager mode runs when the extension is missing or the kernels are Triton's."""
+
+    @staticmethod
+    def forward(x, weight, add, bias, A, B, u, v, *flat):
+        return _forward(x, weight, add, bias, A, B, u, v, *flat)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output[1])
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dS):
+        return _grads(ctx, dy, dS, _backward)
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("lowrank_fwd", _forward, _key)
+    _LIBRARY.impl("lowrank_bwd", _backward, _key)
+torch.library.register_fake("peft_fused::lowrank_fwd", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("peft_fused::lowrank_bwd", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("peft_fused::lowrank_fwd", _grads, setup_context=_setup, lib=_LIBRARY)

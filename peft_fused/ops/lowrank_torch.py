@@ -1,0 +1,226 @@
+"""The low-rank op by PyTorch alone: the fast composition behind the `torch` backend, forward and backward.
+
+What it avoids, against writing the formula down: the product with B, its scaled copy and its sum with the base output
+are one in-place GEMM; x is neither copied to the adapter's type nor kept after dropout, both happen on blocks of rows
+small enough to stay in cache; truncated ranks are slices, so a rank of 1 costs a product of rank 1.
+`csrc/autograd/lowrank.cpp` is the same composition in C++.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .dispatch import problem_of, uses_onednn
+from .dropout import drop
+
+# Elements of x converted or dropped out at a time. On a CPU a block and its product stay in the L2 cache; on a GPU the
+# block bounds the temporary memory and is large enough to fill the device.
+BLOCK_ELEMENTS = {"cpu": 1 << 18}
+BLOCK_ELEMENTS_GPU = 1 << 24
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Runtime values of the op: numbers, or 0-d tensors on the device of x."""
+
+    scale: float | torch.Tensor
+    rank: int | torch.Tensor
+    expert_a: int | torch.Tensor
+    expert_b: int | torch.Tensor
+    threshold: int
+    seed: torch.Tensor | None
+    frozen: bool
+
+    @staticmethod
+    def _value(number):
+        """The number in a tensor of the CPU, where reading it costs nothing; a device tensor stays one."""
+        return number.item() if isinstance(number, torch.Tensor) and number.device.type == "cpu" else number
+
+    def on_host(self) -> "Controls":
+        value = self._value
+        return Controls(
+            value(self.scale), value(self.rank), value(self.expert_a), value(self.expert_b),
+            self.threshold, self.seed, self.frozen,
+        )  # fmt: skip
+
+
+def _expert(factor, index):
+    if factor.dim() == 2:
+        return factor
+    if isinstance(index, int):
+        return factor[index]
+    return factor.index_select(0, index.reshape(1)).squeeze(0)
+
+
+class _Adapter:
+    """The factors one call works with: experts chosen, rank applied, v folded into B and u into S."""
+
+    def __init__(self, A, B, u, v, controls: Controls):
+        self.c = c = controls.on_host()
+        self.r = A.shape[-2]
+        self.A, self.B, self.u, self.v = _expert(A, c.expert_a), _expert(B, c.expert_b), u, v
+        self.kept = None
+        if isinstance(c.rank, int):
+            self.width = c.rank
+            self.A, self.B = self.A[: c.rank], self.B[:, : c.rank]
+            self.u = None if u is None else u[: c.rank]
+        else:
+            self.width = self.r
+            self.kept = (torch.arange(self.r, device=A.device) < c.rank).to(A.dtype)
+
+    def mask(self, S):
+        return S if self.kept is None else S * self.kept
+
+    def scaled(self, S, by):
+        return S if isinstance(by, float) and by == 1.0 else S * by
+
+    def inner(self, S):
+        """scale * u . S, the small operand of the product with B."""
+        S = self.scaled(S, self.c.scale)
+        return S if self.u is None else S * self.u
+
+    def outer(self):
+        """v . B."""
+        return self.B if self.v is None else self.B * self.v.unsqueeze(1)
+
+
+def _blocks(rows: int, columns: int, device: torch.device):
+    size = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_GPU) // max(1, columns))
+    return [(i, min(rows, i + size)) for i in range(0, rows, size)]
+
+
+def _load(x2, i, j, dtype, c: Controls):
+    block = x2[i:j].to(dtype)
+    return drop(block, c.seed, c.threshold, i) if c.threshold else block
+
+
+def _base(x2, weight, bias):
+    """x W^T + bias by oneDNN, or None where BLAS is the better library; then the caller accumulates onto the adapter."""
+    problem = problem_of(x2, weight, weight, has_weight=True, dropout=False)
+    if x2.device.type == "cpu" and uses_onednn(problem):
+        return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
+    return None
+
+
+def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
+    """(y [..., N] in x's type, S [M, r] in A's type)."""
+    ad = _Adapter(A, B, u, v, controls)
+    x2 = x.reshape(-1, x.shape[-1])
+    M, N = x2.shape[0], B.shape[-2]
+    blocked = ad.c.threshold > 0 or A.dtype != x.dtype
+    S = x.new_zeros(M, ad.r, dtype=A.dtype) if ad.width < ad.r else x.new_empty(M, ad.r, dtype=A.dtype)
+    kept = S[:, : ad.width]
+    if blocked:
+        for i, j in _blocks(M, x2.shape[1], x.device):
+            kept[i:j] = ad.mask(_load(x2, i, j, A.dtype, ad.c) @ ad.A.t())
+    else:
+        kept.copy_(ad.mask(x2 @ ad.A.t()))
+
+    P, Q = ad.inner(kept), ad.outer().t()
+    y = _base(x2, weight, bias) if weight is not None else None
+    onto = y
+    if y is None and weight is None:
+        y = x.new_empty(M, N)
+        onto = None if add is None else add.reshape(-1, N)
+    elif y is None:
+        y = x.new_empty(M, N)
+    if A.dtype == x.dtype:
+        if onto is not None:
+            torch.addmm(onto, P, Q, out=y)
+            if weight is None and bias is not None:
+                y += bias
+        elif bias is not None:
+            torch.addmm(bias, P, Q, out=y)
+        else:
+            torch.mm(P, Q, out=y)
+    else:
+        for i, j in _blocks(M, N, x.device):
+            delta = P[i:j] @ Q
+            if onto is None or weight is None:
+                delta = delta if bias is None else delta + bias
+            y[i:j] = delta if onto is None else delta + onto[i:j]
+    if weight is not None and onto is None:
+        y.addmm_(x2, weight.t())
+    return y.view(*x.shape[:-1], N), S
+
+
+def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]):
+    """Gradients of (x, weight, bias, A, B, u, v), None where not needed. x and S may be None where nothing reads them.
+
+    Each gradient has its parameter's dtype. A gradient of a truncated factor is zero in the rows that were dropped.
+    """
+    ad = _Adapter(A, B, u, v, controls)
+    c, b = ad.c, ad.width
+    need_x, need_weight, need_bias, need_A, need_B, need_u, need_v = needs
+    N, K = B.shape[-2], A.shape[-1]
+    dy2 = dy.reshape(-1, N)
+    M = dy2.shape[0]
+    mixed = A.dtype != dy.dtype
+    dx = dweight = dbias = dA = dB = du = dv = None
+    if S is not None:
+        S = S[:, :b]
+    need_dS = need_x or need_A or need_u
+
+    dS = dy2.new_empty(M, b, dtype=A.dtype) if need_dS else None
+    raw = dy2.new_zeros(b, N, dtype=A.dtype) if need_B or need_v else None
+    inner = ad.inner(S) if raw is not None else None
+    outer = ad.outer() if need_dS else None
+    for i, j in _blocks(M, N, dy.device) if mixed else [(0, M)]:
+        block = dy2[i:j].to(A.dtype)
+        if need_dS:
+            dS[i:j] = block @ outer
+        if raw is not None:
+            raw.addmm_(inner[i:j].t(), block)
+    if need_dS:
+        dS = ad.mask(ad.scaled(dS, c.scale))
+    if need_u:
+        du = u.new_zeros(u.shape)
+        du[:b] = (dS * S).sum(0)
+    if need_dS and u is not None:
+        dS = dS * ad.u
+    if need_v:
+        dv = (ad.B.t() * raw).sum(0)
+    if need_B:
+        grad = raw if v is None else raw * v
+        dB = _place(grad.t(), B, c.expert_b, c, b, columns=True)
+    if need_bias:
+        dbias = dy2.sum(0)
+    if need_weight:
+        dweight = dy2.t() @ x.reshape(-1, K)
+
+    x2 = x.reshape(-1, K) if need_A else None
+    blocked = c.threshold > 0 or mixed
+    if need_A:
+        grad = dS.new_zeros(b, K)
+        for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
+            grad.addmm_(dS[i:j].t(), _load(x2, i, j, A.dtype, c))
+        dA = _place(grad, A, c.expert_a, c, b, columns=False)
+    if need_x:
+        dx = None if blocked or weight is None else _base(dy2, weight.t(), None)
+        if dx is not None:
+            dx.addmm_(dS, ad.A)
+        else:
+            dx = dy2.new_empty(M, K)
+            for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
+                block = dS[i:j] @ ad.A
+                dx[i:j] = drop(block, c.seed, c.threshold, i) if c.threshold else block
+            if weight is not None:
+                dx.addmm_(dy2, weight)
+        dx = dx.view(*dy.shape[:-1], K)
+    return dx, dweight, dbias, dA, dB, du, dv
+
+
+def _place(grad, factor, expert, c: Controls, b: int, columns: bool):
+    """The gradient of the live rows (or columns) in a tensor like the factor, zero elsewhere."""
+    if c.frozen:
+        ranks = torch.arange(b, device=grad.device)
+        last = (ranks == c.rank - 1).to(grad.dtype)
+        grad = grad * (last if columns else last.unsqueeze(1))
+    if factor.dim() == 2 and b == factor.shape[1 if columns else 0]:
+        return grad
+    full = grad.new_zeros(factor.shape)
+    if factor.dim() == 3 and not isinstance(expert, int):
+        return full.index_copy_(0, expert.reshape(1), grad.unsqueeze(0))
+    slot = full[expert] if factor.dim() == 3 else full
+    (slot[:, :b] if columns else slot[:b]).copy_(grad)
+    return full

@@ -1,0 +1,134 @@
+"""Builds the native extension `peft_fused._C` where that is possible; the metadata is in pyproject.toml.
+
+PEFT_FUSED_BUILD chooses: auto (default: the C++ extension when torch is importable, with CUDA kernels when torch is a
+CUDA build and nvcc is there), cpu (never CUDA), cuda (CUDA kernels even beside a CPU-only torch), off (pure Python),
+force (auto, but anything that prevents a build is an error). torch is no build requirement: an isolated build would
+fetch another torch than the one that will load the extension, so native builds need --no-build-isolation.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+MODES = ("auto", "off", "cpu", "cuda", "force")
+# sm_90a brings wgmma; PTX of the oldest supported architecture serves whatever comes later.
+CUDA_ARCHITECTURES = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    return shutil.which("nvcc")
+
+
+def cuda_include(nvcc):
+    """Include and library folders of the toolkit, from nvcc itself: its path may be a link or a wrapper."""
+    out = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next((line.split("=", 1)[1].strip() for line in out.splitlines() if "TOP=" in line), None)
+    top = Path(top) if top else Path(nvcc).resolve().parent.parent
+    lib = next((d for d in (top / "lib64", top / "lib", top / "targets" / "x86_64-linux" / "lib") if d.is_dir()), top)
+    return str(top / "include"), str(lib)
+
+
+def stop(mode, reason):
+    if mode in ("cuda", "force", "cpu"):
+        sys.exit(f"PEFT_FUSED_BUILD={mode}: {reason}")
+    print(f"peft_fused: pure Python install: {reason}", file=sys.stderr)
+
+
+def native_extension(mode):
+    """(extensions, build command) or None when this is to be a pure Python package."""
+    if mode == "off":
+        return None
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        stop(mode, f"torch cannot be imported in this build environment ({error}); use --no-build-isolation")
+        return None
+    if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
+        stop(mode, "there is no C++ compiler")
+        return None
+
+    nvcc = find_nvcc()
+    if mode == "cuda" and nvcc is None:
+        stop(mode, "nvcc was not found (set CUDA_HOME)")
+    with_cuda = nvcc is not None and (mode == "cuda" or (mode != "cpu" and torch.version.cuda is not None))
+    if mode == "force" and torch.version.cuda is not None and nvcc is None:
+        stop(mode, "torch is a CUDA build but nvcc was not found (set CUDA_HOME)")
+
+    sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
+    extension = CppExtension(
+        "peft_fused._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter"],
+    )
+
+    class Build(BuildExtension):
+        """Compiles the .cu files with nvcc directly: torch's own CUDA build needs a CUDA torch."""
+
+        def build_extensions(self):
+            if with_cuda:
+                try:
+                    self.add_cuda_objects()
+                except (subprocess.CalledProcessError, OSError) as error:
+                    if mode in ("cuda", "force"):
+                        raise
+                    print(f"peft_fused: CUDA kernels are left out, nvcc failed: {error}", file=sys.stderr)
+            super().build_extensions()
+            self.write_stamp(Path(self.get_ext_fullpath("peft_fused._C")).parent)
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            self.write_stamp(ROOT / "peft_fused")
+
+        def add_cuda_objects(self):
+            include, lib = cuda_include(nvcc)
+            build = Path(self.build_temp)
+            build.mkdir(parents=True, exist_ok=True)
+            objects = []
+            for source in sorted((ROOT / "csrc" / "kernels").glob("*.cu")):
+                target = build / f"{source.stem}.cu.o"
+                flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+                subprocess.run([nvcc, *flags, *CUDA_ARCHITECTURES, "-c", str(source), "-o", str(target)], check=True)
+                objects.append(str(target))
+            extension.extra_objects = objects
+            extension.define_macros.append(("PEFT_FUSED_CUDA", "1"))
+            extension.include_dirs.append(include)
+            extension.library_dirs.append(lib)
+            extension.libraries += ["cudart_static", "dl", "rt", "pthread"]
+
+        def write_stamp(self, folder):
+            build = {
+                "torch": torch.__version__,
+                "torch_cuda": torch.version.cuda,
+                "cuda_kernels": bool(extension.extra_objects),
+                "architectures": ["sm_80", "sm_90a"] if extension.extra_objects else [],
+            }
+            stamp = "# Written by setup.py. Compared with the running torch before the extension is loaded.\n"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build_info.py").write_text(f"{stamp}BUILD = {build!r}\n")
+
+    return [extension], Build
+
+
+def main():
+    mode = os.environ.get("PEFT_FUSED_BUILD", "auto")
+    if mode not in MODES:
+        sys.exit(f"PEFT_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
+    native = native_extension(mode)
+    if native is None:
+        setup()
+    else:
+        extensions, build = native
+        setup(ext_modules=extensions, cmdclass={"build_ext": build})
+
+
+main()

@@ -1,0 +1,77 @@
+"""Triton's interpreter replaces `triton.jit` for a whole process, so these tests need two: the kernels run interpreted
+in a child process where there is no GPU (test_interpreter.py starts it), the compiler runs in the main one.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore = []
+if INTERPRETED:
+    collect_ignore += ["test_aot.py", "test_interpreter.py"]
+elif not torch.cuda.is_available():
+    collect_ignore += ["test_lowrank.py"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "aot: compiles kernels ahead of time; needs no GPU")
+
+
+@pytest.fixture(scope="session")
+def device():
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory is NaN, so that an output that nobody wrote, or a workspace read too early, shows."""
+
+    def poison(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def bf16_in_the_interpreter():
+    """The interpreter keeps bf16 as its bit pattern: conversion truncates and a dot multiplies the patterns."""
+    if not INTERPRETED:
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def widen(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    builder = interpreter.InterpreterBuilder
+    create_dot, cast_impl = builder.create_dot, builder.cast_impl
+
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        return create_dot(self, widen(a), widen(b), d, input_precision, max_num_imprecise_acc)
+
+    def cast(self, src, dst_type):
+        if dst_type.scalar != tl.bfloat16:
+            return cast_impl(self, widen(src), dst_type)
+        bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # to nearest, ties to even
+        return interpreter.TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(builder, "create_dot", dot)
+    patch.setattr(builder, "cast_impl", cast)
+    yield
+    patch.undo()

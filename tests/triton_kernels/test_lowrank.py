@@ -1,0 +1,356 @@
+"""The low-rank kernels against float64: values, gradients, dropout mask, runtime controls, determinism.
+
+Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from peft_fused.triton_kernels import lowrank
+from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
+from peft_fused.triton_kernels.lowrank import lowrank_bwd, lowrank_fwd
+
+NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TYPES = {
+    "fp32": (FP32, FP32),
+    "fp16": (FP16, FP16),
+    "fp16-fp32": (FP16, FP32),
+    "bf16": (BF16, BF16),
+    "bf16-fp32": (BF16, FP32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    T: int = 37
+    N: int = 80
+    K: int = 72
+    r: int = 5
+    types: str = "fp32"
+    base: str = "add"  # "add", "weight" or "none"
+    bias: bool = False
+    vectors: bool = False
+    experts: int = 0  # slots of A and B; B uses the last, A the first but one
+    share_b: bool = False  # B is not stacked
+    rank: int | None = None
+    frozen: bool = False
+    p: float = 0.0
+    strided: bool = False
+    parts: int = 1  # splits and stripes
+    seed: int = 0x1234_5678_9ABC_DEF1
+    draws: int = 1  # inputs drawn; their errors are pooled where an output has few elements
+
+    def __str__(self):
+        default = Case.__dataclass_fields__
+        changed = {k: v for k, v in vars(self).items() if v != default[k].default}
+        return "-".join(f"{k}{v}" for k, v in changed.items()) or "default"
+
+
+def make(case, device, draw=0):
+    """Inputs by name, B non-zero. Strided rows leave gaps that hold NaN."""
+    generator = torch.Generator().manual_seed(hash((case.T, case.N, case.K, case.r, draw)) % 2**31)
+    dtype, adapter = TYPES[case.types]
+
+    def normal(*shape, dtype, std=1.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(dtype).to(device)
+
+    def factors(size):
+        """Signs times 0.5..1.5: without the tail of a normal, no single element decides the largest error."""
+        uniform = torch.rand(2, size, generator=generator, dtype=torch.float64)
+        return ((0.5 + uniform[0]) * (uniform[1] - 0.5).sign()).to(adapter).to(device)
+
+    def rows(*shape):
+        value = normal(*shape, dtype=dtype)
+        if not case.strided:
+            return value
+        wide = torch.full((shape[0], 2 * shape[1] + 3), float("nan"), dtype=dtype, device=device)
+        wide[:, 1 : 1 + shape[1]] = value
+        return wide[:, 1 : 1 + shape[1]]
+
+    stack = (case.experts,) if case.experts else ()
+    stack_b = () if case.share_b else stack
+    t = {
+        "x": rows(case.T, case.K),
+        "dy": rows(case.T, case.N),
+        "A": normal(*stack, case.r, case.K, dtype=adapter, std=case.K**-0.5),
+        "B": normal(*stack_b, case.N, case.r, dtype=adapter, std=0.05 if case.base == "weight" else 0.3),
+        "weight": normal(case.N, case.K, dtype=dtype, std=case.K**-0.5) if case.base == "weight" else None,
+        "add": rows(case.T, case.N) if case.base == "add" else None,
+        "bias": normal(case.N, dtype=dtype) if case.bias else None,
+        "u": factors(case.r) if case.vectors else None,
+        "v": factors(case.N) if case.vectors else None,
+    }
+    if case.strided and case.base == "weight":
+        t["weight"] = t["weight"].t().contiguous().t()
+    return t
+
+
+def controls(case):
+    return {
+        "scale": 1.75,
+        "rank": case.rank,
+        "expert_a": 1 if case.experts else None,
+        "expert_b": case.experts - 1 if case.experts and not case.share_b else None,
+        "threshold": dropout_threshold(case.p),
+    }
+
+
+def needs_of(t):
+    return {name for name in NAMES if t[name] is not None}
+
+
+def philox_mask(seed, rows, columns, threshold):
+    """The dropout convention in plain PyTorch, from the Philox definition."""
+    word = 0xFFFFFFFF
+    groups = -(-columns // 8)
+    c0 = torch.arange(groups).expand(rows, groups)
+    c1 = torch.arange(rows)[:, None].expand(rows, groups)
+    c2 = c3 = torch.zeros(rows, groups, dtype=torch.int64)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(7):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps to the right 64 bits
+        c0, c1, c2, c3 = (
+            (second >> 32) & word ^ c1 ^ k0,
+            second & word,
+            (first >> 32) & word ^ c3 ^ k1,
+            first & word,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    words = torch.stack((c0, c1, c2, c3), -1)
+    draws = torch.stack((words & 0xFFFF, words >> 16), -1)
+    return draws.reshape(rows, groups * 8)[:, :columns] >= threshold
+
+
+def reference(case, t, dtypes, scale=None, drop_rank=None):
+    """Outputs and gradients by autograd in `dtypes` (activations, adapter). The last two arguments plant an error."""
+    c = controls(case)
+    dtype, adapter = dtypes
+    leaves = {}
+    for name, value in t.items():
+        if value is not None:
+            to = adapter if name in ("A", "B", "u", "v") else dtype
+            leaves[name] = value.detach().to(to).clone().requires_grad_(name in NAMES)
+    x = leaves["x"]
+    A = leaves["A"] if t["A"].dim() == 2 else leaves["A"][c["expert_a"]]
+    B = leaves["B"] if t["B"].dim() == 2 else leaves["B"][c["expert_b"]]
+    live = torch.arange(case.r, device=x.device) < (case.r if case.rank is None else case.rank)
+    if drop_rank is not None:
+        live = live & (torch.arange(case.r, device=x.device) != drop_rank)
+    mask = philox_mask(case.seed, case.T, case.K, c["threshold"]).to(x.device)
+    S = ((x * mask * keep_scale(c["threshold"])).to(adapter) @ A.t()) * live
+    delta = (S * leaves["u"] if case.vectors else S) @ B.t() * (c["scale"] if scale is None else scale)
+    delta = (delta * leaves["v"] if case.vectors else delta).to(dtype)
+    y = delta
+    if case.base == "weight":
+        y = x @ leaves["weight"].t() + delta
+    elif case.base == "add":
+        y = leaves["add"] + delta
+    if case.bias:
+        y = y + leaves["bias"]
+    names = sorted(needs_of(t))
+    grads = torch.autograd.grad(y, [leaves[n] for n in names], leaves["dy"], allow_unused=True)
+    out = {"y": y, "S": S}
+    for name, grad in zip(names, grads, strict=True):
+        grad = torch.zeros_like(leaves[name]) if grad is None else grad
+        if case.frozen and name in ("A", "B"):
+            only = torch.arange(case.r, device=x.device) == case.rank - 1
+            grad = grad * (only[:, None] if name == "A" else only)
+        out[f"d{name}"] = grad
+    return {name: value.detach() for name, value in out.items()}
+
+
+def run(case, t, needs=None, scale=None, plan=None, **overrides):
+    """The kernels, forward and backward."""
+    c = controls(case) | overrides
+    if scale is not None:
+        c["scale"] = scale
+    seed = torch.tensor(case.seed, device=t["x"].device) if case.p else None
+    if plan is None and t["x"].shape[0]:
+        plan = lowrank._plan(t["x"], t["A"].dtype, case.N, case.r, c["threshold"], has_weight=case.base == "weight")
+        parts = {
+            name: replace(getattr(plan, name), parts=case.parts)
+            for name in ("shrink", "grad_b", "dsu", "db", "grad_a")
+            if getattr(plan, name) is not None
+        }
+        plan = replace(plan, **parts) if case.parts > 1 else plan
+    args = (t["A"], t["B"], t["u"], t["v"])
+    y, S = lowrank_fwd(t["x"], t["weight"], t["add"], t["bias"], *args, **c, seed=seed, plan=plan)
+    needs = needs_of(t) if needs is None else needs
+    grads = lowrank_bwd(
+        t["dy"], t["x"], t["weight"], *args, S, **c, seed=seed, frozen=case.frozen, needs=needs, plan=plan
+    )
+    assert grads.keys() == needs
+    return {"y": y, "S": S} | {f"d{name}": grad for name, grad in grads.items()}
+
+
+def violations(got, truth, plain, factor=2.0):
+    """Names whose error against float64 exceeds `factor` times that of plain PyTorch, by maximum or by RMS."""
+    bad = []
+    for name, value in got.items():
+        if value.dtype != plain[name].dtype or value.isnan().any():
+            bad.append((name, f"{value.dtype}, {value.isnan().sum()} NaN"))
+            continue
+        if value.numel() == 0:
+            continue
+        for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+            error = norm(value.double() - truth[name])
+            # One rounding in fp32, a quarter in half precision: for outputs that plain PyTorch happens to get exactly.
+            floor = (1 if value.dtype == FP32 else 0.25) * torch.finfo(value.dtype).eps * norm(truth[name])
+            if error > factor * norm(plain[name].double() - truth[name]) + floor:
+                bad.append((name, error.item(), norm(plain[name].double() - truth[name]).item()))
+    return bad
+
+
+def check(case, device):
+    pools = [], [], []
+    for draw in range(case.draws):
+        t = make(case, device, draw)
+        truth = reference(case, t, (torch.float64, torch.float64))
+        plain = reference(case, t, TYPES[case.types])
+        got = run(case, t)
+        again = run(case, t)
+        assert all(torch.equal(got[name], again[name]) for name in got), "two runs differ"
+        assert all(got[name].shape == truth[name].shape for name in got)
+        for pool, values in zip(pools, (got, truth, plain), strict=True):
+            pool.append(values)
+    assert not violations(*({name: torch.cat([v[name] for v in pool]) for name in pool[0]} for pool in pools))
+
+
+# The delta alone (base "none"), so that an error of the adapter cannot hide behind the base map.
+DELTA = Case(base="none")
+CASES = [
+    *(replace(DELTA, types=types, r=r, vectors=r != 16) for types in TYPES for r in (16, 33)),
+    *(replace(DELTA, types=types, r=1, vectors=True, T=17, draws=16) for types in TYPES),
+    *(replace(DELTA, types=types, r=150, K=264, N=136, T=11) for types in ("fp32", "fp16", "bf16-fp32")),
+    *(replace(DELTA, types=types, T=131, K=330, N=270, parts=3, vectors=True) for types in TYPES),
+    *(replace(DELTA, types=types, T=131, r=70, parts=2, p=0.3, vectors=True) for types in ("fp32", "fp16", "bf16")),
+    *(replace(DELTA, types=types, p=0.1, K=50, vectors=True, r=r) for types in TYPES for r in (3, 33)),
+    *(replace(DELTA, types=types, r=16, rank=7, frozen=f) for types in ("fp32", "bf16-fp32") for f in (False, True)),
+    *(replace(DELTA, types=types, experts=3, vectors=True, p=0.2) for types in ("fp32", "fp16", "bf16-fp32")),
+    replace(DELTA, experts=3, share_b=True, rank=2, frozen=True),
+    *(replace(DELTA, T=1, types=types, vectors=True, bias=True, draws=8) for types in ("fp32", "fp16", "bf16-fp32")),
+    replace(DELTA, T=0, vectors=True, bias=True),
+    *(Case(types=types, bias=True, strided=True, K=51, N=77, p=0.1) for types in ("fp32", "bf16")),
+    *(Case(types=types, base="weight", bias=True, vectors=True, strided=s) for types in TYPES for s in (False, True)),
+    Case(T=70, N=150, base="weight", bias=True, r=16, types="fp16"),
+    Case(T=150, N=150, base="weight", experts=2, rank=4, types="bf16-fp32"),
+    Case(T=70, base="weight", bias=True, r=20, types="fp16", parts=2),
+    Case(T=70, base="weight", p=0.25, types="fp16", vectors=True),
+    Case(T=0, base="weight", bias=True, vectors=True, experts=2, p=0.5),
+    Case(T=1, base="weight", p=0.5, vectors=True, draws=8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward(case, device, poisoned):
+    check(case, device)
+
+
+def test_single_kernel_delta(device, poisoned):
+    """The single kernel on a zero base map, where only the delta is left to compare."""
+    for types in TYPES:
+        case = Case(base="weight", types=types, vectors=True, rank=4)
+        t = make(case, device) | {"weight": torch.zeros(case.N, case.K, dtype=TYPES[types][0], device=device)}
+        truth = reference(case, t, (torch.float64, torch.float64))
+        plain = reference(case, t, TYPES[types])
+        plan = lowrank._plan(t["x"], t["A"].dtype, case.N, case.r, 0)
+        assert plan.forward == "single_kernel"
+        got = run(case, t, needs=set(), plan=plan)
+        assert not violations(got, truth, plain)
+
+
+@pytest.mark.parametrize("types", ["fp32", "fp16", "bf16-fp32"])
+def test_subsets_of_needs(types, device, poisoned):
+    """Alone or in pairs, every gradient is right, whichever kernels the others would have called for."""
+    for r in (5, 70):
+        case = Case(T=19, N=40, K=24, r=r, types=types, base="weight", bias=True, vectors=True, p=0.1)
+        t = make(case, device)
+        truth = reference(case, t, (torch.float64, torch.float64))
+        plain = reference(case, t, TYPES[types])
+        for size in (0, 1, 2):
+            for needs in itertools.combinations(NAMES, size):
+                assert not violations(run(case, t, needs=set(needs)), truth, plain), needs
+
+
+@pytest.mark.parametrize("types", ["fp32", "fp16", "bf16", "bf16-fp32"])
+def test_the_rule_rejects_planted_errors(types, device):
+    """2 % in the scale or one rank of sixteen missing must fail in every output that they reach."""
+    case = replace(DELTA, types=types, r=16)
+    t = make(case, device)
+    truth = reference(case, t, (torch.float64, torch.float64))
+    plain = reference(case, t, TYPES[types])
+    assert not violations(run(case, t), truth, plain)
+    wrong_scale = {name for name, *_ in violations(run(case, t, scale=1.75 * 1.02), truth, plain)}
+    assert wrong_scale == {"y", "dx", "dA", "dB"}
+    for planted in ({"scale": 1.75 * 1.02}, {"drop_rank": 3}):
+        mutant = reference(case, t, TYPES[types], **planted)
+        assert {"y", "dx", "dA", "dB"} <= {name for name, *_ in violations(mutant, truth, plain)}
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 0x7FFF_FFFF_FFFF_FFFF, -0x1234_5678_9ABC_DEF0])
+def test_dropout_mask_is_exact(seed, device):
+    """x = 1 and A = I show the mask itself; rows and columns that end inside a block and inside a group of eight."""
+    M, K = 83, 91
+    x, A = torch.ones(M, K, device=device), torch.eye(K, device=device)
+    for threshold in (1, dropout_threshold(0.1), dropout_threshold(0.5), dropout_threshold(1.0)):
+        keep = philox_mask(seed, M, K, threshold).to(device)
+        seed_tensor = torch.tensor(seed, device=device)
+        S = lowrank.shrink(x, A, threshold=threshold, seed=seed_tensor)
+        assert torch.equal(S != 0, keep)
+        _, U, _ = lowrank.grad_a(
+            x, x, A, S, threshold=threshold, seed=seed_tensor, need_dA=False, need_dx=True, need_du=False
+        )
+        assert torch.equal(U != 0, keep)
+        torch.testing.assert_close(S, keep * keep_scale(threshold))
+
+
+def test_controls_on_the_device_equal_numbers(device):
+    """A 0-d tensor gives the same bits as the number, for every control, whatever the integer or float type."""
+    for base in ("none", "weight"):
+        case = Case(experts=3, rank=3, frozen=True, vectors=True, base=base)
+        t = make(case, device)
+        expected = run(case, t)
+        for integer, floating in ((torch.int32, torch.float32), (torch.int64, torch.float64)):
+            tensors = {
+                "scale": torch.tensor(1.75, dtype=floating, device=device),
+                "rank": torch.tensor(3, dtype=integer, device=device),
+                "expert_a": torch.tensor([0, 1], dtype=integer, device=device)[1],
+                "expert_b": torch.tensor([0, 2], dtype=integer, device=device)[1],
+            }
+            got = run(case, t, **tensors)
+            assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_other_experts_get_zero(device):
+    case = Case(experts=3, vectors=True)
+    t = make(case, device)
+    got = run(case, t)
+    assert got["dA"][1].abs().sum() > 0 and got["dB"][2].abs().sum() > 0
+    assert not got["dA"][[0, 2]].any() and not got["dB"][[0, 1]].any()
+
+
+def test_single_kernel_refuses_dropout(device):
+    t = make(Case(base="weight"), device)
+    plan = lowrank._plan(t["x"], t["A"].dtype, 80, 5, 0)
+    with pytest.raises(ValueError, match="no dropout"):
+        run(Case(base="weight", p=0.5), t, plan=plan)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts compilations on a GPU")
+def test_values_do_not_recompile(device):
+    """New numbers of rows, scales, ranks, experts, thresholds and seeds reuse the compiled kernels."""
+    kernels = [value for name, value in vars(lowrank.kernels).items() if name.endswith("_kernel")]
+
+    def compiled():
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    counts = []
+    for step, T in enumerate((1000, 1001, 1008, 1024)):
+        case = Case(T=T, N=256, K=256, r=16, types="bf16", experts=17, p=0.1 + step / 16, rank=1 + 5 * step, seed=step)
+        t = make(case, device)
+        run(case, t, scale=1 + step, expert_a=step, expert_b=16 - 5 * step)
+        counts.append(compiled())
+    assert counts[0] == counts[-1]

@@ -1,0 +1,126 @@
+"""Plans are a pure function: no GPU, no triton, no measurement."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from peft_fused.triton_kernels import plan as plans
+from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
+from peft_fused.triton_kernels.plan import Launch, Problem, configurations, plan, table_key
+
+PROBLEM = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, False, True)
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Writes the tuned file of PROBLEM's GPU."""
+
+    def write(table):
+        (tmp_path / "Some-GPU-80GB.json").write_text(json.dumps(table))
+
+    monkeypatch.setattr(plans, "TUNED", tmp_path)
+    for cached in (plans._plan, plans.tuned_table):
+        cached.cache_clear()
+    yield write
+    for cached in (plans._plan, plans.tuned_table):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change, forward",
+    [
+        ({}, "shrink_expand_gemm"),
+        ({"m": 64}, "single_kernel"),
+        ({"m": 64, "r": 256}, "shrink_expand_gemm"),
+        ({"m": 64, "dropout": True}, "shrink_expand_gemm"),
+        ({"n": 3072}, "single_kernel"),
+        ({"n": 3072, "r": 17}, "shrink_expand_gemm"),
+        ({"n": 3072, "dropout": True}, "shrink_expand_gemm"),
+        ({"has_weight": False}, "shrink_expand_add"),
+        ({"m": 1, "has_weight": False}, "shrink_expand_add"),
+    ],
+)
+def test_forward_path(change, forward):
+    assert plan(replace(PROBLEM, **change)).forward == forward
+
+
+def test_rows_are_bucketed_by_powers_of_two():
+    assert plan(replace(PROBLEM, m=2049)) == plan(PROBLEM) != plan(replace(PROBLEM, m=2048))
+    assert plan(replace(PROBLEM, m=0)).forward == "single_kernel"
+
+
+def test_any_problem_has_a_plan():
+    for m, n, k, r in ((1, 1, 1, 1), (5, 7, 11, 256), (10**7, 128256, 28672, 200)):
+        for sm_count in (1, 7, 148):
+            for dtype in ("float16", "bfloat16", "float32"):
+                for adapter in {dtype, "float32"}:
+                    chosen = plan(Problem(m, n, k, r, dtype, adapter, "cuda", "unheard of", sm_count, True, False))
+                    assert min(chosen.shrink.parts, chosen.db.parts, chosen.grad_a.parts) >= 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"r": 0}, "rank"),
+        ({"r": 257}, "rank"),
+        ({"dtype": "float64"}, "float64"),
+        ({"adapter_dtype": "float16"}, "types"),
+    ],
+)
+def test_unsupported_problems_raise(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(replace(PROBLEM, **change))
+
+
+def test_tuned_file_replaces_fields(tuned):
+    default = plan(PROBLEM)
+    other = replace(PROBLEM, n=8192)
+    other_default = plan(other)
+    assert default.linear is None and default.grad_b is not None
+    linear = dict(block_m=128, block_n=256, block_r=16, num_warps=8, num_stages=3, block_k=64)
+    tuned(
+        {table_key(PROBLEM): {"forward": "single_kernel", "linear": linear, "shrink": {"block_m": 32}, "grad_b": None}}
+    )
+    for cached in (plans._plan, plans.tuned_table):
+        cached.cache_clear()
+    chosen = plan(replace(PROBLEM, m=3000))
+    assert chosen.forward == "single_kernel" and chosen.linear == Launch(**linear) and chosen.grad_b is None
+    assert chosen.shrink == replace(default.shrink, block_m=32) and chosen.expand == default.expand
+    assert plan(other) == other_default
+    assert plan(replace(PROBLEM, gpu="Another")) == default
+
+
+def test_tuned_file_with_an_unknown_field_raises(tuned):
+    tuned({table_key(PROBLEM): {"shrnk": {"block_m": 32}}})
+    with pytest.raises(ValueError, match="shrnk"):
+        plan(PROBLEM)
+
+
+def test_configurations_are_distinct():
+    found = configurations()
+    assert len(found) == len(set(found))
+    assert {config.kernel for config in found} == {
+        f"{name}_kernel" for name in ("shrink", "expand", "linear", "grad_b", "grad_a", "reduce")
+    }
+
+
+def test_thresholds():
+    assert dropout_threshold(0.0) == 0 and keep_scale(0) == 1.0
+    assert dropout_threshold(0.1) == 6554
+    assert dropout_threshold(1.0) == 65535
+    assert keep_scale(32768) == 2.0
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError):
+            dropout_threshold(p)
+
+
+def test_needs_neither_torch_nor_triton():
+    code = (
+        "import sys; sys.modules.update(torch=None, triton=None);"
+        f"sys.path.insert(0, {str(plans.TUNED.parent.parent)!r});"
+        f"import importlib; name = {plans.TUNED.parent.name!r};"
+        "importlib.import_module(name + '.plan').configurations(); importlib.import_module(name + '.dropout')"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -1,0 +1,500 @@
+"""Low-rank adapter on a linear map, forward and backward, by Triton kernels.
+
+    y = x W^T + bias + scale * v . (B[eb] (u . keep_rank(A[ea] drop(x))))
+
+x [M, K], W [N, K], A [r, K] or [E, r, K], B [N, r] or [E, N, r], u [r], v [N], bias [N]; 1 <= r <= 256. x and W share
+one of fp16, bf16, fp32; A, B, u, v are of that type or all fp32. x, dY and `add` may have any strides. `scale`, `rank`
+and `expert` are Python numbers or 0-d tensors on the device, and the dropout seed is a 0-d int64 tensor: no value of
+theirs synchronises or recompiles. S = keep_rank(A drop(x)) is what the forward saves, without u and in A's type.
+
+Backward, with t = dY^T S:   dSu = scale dY (v . B)     dB = scale v . u . t     dv = scale rowsum(B . u . t)
+                             dA  = u . dSu^T drop(x)    du = colsum(dSu . S)     dX = drop^T((u . dSu) A) + dY W
+
+These functions launch what `plan` says and check little: types, shapes and index ranges are the caller's business.
+"""
+
+from functools import cache
+
+import torch
+
+from . import lowrank_kernels as kernels
+from .dropout import keep_scale
+from .plan import Launch, LaunchPlan, Problem, cdiv, reduce_launch
+from .plan import plan as make_plan
+
+GROUP_M = 8
+
+
+def shrink(x, A, *, rank=None, expert=None, threshold=0, seed=None, plan=None):
+    """S [M, r] = keep_rank(A[expert] drop(x)) in A's type. threshold: see dropout_threshold; it needs the seed."""
+    S = x.new_empty(x.shape[0], A.shape[-2], dtype=A.dtype)
+    if x.shape[0]:
+        plan = plan or _plan(x, A.dtype, x.shape[1], A.shape[-2], threshold)
+        with torch.cuda.device_of(x):
+            _shrink(x, A, _stack_strides(A), None, S, 1.0, rank, expert, threshold, seed, plan.shrink)
+    return S
+
+
+def expand(S, B, *, out_dtype, add=None, bias=None, u=None, v=None, scale=1.0, expert=None, plan=None):
+    """T [M, N] = scale * v . (B[expert] (u . S)) + bias + add in out_dtype. add [M, N] may have any strides."""
+    M, N = S.shape[0], B.shape[-2]
+    T = S.new_empty(M, N, dtype=out_dtype)
+    if M:
+        plan = plan or _plan(T, B.dtype, N, B.shape[-1], 0)
+        with torch.cuda.device_of(S):
+            _expand(S, B, _stack_strides(B), u, v, bias, add, T, scale, expert, 0, None, plan.expand)
+    return T
+
+
+def linear(x, weight, bias, A, B, *, scale, rank=None, expert_a=None, expert_b=None, u=None, v=None, plan=None):
+    """(y [M, N] in x's type, S [M, r]) from the single kernel, without dropout."""
+    (M, K), N, r = x.shape, weight.shape[0], A.shape[-2]
+    y = x.new_empty(M, N)
+    S = x.new_empty(M, r, dtype=A.dtype)
+    if M == 0:
+        return y, S
+    launch = (plan or _plan(x, A.dtype, N, r, 0)).linear
+    if launch is None:
+        raise ValueError("the plan has no single kernel for this problem")
+    scale_ptr, scale = _control(scale, 1.0)
+    rank_ptr, rank = _control(rank, r)
+    expert_a_ptr, expert_a = _control(expert_a, 0)
+    expert_b_ptr, expert_b = _control(expert_b, 0)
+    with torch.cuda.device_of(x):
+        kernels.linear_kernel[(cdiv(M, launch.block_m) * cdiv(N, launch.block_n),)](
+            x, weight, bias, A, B, u, v, y, S, scale_ptr, rank_ptr, expert_a_ptr, expert_b_ptr,
+            M, N, K, r, scale, rank, expert_a, expert_b,
+            *x.stride(), *weight.stride(), *_stack_strides(A), *_stack_strides(B),
+            PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+            BLOCK_R=launch.block_r, GROUP_M=GROUP_M, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return y, S
+
+
+def grad_b(
+    dy,
+    B,
+    S,
+    *,
+    scale,
+    rank=None,
+    expert=None,
+    u=None,
+    v=None,
+    frozen=False,
+    need_dS,
+    need_dB,
+    need_dv,
+    need_dbias,
+    plan=None,
+):
+    """(dSu [M, r] in B's type, dB like B, dv [N], dbias [N] in dy's type); None for what is not needed.
+
+    frozen: dB is zero but for column rank - 1. A stacked B gets a gradient that is zero outside its expert.
+    """
+    (M, N), r = dy.shape, B.shape[-1]
+    dSu = dy.new_empty(M, r, dtype=B.dtype) if need_dS else None
+    dB = _gradient(B, B.shape, M) if need_dB else None
+    dv = _gradient(v, v.shape, M) if need_dv else None
+    dbias = _gradient(dy, (N,), M) if need_dbias else None
+    if M == 0:
+        return dSu, dB, dv, dbias
+
+    plan = plan or _plan(dy, B.dtype, N, r, 0)
+    strides = _stack_strides(B)
+    over_rows = need_dB or need_dv
+    planes = sums = None
+    with torch.cuda.device_of(dy):
+        if need_dS and (over_rows or need_dbias) and plan.grad_b is not None:
+            stripes = cdiv(M, plan.grad_b.block_m)
+            planes, sums = _workspace(dy, stripes, N, r, over_rows, need_dbias)
+            _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, plan.grad_b)
+        else:
+            if need_dS:
+                transposed = (strides[0], strides[2], strides[1])
+                _shrink(dy, B, transposed, v, dSu, scale, rank, expert, 0, None, plan.dsu)
+            if over_rows or need_dbias:
+                m_blocks, stripes = _stripes(M, plan.db)
+                planes, sums = _workspace(dy, stripes, N, r, over_rows, need_dbias)
+                _over_rows(dy, S, m_blocks, plan.db, planes=planes, sums=sums)
+        if over_rows or need_dbias:
+            _reduce(
+                stripes,
+                N,
+                r,
+                planes=planes,
+                sums=sums,
+                B=B,
+                u=u,
+                v=v,
+                out=dB,
+                dv=dv,
+                dbias=dbias,
+                scale=scale,
+                rank=rank,
+                expert=expert,
+                frozen=frozen,
+            )
+    return dSu, dB, dv, dbias
+
+
+def grad_a(
+    x,
+    dSu,
+    A,
+    S,
+    *,
+    rank=None,
+    expert=None,
+    u=None,
+    threshold=0,
+    seed=None,
+    frozen=False,
+    need_dA,
+    need_dx,
+    need_du,
+    plan=None,
+):
+    """(dA like A, U [M, K] = drop^T((u . dSu) A[expert]) in x's type, du [r] like u); None for what is not needed.
+
+    frozen: dA is zero but for row rank - 1. A stacked A gets a gradient that is zero outside its expert.
+    """
+    (M, K), r = x.shape, A.shape[-2]
+    U = x.new_empty(M, K) if need_dx else None
+    dA = _gradient(A, A.shape, M) if need_dA else None
+    du = _gradient(u, u.shape, M) if need_du else None
+    if M == 0:
+        return dA, U, du
+
+    plan = plan or _plan(x, A.dtype, K, r, threshold)
+    strides = _stack_strides(A)
+    with torch.cuda.device_of(x):
+        fused = need_dx and plan.fused_a and (need_dA or need_du)
+        if need_dx and not fused:
+            transposed = (strides[0], strides[2], strides[1])
+            _expand(dSu, A, transposed, u, None, None, None, U, 1.0, expert, threshold, seed, plan.expand)
+        if need_dA or need_du:
+            m_blocks, stripes = _stripes(M, plan.grad_a)
+            planes = x.new_empty(stripes, K, r, dtype=torch.float32) if need_dA else None
+            dots = x.new_empty(stripes, r, dtype=torch.float32) if need_du else None
+            _over_rows(
+                x,
+                dSu,
+                m_blocks,
+                plan.grad_a,
+                A=A,
+                S=S,
+                u=u,
+                dx=U if fused else None,
+                planes=planes,
+                dots=dots,
+                expert=expert,
+                threshold=threshold,
+                seed=seed,
+            )
+            _reduce(
+                stripes,
+                K,
+                r,
+                planes=planes,
+                dots=dots,
+                u=u,
+                out=dA.mT if need_dA else None,
+                du=du,
+                scale=keep_scale(threshold),
+                rank=rank,
+                expert=expert,
+                frozen=frozen,
+            )
+    return dA, U, du
+
+
+def lowrank_fwd(
+    x,
+    weight,
+    add,
+    bias,
+    A,
+    B,
+    u,
+    v,
+    *,
+    scale,
+    rank=None,
+    expert_a=None,
+    expert_b=None,
+    threshold=0,
+    seed=None,
+    plan=None,
+):
+    """(y [M, N], S [M, r]). With a weight, y = x weight^T + bias + delta; without, y = add + bias + delta.
+
+    The adapter comes first and the base product last, accumulated onto it: one rounding less of the larger term.
+    """
+    n = B.shape[-2]
+    plan = plan or _plan(x, A.dtype, n, A.shape[-2], threshold, has_weight=weight is not None)
+    if plan.forward == "single_kernel":
+        if threshold or weight is None:
+            raise ValueError("the single kernel needs a weight and no dropout")
+        return linear(
+            x, weight, bias, A, B, scale=scale, rank=rank, expert_a=expert_a, expert_b=expert_b, u=u, v=v, plan=plan
+        )
+    S = shrink(x, A, rank=rank, expert=expert_a, threshold=threshold, seed=seed, plan=plan)
+    y = expand(
+        S,
+        B,
+        out_dtype=x.dtype,
+        add=add if weight is None else None,
+        bias=bias,
+        u=u,
+        v=v,
+        scale=scale,
+        expert=expert_b,
+        plan=plan,
+    )
+    if weight is not None:
+        y.addmm_(x, weight.t())
+    return y, S
+
+
+def lowrank_bwd(
+    dy,
+    x,
+    weight,
+    A,
+    B,
+    u,
+    v,
+    S,
+    *,
+    scale,
+    rank=None,
+    expert_a=None,
+    expert_b=None,
+    threshold=0,
+    seed=None,
+    frozen=False,
+    needs,
+    plan=None,
+):
+    """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v; each in its parameter's type.
+
+    Without a weight, the gradient of x is that of the delta alone. x is not read when neither A nor weight needs it.
+    """
+    plan = plan or _plan(x, A.dtype, B.shape[-2], A.shape[-2], threshold, has_weight=weight is not None)
+    need_dS = not needs.isdisjoint(("x", "A", "u"))
+    dSu, dB, dv, dbias = grad_b(
+        dy,
+        B,
+        S,
+        scale=scale,
+        rank=rank,
+        expert=expert_b,
+        u=u,
+        v=v,
+        frozen=frozen,
+        need_dS=need_dS,
+        need_dB="B" in needs,
+        need_dv="v" in needs,
+        need_dbias="bias" in needs,
+        plan=plan,
+    )
+    dA, dx, du = grad_a(
+        x,
+        dSu,
+        A,
+        S,
+        rank=rank,
+        expert=expert_a,
+        u=u,
+        threshold=threshold,
+        seed=seed,
+        frozen=frozen,
+        need_dA="A" in needs,
+        need_dx="x" in needs,
+        need_du="u" in needs,
+        plan=plan,
+    )
+    if dx is not None and weight is not None:
+        dx.addmm_(dy, weight)
+    grads = {"x": dx, "bias": dbias, "A": dA, "B": dB, "u": du, "v": dv}
+    if "weight" in needs:
+        grads["weight"] = dy.t() @ x
+    return {name: grads[name] for name in needs}
+
+
+def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LaunchPlan:
+    gpu, sm_count = _gpu(x.device)
+    m, k = x.shape
+    return make_plan(
+        Problem(
+            m, n, k, r, _name(x.dtype), _name(adapter_dtype), x.device.type, gpu, sm_count, threshold > 0, has_weight
+        )
+    )
+
+
+@cache
+def _gpu(device: torch.device) -> tuple[str, int]:
+    if device.type != "cuda":
+        return "", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _precision() -> str:
+    """fp32 products keep fp32 accuracy by three tf32 ones unless the user lets PyTorch's own products use tf32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def _control(value, default):
+    """(pointer, value) of a runtime control, in the default's type so that 2 and 2.0 are one specialisation."""
+    if isinstance(value, torch.Tensor):
+        return value, default
+    return None, default if value is None else type(default)(value)
+
+
+def _stack_strides(factor) -> tuple[int, int, int]:
+    return (factor.stride(0) if factor.dim() == 3 else 0, factor.stride(-2), factor.stride(-1))
+
+
+def _stripes(M: int, launch: Launch) -> tuple[int, int]:
+    """(blocks of rows per stripe, number of stripes)."""
+    blocks = cdiv(M, launch.block_m)
+    per_stripe = cdiv(blocks, launch.parts)
+    return per_stripe, cdiv(blocks, per_stripe)
+
+
+def _gradient(like, shape, M):
+    """The kernels write all of a gradient except the other slots of a stack, and nothing when there are no rows."""
+    return like.new_zeros(shape) if len(shape) == 3 or M == 0 else like.new_empty(shape)
+
+
+def _workspace(like, stripes, columns, r, need_planes, need_sums):
+    planes = like.new_empty(stripes, columns, r, dtype=torch.float32) if need_planes else None
+    return planes, like.new_empty(stripes, columns, dtype=torch.float32) if need_sums else None
+
+
+def _split(columns: int, launch: Launch) -> tuple[int, int]:
+    """(blocks of columns per split, number of splits)."""
+    blocks = cdiv(columns, launch.block_n)
+    per_split = cdiv(blocks, launch.parts)
+    return per_split, cdiv(blocks, per_split)
+
+
+def _splits_of(out, splits):
+    return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+
+
+def _shrink(x, A, strides, v, out, scale, rank, expert, threshold, seed, launch):
+    (M, K), r = x.shape, out.shape[1]
+    k_blocks, splits = _split(K, launch)
+    target = _splits_of(out, splits)
+    scale_ptr, scale = _control(scale, 1.0)
+    rank_ptr, rank = _control(rank, r)
+    expert_ptr, expert = _control(expert, 0)
+    kernels.shrink_kernel[(cdiv(M, launch.block_m), splits, cdiv(r, launch.block_r))](
+        x, A, v, target, scale_ptr, rank_ptr, expert_ptr, seed,
+        M, K, r, scale, rank, expert, threshold, k_blocks, *x.stride(), *strides,
+        DROPOUT=threshold > 0, PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_K=launch.block_n,
+        BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(splits, M, r, planes=target, out=out)
+
+
+def _expand(S, B, strides, u, v, bias, add, out, scale, expert, threshold, seed, launch):
+    (M, N), r = out.shape, S.shape[1]
+    scale_ptr, scale = _control(scale, 1.0)
+    expert_ptr, expert = _control(expert, 0)
+    kernels.expand_kernel[(cdiv(M, launch.block_m), cdiv(N, launch.block_n))](
+        S, B, u, v, bias, add, out, scale_ptr, expert_ptr, seed,
+        M, N, r, scale, expert, threshold, *strides, *((0, 0) if add is None else add.stride()),
+        DROPOUT=threshold > 0, PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+
+
+def _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, launch):
+    (M, N), r = dy.shape, B.shape[-1]
+    n_blocks, splits = _split(N, launch)
+    target = _splits_of(dSu, splits)
+    scale_ptr, scale = _control(scale, 1.0)
+    rank_ptr, rank = _control(rank, r)
+    expert_ptr, expert = _control(expert, 0)
+    kernels.grad_b_kernel[(cdiv(M, launch.block_m), splits)](
+        dy, B, S, v, target, planes, sums, scale_ptr, rank_ptr, expert_ptr,
+        M, N, r, scale, rank, expert, n_blocks, *dy.stride(), *strides,
+        PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _reduce(splits, M, r, planes=target, out=dSu)
+
+
+def _over_rows(
+    x,
+    dSu,
+    m_blocks,
+    launch,
+    *,
+    A=None,
+    S=None,
+    u=None,
+    dx=None,
+    planes=None,
+    dots=None,
+    sums=None,
+    expert=None,
+    threshold=0,
+    seed=None,
+):
+    """grad_a_kernel; also dB's planes and the bias sums, with x := dY and dSu := S."""
+    (M, K), r = x.shape, dSu.shape[1]
+    expert_ptr, expert = _control(expert, 0)
+    columns = 1 if dx is None and planes is None and sums is None else cdiv(K, launch.block_n)
+    kernels.grad_a_kernel[(columns, cdiv(M, m_blocks * launch.block_m), cdiv(r, launch.block_r))](
+        x, dSu, A, S, u, dx, planes, dots, sums, expert_ptr, seed,
+        M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else _stack_strides(A)),
+        NEED_DX=dx is not None, NEED_DA=planes is not None, DROPOUT=threshold > 0, PREC=_precision(),
+        BLOCK_M=launch.block_m, BLOCK_K=launch.block_n, BLOCK_R=launch.block_r,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+
+
+def _reduce(
+    count,
+    X,
+    r,
+    *,
+    planes=None,
+    sums=None,
+    dots=None,
+    B=None,
+    u=None,
+    v=None,
+    out=None,
+    dv=None,
+    dbias=None,
+    du=None,
+    scale=1.0,
+    rank=None,
+    expert=None,
+    frozen=False,
+):
+    """Second stage of every partial sum; see reduce_kernel. `out` is indexed [expert, x, j] through its strides."""
+    block_p, block_x, block_r, num_warps = reduce_launch(r)
+    scale_ptr, scale = _control(scale, 1.0)
+    rank_ptr, rank = _control(rank, r)
+    expert_ptr, expert = _control(expert, 0)
+    rows = X if planes is not None or sums is not None else 1
+    kernels.reduce_kernel[(cdiv(rows, block_x),)](
+        planes, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
+        count, X, r, scale, rank, expert,
+        *((0, 0, 0) if out is None else _stack_strides(out)), *((0, 0, 0) if B is None else _stack_strides(B)),
+        FROZEN=frozen, BLOCK_P=block_p, BLOCK_X=block_x, BLOCK_R=block_r, num_warps=num_warps, num_stages=1,
+    )  # fmt: skip

@@ -1,0 +1,306 @@
+"""Launch plans: a pure function from the description of a problem to the kernels and tiles that run it.
+
+Nothing here needs triton, torch or a GPU. A plan comes from a table measured on the GPU at hand,
+`tuned/<gpu name>.json`, where there is one, and otherwise from the defaults below, which hold on any GPU: nothing is
+measured at run time and an unknown GPU is no error. The defaults were chosen from the compiler's resource report (no
+register spills, at most 163 KB of shared memory, so that they also run on sm_80), not from timings.
+
+A tuned file maps `table_key(problem)` to the fields that replace the default, for example
+    {"m4096_n4096_k4096_r16_bfloat16_bfloat16": {"forward": "shrink_expand_gemm", "shrink": {"block_m": 32}}}
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+TUNED = Path(__file__).parent / "tuned"
+MAX_RANK = 256
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x [m, k] against W [n, k] with rank r. Types are names such as "bfloat16"; device is "cuda" or "cpu"."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    device: str
+    gpu: str
+    sm_count: int
+    dropout: bool
+    has_weight: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile and shape of one kernel.
+
+    block_n counts columns of the wide matrix (x, y, dY or dx), block_r ranks, block_k steps of the inner product of the
+    single kernel. `parts` is how many programs share one sum: splits of the columns or stripes of the rows.
+    """
+
+    block_m: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    block_k: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """How a problem runs.
+
+    forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add".
+    grad_b: dSu and dB from one pass over dY; None for two passes, by `dsu` and `db`.
+    fused_a: dx and dA from one kernel, otherwise dx from `expand`.
+    """
+
+    forward: str
+    shrink: Launch
+    expand: Launch
+    linear: Launch | None
+    grad_b: Launch | None
+    dsu: Launch
+    db: Launch
+    fused_a: bool
+    grad_a: Launch
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One kernel to compile: its constexpr arguments and its types."""
+
+    kernel: str
+    dtype: str
+    adapter_dtype: str
+    constexprs: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+
+
+# Tiles by class of operands: "half" (all of one 16-bit type), "split" (bf16 activations, fp32 adapter: every product
+# is three bf16 ones), "full" (fp32, or fp16 activations against an fp32 adapter: tf32x3). The last two hold more
+# operands in registers, so their tiles are smaller. Keys are the rank block; a rank above the largest takes several.
+# Tuples are (block_m, block_n, num_warps, num_stages).
+SHRINK = {
+    "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    "split": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3)},
+    "full": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},
+}
+EXPAND = {
+    "half": {16: (64, 128, 8, 1), 32: (64, 128, 8, 1), 64: (64, 128, 8, 1)},
+    "split": {16: (64, 64, 4, 1), 32: (64, 64, 4, 1)},
+    "full": {16: (64, 64, 4, 1), 32: (64, 64, 4, 1)},
+}
+GRAD_B = {
+    "half": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3)},
+    "split": {16: (128, 64, 8, 3)},
+    "full": {},
+}
+GRAD_A_FUSED = {
+    "half": {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (32, 64, 4, 3)},
+    "split": {16: (64, 64, 8, 3)},
+    "full": {},
+}
+GRAD_A = {
+    "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
+    "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 3)},
+    "full": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (16, 64, 4, 3)},
+}
+# The single kernel: (block_m, block_n, block_k, num_warps, num_stages). With few rows, block_m is a maximum and W is
+# all there is to read: the narrow tile spreads it over many programs.
+LINEAR_FEW_ROWS = {"half": (64, 32, 128, 4, 3), "split": (64, 32, 32, 4, 4), "full": (32, 32, 32, 4, 3)}
+LINEAR_SMALL = {"half": (64, 64, 64, 4, 3), "split": (64, 64, 64, 4, 3), "full": (64, 32, 32, 4, 3)}
+LINEAR_LARGE = {"half": (128, 128, 64, 8, 3), "split": (128, 64, 64, 8, 3), "full": (128, 64, 32, 8, 3)}
+
+FEW_ROWS = 64
+# S on the fly repeats the product with A in every column of tiles; past this rank that outweighs reading W once.
+FEW_ROWS_MAX_RANK = 64
+NARROW = 3072
+NARROW_MAX_RANK = 16
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def operand_class(dtype: str, adapter_dtype: str) -> str:
+    if dtype == adapter_dtype and dtype != "float32":
+        return "half"
+    return "split" if dtype == "bfloat16" else "full"
+
+
+def table_key(problem: Problem) -> str:
+    """Key of a tuned file. M is bucketed by powers of two; dropout and the missing base weight have their own rows."""
+    p = problem
+    key = f"m{next_power_of_2(p.m)}_n{p.n}_k{p.k}_r{p.r}_{p.dtype}_{p.adapter_dtype}"
+    return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add")
+
+
+def plan(problem: Problem) -> LaunchPlan:
+    """Plan of a problem. Raises ValueError for a rank outside 1..256 or an unsupported pair of types."""
+    return _plan(replace(problem, m=next_power_of_2(problem.m)))
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: Problem) -> LaunchPlan:
+    if not 1 <= problem.r <= MAX_RANK:
+        raise ValueError(f"rank must be in 1..{MAX_RANK}, got {problem.r}")
+    if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
+        raise ValueError(f"unsupported types: activations {problem.dtype}, adapter {problem.adapter_dtype}")
+    chosen = _default_plan(problem)
+    changes = tuned_table(problem.gpu).get(table_key(problem)) if problem.device == "cuda" else None
+    return _merge(chosen, changes) if changes else chosen
+
+
+@lru_cache(maxsize=64)
+def tuned_table(gpu: str) -> dict:
+    """Contents of the tuned file of a GPU, empty when there is none."""
+    path = TUNED / f"{gpu.replace(' ', '-').replace('/', '-')}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _merge(chosen: LaunchPlan, changes: dict) -> LaunchPlan:
+    unknown = changes.keys() - {field.name for field in fields(LaunchPlan)}
+    if unknown:
+        raise ValueError(f"unknown fields in a tuned plan: {sorted(unknown)}")
+    values = {}
+    for name, change in changes.items():
+        current = getattr(chosen, name)
+        if isinstance(change, dict):
+            change = replace(current, **change) if current is not None else Launch(**change)
+        values[name] = change
+    return replace(chosen, **values)
+
+
+def _default_plan(p: Problem) -> LaunchPlan:
+    kind = operand_class(p.dtype, p.adapter_dtype)
+    block_r = max(16, next_power_of_2(p.r))
+    linear = _linear(p, kind, block_r)
+    forward = "shrink_expand_gemm" if p.has_weight else "shrink_expand_add"
+    if linear is not None:
+        forward = "single_kernel"
+
+    # One pass over dY leaves 4 r / block_m bytes of partial dB for every 2 bytes of half-precision dY, written and read
+    # again: with 128 rows a second pass is no dearer from rank 32 on, and it needs no such workspace. Rank 32 keeps one
+    # pass in half precision for one launch less. In fp32 the kernel would read dY through registers, unpipelined.
+    grad_b = None
+    if block_r in GRAD_B[kind]:
+        grad_b = _launch(GRAD_B[kind], block_r)
+        if kind == "half" and block_r == 16 and p.m >= 16384:
+            # Half the partial planes, once there are stripes enough to fill the GPU without short ones.
+            grad_b = replace(grad_b, block_m=256)
+        grad_b = _split_columns(grad_b, p.m, p.n, p.sm_count, least=256)
+    fused_a = block_r in GRAD_A_FUSED[kind]
+    return LaunchPlan(
+        forward=forward,
+        shrink=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.k, p.sm_count),
+        expand=_launch(EXPAND[kind], block_r),
+        linear=linear,
+        grad_b=grad_b,
+        dsu=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.n, p.sm_count),
+        db=_stripe_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.sm_count),
+        fused_a=fused_a,
+        grad_a=_stripe_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.sm_count),
+    )
+
+
+def _launch(table: dict, block_r: int) -> Launch:
+    block_r = min(block_r, max(table))
+    block_m, block_n, num_warps, num_stages = table[block_r]
+    return Launch(block_m, block_n, block_r, num_warps, num_stages)
+
+
+def _linear(p: Problem, kind: str, block_r: int) -> Launch | None:
+    if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
+        return None
+    if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK:
+        shape = LINEAR_FEW_ROWS[kind]
+        shape = (max(16, min(shape[0], next_power_of_2(p.m))), *shape[1:])
+    elif p.n <= NARROW and p.r <= NARROW_MAX_RANK:
+        shape = LINEAR_LARGE[kind]
+        if cdiv(p.m, shape[0]) * cdiv(p.n, shape[1]) < p.sm_count:
+            shape = LINEAR_SMALL[kind]
+    else:
+        return None
+    block_m, block_n, block_k, num_warps, num_stages = shape
+    return Launch(block_m, block_n, block_r, num_warps, num_stages, block_k)
+
+
+def _split_columns(launch: Launch, m: int, columns: int, sm_count: int, least: int = 1024) -> Launch:
+    """Share the columns out when the rows alone leave multiprocessors idle, but not into less than `least` columns."""
+    row_blocks = cdiv(m, launch.block_m)
+    return replace(launch, parts=max(1, min(cdiv(sm_count, max(1, row_blocks)), columns // least)))
+
+
+def _stripe_rows(launch: Launch, m: int, columns: int, sm_count: int) -> Launch:
+    """Two programs per multiprocessor, but at least four blocks of rows each: every stripe costs a partial plane."""
+    stripes = cdiv(2 * sm_count, cdiv(columns, launch.block_n))
+    return replace(launch, parts=max(1, min(stripes, m // (4 * launch.block_m))))
+
+
+def reduce_launch(r: int) -> tuple[int, int, int, int]:
+    """(planes, rows, ranks, num_warps) of a tile of the second-stage sum of rank r."""
+    block_r = max(16, next_power_of_2(r))
+    planes = 8 if block_r <= 64 else 4
+    return planes, max(8, 512 // block_r), block_r, 4 if block_r <= 64 else 8
+
+
+def kernel_configs(problem: Problem) -> list[KernelConfig]:
+    """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
+    chosen = plan(problem)
+    configs = []
+
+    def add(kernel, launch, **flags):
+        blocks = {"BLOCK_M": launch.block_m, "BLOCK_R": launch.block_r, "PREC": "tf32x3"}
+        blocks["BLOCK_K" if kernel in ("shrink_kernel", "grad_a_kernel") else "BLOCK_N"] = launch.block_n
+        if launch.block_k:
+            blocks |= {"BLOCK_K": launch.block_k, "GROUP_M": 8}
+        constexprs = tuple(sorted((blocks | flags).items()))
+        configs.append(
+            KernelConfig(kernel, problem.dtype, problem.adapter_dtype, constexprs, launch.num_warps, launch.num_stages)
+        )
+
+    dropout = problem.dropout
+    if chosen.forward == "single_kernel":
+        add("linear_kernel", chosen.linear)
+    add("shrink_kernel", chosen.shrink, DROPOUT=dropout)
+    add("expand_kernel", chosen.expand, DROPOUT=False)
+    add("expand_kernel", chosen.expand, DROPOUT=dropout)
+    if chosen.grad_b is not None:
+        add("grad_b_kernel", chosen.grad_b)
+    add("shrink_kernel", chosen.dsu, DROPOUT=False)
+    add("grad_a_kernel", chosen.db, DROPOUT=False, NEED_DX=False, NEED_DA=True)
+    for need_dx, need_da in ((True, True), (True, False)) if chosen.fused_a else ():
+        add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da)
+    for need_da in (True, False):
+        add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=False, NEED_DA=need_da)
+    planes, rows, ranks, num_warps = reduce_launch(problem.r)
+    blocks = {"BLOCK_P": planes, "BLOCK_X": rows, "BLOCK_R": ranks, "FROZEN": True}
+    constexprs = tuple(sorted(blocks.items()))
+    configs.append(KernelConfig("reduce_kernel", problem.dtype, problem.adapter_dtype, constexprs, num_warps, 1))
+    return configs
+
+
+def configurations() -> list[KernelConfig]:
+    """Every distinct kernel configuration of the default plans, over all supported types, ranks and sizes."""
+    found = {}
+    types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
+    rows = [1 << i for i in range(0, 18)]
+    ranks = [16, 32, 64, 128, 256]
+    for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096), ranks, (False, True)):
+        problem = Problem(m, n, n, r, dtype, adapter, "cpu", "", 132, dropout, True)
+        found |= dict.fromkeys(kernel_configs(problem))
+    return list(found)
