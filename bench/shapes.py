@@ -31,7 +31,7 @@ class Shape:
     @property
     def calls(self) -> int:
         """Calls per sample on a CPU: layers this small measure host overhead, not arithmetic."""
-        return 200 if self.m * self.n * self.k < 1 << 20 else 1
+        return 100 if self.m * self.n * self.k < 1 << 20 else 1
 
 
 BF16 = torch.bfloat16
@@ -48,7 +48,8 @@ CPU = (
     Shape(512, 4096, 4096, 16, BF16),
 )
 
-CPU_ALL = CPU + (
+CPU_ALL = (
+    *CPU,
     Shape(4096, 768, 768, 8, BF16, BF16),
     Shape(4096, 768, 768, 64),
     Shape(4096, 3072, 768, 8),
@@ -58,7 +59,7 @@ CPU_ALL = CPU + (
     Shape(1, 4096, 4096, 16),
 )
 
-CUDA = tuple(
+CUDA_BF16 = [
     Shape(m, k, n, r, BF16, adapter)
     for m, k, n, r in (
         (1, 4096, 4096, 16),
@@ -73,7 +74,9 @@ CUDA = tuple(
         (4096, 4096, 14336, 16),
     )
     for adapter in (torch.float32, BF16)
-) + (
+]
+CUDA = (
+    *CUDA_BF16,
     Shape(4, 32, 32, 8),
     Shape(4096, 768, 768, 8),
     Shape(4096, 768, 768, 8, BF16, dropout=0.1),

@@ -3,6 +3,7 @@
 #include "lowrank.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -112,9 +113,9 @@ bool takes(LowRankArguments& a, const std::string& backend) {
 
 // ------------------------------------------------------------------------------------------------------------ pieces
 
-// Everything backward needs that is no tensor to be differentiated.
 enum Input { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kInputs };
 
+// Everything backward needs that is no tensor to be differentiated.
 struct Call : torch::CustomClassHolder {
   double scale = 1;
   int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
@@ -157,16 +158,45 @@ struct Adapter {
   Tensor outer() const { return v.defined() ? B * v.unsqueeze(1) : B; }
 };
 
-int64_t block_rows(const Tensor& x2, bool blocked) {
-  const int64_t rows = std::max<int64_t>(1, x2.size(0));
-  if (!blocked) return rows;
-  const int64_t elements = x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu;
-  return std::min(rows, std::max<int64_t>(1, elements / std::max<int64_t>(1, x2.size(1))));
-}
+// Rows are worked on in blocks where x has to be converted or dropped out first, so that neither exists as a whole.
+// On a CPU the blocks share one parallel region: a thread takes whole blocks, in cache, instead of every small step
+// being split over the threads. How many there are depends on shapes and thread count alone, so sums over blocks are
+// taken in a fixed order.
+struct Blocks {
+  int64_t rows, count, step;
 
-Tensor load(const Tensor& x2, int64_t i, int64_t count, at::ScalarType type, const Call& c, const Device& d) {
-  const Tensor block = (count == x2.size(0) ? x2 : x2.narrow(0, i, count)).to(type);
-  return c.threshold > 0 ? drop(block, d.seed, c.threshold, i) : block;
+  Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), count(1), step(rows) {
+    if (!blocked || rows == 0) return;
+    const int64_t elements = x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu;
+    count = (rows * columns + elements - 1) / elements;
+    if (x2.is_cpu() && count > 1) {
+      const int64_t threads = at::get_num_threads();
+      count = (count + threads - 1) / threads * threads;
+    }
+    step = (rows + count - 1) / count;
+    count = (rows + step - 1) / step;
+  }
+  bool whole() const { return count == 1; }
+  Tensor of(const Tensor& t, int64_t i) const {
+    return whole() || !t.defined() ? t : t.narrow(0, i * step, std::min(step, rows - i * step));
+  }
+  template <typename F>
+  void each(const Tensor& like, F f) const {
+    if (whole() || !like.is_cpu()) {
+      for (int64_t i = 0; i < count; ++i) f(i);
+      return;
+    }
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      const at::AutoDispatchBelowADInplaceOrView guard;  // other threads do not inherit that autograd is off in here
+      for (int64_t i = begin; i < end; ++i) f(i);
+    });
+  }
+};
+
+// Row block i of x, converted and dropped out.
+Tensor load(const Tensor& x2, const Blocks& blocks, int64_t i, at::ScalarType type, const Call& c, const Device& d) {
+  const Tensor block = blocks.of(x2, i).to(type);
+  return c.threshold > 0 ? drop(block, d.seed, c.threshold, i * blocks.step) : block;
 }
 
 bool uses_onednn(const Tensor& x2, int64_t n) {
@@ -189,76 +219,82 @@ Tensor& product_into(Tensor& out, const Tensor& a, const Tensor& b, double alpha
   return out.addmm_(a, b, /*beta=*/0, alpha);
 }
 
-// S = keep_rank(A drop(x)) [m, width].
-Tensor shrink_rows(const Tensor& x2, const Adapter& ad, const Call& c, const Device& d, const Tensor& A_stack) {
 #ifdef PEFT_FUSED_CUDA
-  if (x2.is_cuda() && A_stack.stride(-1) == 1) {
-    const Tensor x = x2.stride(1) == 1 ? x2 : x2.contiguous();
-    Tensor S = at::empty({x.size(0), ad.width}, ad.A.options());
-    const c10::DeviceGuard guard(x.device());
-    ShrinkParams p{};
-    p.x = x.const_data_ptr();
-    p.A = A_stack.const_data_ptr();
-    p.S = S.mutable_data_ptr();
-    p.seed = c.threshold > 0 ? d.seed.const_data_ptr<int64_t>() : nullptr;
-    p.m = x.size(0);
-    p.k = x.size(1);
-    p.x_row = x.stride(0);
-    p.a_expert = A_stack.dim() == 3 ? A_stack.stride(0) : 0;
-    p.a_row = A_stack.stride(-2);
-    p.r = static_cast<int>(ad.width);
-    p.threshold = static_cast<uint32_t>(c.threshold);
-    p.keep_scale = keep_scale(c.threshold);
-    const Tensor rank = d.rank.defined() ? d.rank.to(at::kLong) : Tensor();
-    const Tensor expert = d.expert_a.defined() ? d.expert_a.to(at::kLong) : Tensor();
-    p.rank = {rank.defined() ? rank.const_data_ptr<int64_t>() : nullptr, ad.width};
-    p.expert = {expert.defined() ? expert.const_data_ptr<int64_t>() : nullptr, c.expert_a};
-    p.x_type = type_of(x);
-    p.a_type = type_of(A_stack);
-    check_launch(shrink(p, current_stream(x.device())), "shrink");
-    return S;
+// S = keep_rank(A drop(x)) [m, width] by the CUDA kernel.
+Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
+  const Tensor x = x2.stride(1) == 1 ? x2 : x2.contiguous();
+  const Tensor A = A_stack.stride(-1) == 1 ? A_stack : A_stack.contiguous();
+  Tensor S = at::empty({x.size(0), ad.width}, A.options());
+  const c10::DeviceGuard guard(x.device());
+  const Tensor rank = d.rank.defined() ? d.rank.to(at::kLong) : Tensor();
+  const Tensor expert = d.expert_a.defined() ? d.expert_a.to(at::kLong) : Tensor();
+  ShrinkParams p{};
+  p.x = x.const_data_ptr();
+  p.A = A.const_data_ptr();
+  p.S = S.mutable_data_ptr();
+  p.seed = c.threshold > 0 ? d.seed.const_data_ptr<int64_t>() : nullptr;
+  p.m = x.size(0);
+  p.k = x.size(1);
+  p.x_row = x.stride(0);
+  p.a_expert = A.dim() == 3 ? A.stride(0) : 0;
+  p.a_row = A.stride(-2);
+  p.r = static_cast<int>(ad.width);
+  p.threshold = static_cast<uint32_t>(c.threshold);
+  p.keep_scale = keep_scale(c.threshold);
+  p.rank = {rank.defined() ? rank.const_data_ptr<int64_t>() : nullptr, ad.width};
+  p.expert = {expert.defined() ? expert.const_data_ptr<int64_t>() : nullptr, c.expert_a};
+  p.x_type = type_of(x);
+  p.a_type = type_of(A);
+  check_launch(shrink(p, current_stream(x.device())), "shrink");
+  return S;
+}
+#endif
+
+// y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S.
+std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
+                                const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
+  const int64_t m = x2.size(0), n = ad.B.size(0);
+  const bool base_first = weight.defined() && uses_onednn(x2, n);
+  const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
+  const Tensor Q = ad.outer().t();
+  Tensor S;
+  bool have_S = false;
+#ifdef PEFT_FUSED_CUDA
+  if (x2.is_cuda()) {
+    S = shrink_cuda(x2, A_stack, ad, c, d);
+    have_S = true;
   }
 #endif
-  const bool blocked = c.mixed || c.threshold > 0;
-  if (!blocked) return ad.mask(x2.mm(ad.A.t()));
-  const int64_t m = x2.size(0), step = block_rows(x2, true);
-  Tensor S = at::empty({m, ad.width}, ad.A.options());
-  for (int64_t i = 0; i < m; i += step) {
-    const int64_t count = std::min(step, m - i);
-    Tensor rows = S.narrow(0, i, count);
-    at::mm_out(rows, load(x2, i, count, ad.A.scalar_type(), c, d), ad.A.t());
-  }
-  return ad.mask(S);
-}
-
-// y [m, n] = (base | add) + bias + alpha * P Q.
-Tensor expand_rows(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias, const Tensor& P,
-                   const Tensor& Q, double alpha, const Call& c) {
-  const int64_t m = x2.size(0), n = Q.size(1);
-  const bool base_first = weight.defined() && uses_onednn(x2, n);
-  Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
-  if (c.mixed) {
-    const int64_t step = block_rows(y, true);
-    for (int64_t i = 0; i < m; i += step) {
-      const int64_t count = std::min(step, m - i);
-      Tensor rows = y.narrow(0, i, count);
-      Tensor delta = at::empty({count, n}, P.options());
-      product_into(delta, P.narrow(0, i, count), Q, alpha);
-      if (bias.defined()) delta.add_(bias);
-      if (add2.defined()) delta.add_(add2.narrow(0, i, count));
-      rows.copy_(delta);
+  const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
+  if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
+  blocks.each(x2, [&](int64_t i) {
+    Tensor part = have_S ? blocks.of(S, i) : ad.mask(load(x2, blocks, i, ad.A.scalar_type(), c, d).mm(ad.A.t()));
+    if (!have_S) {
+      if (blocks.whole()) {
+        S = part;
+      } else {
+        blocks.of(S, i).copy_(part);
+      }
     }
-  } else if (base_first) {
-    y.addmm_(P, Q, 1, alpha);
-  } else if (add2.defined()) {
-    at::addmm_out(y, add2, P, Q, 1, alpha);
-  } else if (bias.defined()) {
-    at::addmm_out(y, bias, P, Q, 1, alpha);
-  } else {
-    product_into(y, P, Q, alpha);
-  }
+    const Tensor P = ad.inner(part, d);
+    Tensor rows = blocks.of(y, i);
+    const Tensor onto = base_first ? rows : blocks.of(add2, i);
+    if (c.mixed) {
+      Tensor delta = at::empty({rows.size(0), n}, P.options());
+      product_into(delta, P, Q, c.scale);
+      if (bias.defined()) delta.add_(bias);
+      if (onto.defined()) delta.add_(onto);
+      rows.copy_(delta);
+    } else if (base_first) {
+      rows.addmm_(P, Q, 1, c.scale);
+    } else if (onto.defined() || bias.defined()) {
+      at::addmm_out(rows, onto.defined() ? onto : bias, P, Q, 1, c.scale);
+    } else {
+      product_into(rows, P, Q, c.scale);
+    }
+  });
   if (weight.defined() && !base_first) y.addmm_(x2, weight.t());
-  return y;
+  return {y, S};
 }
 
 // The gradient of the live rows (columns) of a factor, in a tensor like the factor, zero elsewhere.
@@ -296,9 +332,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
     const Adapter ad(A, B, u, v, c, d);
     const Tensor x2 = rows_of(x);
-    const Tensor S = shrink_rows(x2, ad, c, d, A);
-    Tensor y = expand_rows(x2, weight, add.defined() ? rows_of(add) : add, bias, ad.inner(S, d), ad.outer().t(),
-                           c.scale, c);
+    const auto [y, S] = adapt(x2, weight, add.defined() ? rows_of(add) : add, bias, A, ad, c, d);
     const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
     const bool keeps_x = needs(A) || needs(weight);
     const bool keeps_S = needs(B) || needs(u) || needs(v);
@@ -331,96 +365,66 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const bool need_dS = need(kX) || need(kA) || need(kU), need_raw = need(kB) || need(kV);
     const Tensor S = saved[6];
 
-    // One pass over dY: dS and dB.
-    Tensor dS, raw;
+    // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dB, du, dA and dx.
     const auto type = A.scalar_type();
-    if (!c.mixed) {
-      if (need_dS) product_into(dS = at::empty({m, width}, A.options()), dy2, ad.outer(), c.scale);
+    const bool blocked = c.mixed || c.threshold > 0;
+    const Blocks blocks(dy2, std::max(n, k), blocked);
+    const Tensor x2 = x.defined() ? rows_of(x) : x;
+    const Tensor outer = need_dS ? ad.outer() : Tensor();
+    const bool base_first = need(kX) && weight.defined() && uses_onednn(dy2, k);
+    Tensor dx;
+    if (need(kX)) dx = base_first ? onednn_linear(dy2, weight.t(), Tensor()) : at::empty({m, k}, dy2.options());
+    std::vector<Tensor> raws(blocks.count), dus(blocks.count), dAs(blocks.count);
+    blocks.each(dy2, [&](int64_t i) {
+      const Tensor dyi = blocks.of(dy2, i).to(type), Si = blocks.of(S, i);
+      const int64_t rows = dyi.size(0);
       if (need_raw) {
-        const Tensor P = ad.inner(S, d);
-        if (m * n <= kSmallProduct) {
-          product_into(raw = at::empty({n, width}, A.options()), dy2.t(), P, c.scale);
+        const Tensor P = ad.inner(Si, d);
+        if (rows * n <= kSmallProduct) {
+          product_into(raws[i] = at::empty({n, width}, A.options()), dyi.t(), P, c.scale);
         } else {
-          product_into(raw = at::empty({width, n}, A.options()), P.t(), dy2, c.scale);
-          raw = raw.t();
+          product_into(raws[i] = at::empty({width, n}, A.options()), P.t(), dyi, c.scale);
+          raws[i] = raws[i].t();
         }
       }
-    } else {
-      if (need_dS) dS = at::empty({m, width}, A.options());
-      if (need_raw) raw = at::zeros({width, n}, A.options());
-      const Tensor P = need_raw ? ad.inner(S, d) : Tensor(), outer = need_dS ? ad.outer() : Tensor();
-      const int64_t step = block_rows(dy2, true);
-      for (int64_t i = 0; i < m; i += step) {
-        const int64_t count = std::min(step, m - i);
-        const Tensor block = dy2.narrow(0, i, count).to(type);
-        if (need_dS) {
-          Tensor rows = dS.narrow(0, i, count);
-          product_into(rows, block, outer, c.scale);
-        }
-        if (need_raw) raw.addmm_(P.narrow(0, i, count).t(), block, 1, c.scale);
-      }
-      if (need_raw) raw = raw.t();
-    }
-    if (need_dS) {
+      if (!need_dS) return;
+      Tensor dS = at::empty({rows, width}, A.options());
+      product_into(dS, dyi, outer, c.scale);
       if (d.scale.defined()) dS.mul_(d.scale);
       dS = ad.mask(dS);
-    }
+      if (need(kU)) dus[i] = (dS * Si).sum(0);
+      if (ad.u.defined()) dS = dS * ad.u;
+      if (need(kA)) dAs[i] = dS.t().mm(load(x2, blocks, i, type, c, d));
+      if (need(kX)) {
+        Tensor out_rows = blocks.of(dx, i);
+        if (!blocked) {
+          base_first ? out_rows.addmm_(dS, ad.A) : at::mm_out(out_rows, dS, ad.A);
+        } else {
+          Tensor back = dS.mm(ad.A);
+          if (c.threshold > 0) back = drop(back, d.seed, c.threshold, i * blocks.step);
+          base_first ? out_rows.add_(back) : out_rows.copy_(back);
+        }
+      }
+    });
+    const auto total = [](const std::vector<Tensor>& parts) {
+      return parts.size() == 1 ? parts[0] : at::stack(parts).sum(0);
+    };
     if (need(kU)) {
       out[kU] = at::zeros_like(u);
-      out[kU].narrow(0, 0, width).copy_((dS * S).sum(0));
+      out[kU].narrow(0, 0, width).copy_(total(dus));
     }
-    if (need_dS && ad.u.defined()) dS = dS * ad.u;
-    if (need(kV)) out[kV] = (ad.B * raw).sum(1);
-    if (need(kB)) {
-      const Tensor grad = v.defined() ? raw * v.unsqueeze(1) : raw;
-      out[kB] = place(grad, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);
+    if (need_raw) {
+      const Tensor raw = total(raws);
+      if (need(kV)) out[kV] = (ad.B * raw).sum(1);
+      if (need(kB))
+        out[kB] = place(v.defined() ? raw * v.unsqueeze(1) : raw, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);
     }
+    if (need(kA)) out[kA] = place(total(dAs), A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
     if (need(kBias)) out[kBias] = dy2.sum(0);
     if (need(kAdd)) out[kAdd] = dy;
-    if (need(kWeight)) out[kWeight] = dy2.t().mm(rows_of(x));
-
-    // One pass over x: dA; and dx, with the same blocks.
-    const bool blocked = c.mixed || c.threshold > 0;
-    if (need(kA)) {
-      const Tensor x2 = rows_of(x);
-      Tensor grad;
-      if (!blocked) {
-        grad = dS.t().mm(x2);
-      } else {
-        grad = at::zeros({width, k}, A.options());
-        const int64_t step = block_rows(x2, true);
-        for (int64_t i = 0; i < m; i += step) {
-          const int64_t count = std::min(step, m - i);
-          grad.addmm_(dS.narrow(0, i, count).t(), load(x2, i, count, type, c, d));
-        }
-      }
-      out[kA] = place(grad, A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
-    }
+    if (need(kWeight)) out[kWeight] = dy2.t().mm(x2);
     if (need(kX)) {
-      Tensor dx;
-      if (!blocked && weight.defined() && uses_onednn(dy2, k)) {
-        dx = onednn_linear(dy2, weight.t(), Tensor());
-        dx.addmm_(dS, ad.A);
-      } else {
-        if (!blocked) {
-          dx = dS.mm(ad.A);
-        } else {
-          dx = at::empty({m, k}, dy2.options());
-          const int64_t step = block_rows(dx, true);
-          for (int64_t i = 0; i < m; i += step) {
-            const int64_t count = std::min(step, m - i);
-            const Tensor rows = dS.narrow(0, i, count).mm(ad.A);
-            dx.narrow(0, i, count).copy_(c.threshold > 0 ? drop(rows, d.seed, c.threshold, i) : rows);
-          }
-        }
-        if (weight.defined()) {
-          if (uses_onednn(dy2, k)) {
-            dx.add_(onednn_linear(dy2, weight.t(), Tensor()));
-          } else {
-            dx.addmm_(dy2, weight);
-          }
-        }
-      }
+      if (weight.defined() && !base_first) dx.addmm_(dy2, weight);
       auto shape = dy.sizes().vec();
       shape.back() = k;
       out[kX] = dx.view(shape);

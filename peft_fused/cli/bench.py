@@ -1,5 +1,6 @@
 """`peft-fused bench`: the table, JSON lines and files of peft_fused.bench."""
 
+import importlib.util
 from pathlib import Path
 
 from rich.progress import Progress
@@ -44,7 +45,11 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
     if folder is None:
         err().print("nothing written: give --out, or run from the repository root")
         return
-    written = [runner.write(rows, folder), plot(rows, folder / "results.png")]
+    written = [runner.write(rows, folder)]
+    if importlib.util.find_spec("matplotlib"):
+        written.append(plot(rows, folder / "results.png"))
+    else:
+        err().print("no plot: matplotlib is not installed (pip install peft-fused[bench])", markup=False)
     err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 

@@ -50,15 +50,15 @@ def bench(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Path or hub id of an encoder [default: all-MiniLM-L6-v2]")] = None,
-    data: Annotated[Path | None, typer.Option(help="TSV, CSV or JSONL to train on [default: bundled text]")] = None,
+    model: Annotated[str | None, typer.Option(help="Path or hub id of an encoder (default: all-MiniLM-L6-v2)")] = None,
+    data: Annotated[Path | None, typer.Option(help="TSV, CSV or JSONL to train on (default: bundled text)")] = None,
     evaluation: Annotated[
         Path | None, typer.Option("--eval", help="File to evaluate on; without it 20 % of --data are held out.")
     ] = None,
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
     target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated layers to adapt [default: query and value]")
+        str | None, typer.Option(help="Comma-separated layers to adapt (default: query and value)")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 120,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapters.")] = 8,

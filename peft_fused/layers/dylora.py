@@ -162,9 +162,21 @@ class DyLoRALinear(LowRankLinear):
 
     @classmethod
     def from_linear(
-        cls, base: nn.Module, *, r: int = 8, alpha: float = 16, dropout: float = 0.0, use_rslora: bool = False, dtype=None,
-        r_min: int = 1, rank_distribution: str = "uniform", geometric_p: float = 0.15, resample: str = "step",
-        frozen: bool = False, strict_frozen: bool = False, seed: int = 0,
+        cls,
+        base: nn.Module,
+        *,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        dtype=None,
+        r_min: int = 1,
+        rank_distribution: str = "uniform",
+        geometric_p: float = 0.15,
+        resample: str = "step",
+        frozen: bool = False,
+        strict_frozen: bool = False,
+        seed: int = 0,
     ) -> "DyLoRALinear":
         """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
 

@@ -16,8 +16,14 @@ from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from peft_fused.integrations.peft.accelerate import FusedLoraLinear, accelerate, restore
 from peft_fused.ops import dispatch, lowrank_linear_reference
@@ -318,7 +324,9 @@ def test_each_adapter_has_its_own_dropout(monkeypatch):
     for name in ("lowrank_linear", "lowrank"):
         op = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *a, op=op, dropout_p, **k: (seen.append(dropout_p), op(*a, dropout_p=dropout_p, **k))[1]
+            module,
+            name,
+            lambda *a, op=op, dropout_p, **k: (seen.append(dropout_p), op(*a, dropout_p=dropout_p, **k))[1],
         )
     first(reference.train())(torch.randn(2, 24))
     first(reference.eval())(torch.randn(2, 24))
@@ -499,7 +507,7 @@ def test_replaced_parameters_are_seen(calls):
     assert calls == ["lowrank_linear"] * 2
 
 
-# ----------------------------------------------------------------------------------------- base layers called as modules
+# ---------------------------------------------------------------------------------------- base layers called as modules
 
 
 class Shifted(nn.Linear):
@@ -773,6 +781,23 @@ def test_torch_func_transforms_go_to_peft(calls):
     assert calls == ["lowrank_linear"] * 2
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_torch_jit_traces_peft(calls):
+    reference, fused = pair()
+    traced = torch.jit.trace(fused, torch.randn(4, 24))
+    x = torch.randn(7, 24)
+    assert torch.equal(traced(x), reference(x))
+    assert not calls
+
+
+def test_second_derivatives_raise():
+    _, fused = pair()
+    x = torch.randn(4, 24, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+        gradient.sum().backward()
+
+
 def test_dora_added_later_goes_to_peft(calls):
     reference, fused = pair(target_modules=["first"])
     for model in (reference, fused):
@@ -788,7 +813,7 @@ def test_dora_added_later_goes_to_peft(calls):
     assert calls == ["lowrank_linear"]
 
 
-# ---------------------------------------------------------------------------------------- copies, files, compilers, ranks
+# -------------------------------------------------------------------------------------- copies, files, compilers, ranks
 
 
 def test_state_dict_and_restore():
@@ -842,7 +867,9 @@ def test_all_linear_finds_accelerated_layers():
     assert set(first(fused).lora_A) == {"default", "more"}
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=["plain", "dropout", "lora_bias"])
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.5}, {"lora_bias": True}], ids=["plain", "dropout", "lora_bias"]
+)
 def test_compiles_without_graph_breaks(options):
     torch._dynamo.reset()
     reference, fused = pair(**options)
@@ -871,6 +898,21 @@ def test_compiled_model_notices_switches():
         assert error(compiled(x), reference(x)) <= FP32
     with fused.disable_adapter(), reference.disable_adapter():
         assert error(compiled(x), reference(x)) <= FP32
+
+
+def test_compiled_model_takes_hotswapped_scales():
+    torch._dynamo.reset()
+    reference, fused = pair(target_modules=["first"])
+    scale = first(reference).scaling["default"] = first(fused).scaling["default"] = torch.tensor(0.7)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    x = torch.randn(6, 24)
+    before = compiled(x)
+    assert error(before, reference(x)) <= FP32
+    scale.fill_(2.0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        after = compiled(x)
+    assert error(after, reference(x)) <= FP32
+    assert error(after, before) > 0.01
 
 
 @pytest.fixture
@@ -989,7 +1031,7 @@ def test_nothing_to_swap():
 @pytest.mark.parametrize("function", [accelerate, restore])
 @pytest.mark.parametrize("wrong", [None, "model", {"first": 1}])
 def test_only_modules_are_accepted(function, wrong):
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         function(wrong)
 
 

@@ -145,8 +145,10 @@ def compile_for(config, target, aligned_rank, folder):
 @pytest.mark.parametrize("aligned_rank", [True, False])
 @pytest.mark.parametrize("target", [80, 90])
 def test_every_configuration_fits(target, aligned_rank, tmp_path):
-    # fp16 and bf16 differ in the name of their instructions only; one pass over both is enough.
-    configs = [c for c in configurations() if aligned_rank or (c.dtype, c.adapter_dtype) != ("float16", "float16")]
+    configs = configurations()
+    if target == 80 or not aligned_rank:
+        # One full pass is enough: fp16 differs from bf16 in the name of its instructions only.
+        configs = [c for c in configs if c.dtype != "float16" or (aligned_rank and c.adapter_dtype == "float32")]
     with ThreadPoolExecutor(2) as pool:  # most of a compilation runs outside Python
         reports = list(pool.map(lambda config: compile_for(config, target, aligned_rank, tmp_path), configs))
     print("", *reports, sep="\n")

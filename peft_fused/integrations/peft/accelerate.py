@@ -33,17 +33,20 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
 
 
+# What the torch.func transforms and torch.jit.is_tracing ask themselves, without the Python around it.
 _functorch_active = torch._C._are_functorch_transforms_active
+_jit_tracing = torch._C._is_tracing
 
 
 def _is_hooked(module: nn.Module):
     """Truthy if calling the module may do something that its class's forward does not."""
+    state = module.__dict__
     return (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
     )
 
 
@@ -132,25 +135,25 @@ class _FusedForward:
             return f"x is {x.dtype}; the fused operations take floating-point inputs"
         if _functorch_active():
             return "a torch.func transform is active"
+        if _jit_tracing():
+            return "torch.jit is tracing, which would fix the input's shape"
         if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
             return "global module hooks are registered, which have to see every module called"
-        modules = self._modules
-        downs, active = modules["lora_A"]._modules, self._active_adapter
+        modules, active = self._modules, self._active_adapter
+        downs, ups, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
         operands = []
         for name in (active,) if isinstance(active, str) else active:
             if name in downs:
-                found = self._adapter_operands(name, modules, x)
+                found = self._adapter_operands(name, downs[name], ups[name], dropouts[name], x)
                 if type(found) is str:
                     return f"adapter {name!r}: {found}"
                 operands.append(found)
         return operands
 
-    def _adapter_operands(self, name: str, modules: dict, x: torch.Tensor):
+    def _adapter_operands(self, name: str, down: nn.Module, up: nn.Module, dropout: nn.Module, x: torch.Tensor):
         """One element of `_active_operands`, or the reason against it."""
         if name in self.lora_variant:
             return f"it is a variant ({type(self.lora_variant[name]).__name__})"
-        down, up = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-        dropout = modules["lora_dropout"]._modules[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return f"lora_A and lora_B are {type(down).__name__} and {type(up).__name__}, not torch.nn.Linear"
         if type(dropout) is nn.Identity:
@@ -161,27 +164,34 @@ class _FusedForward:
             return f"lora_dropout is {dropout}; fused are Identity() and Dropout(p < 1, inplace=False)"
         if _is_hooked(down) or _is_hooked(up) or _is_hooked(dropout):
             return "lora_A, lora_B or lora_dropout carries hooks or a replaced forward"
-        A, B = down._parameters.get("weight"), up._parameters.get("weight")
+        of_down, of_up = down._parameters, up._parameters
+        A, B = of_down.get("weight"), of_up.get("weight")
         if type(A) not in _PLAIN_TENSORS or type(B) not in _PLAIN_TENSORS:
             return f"its weights are {type(A).__name__} and {type(B).__name__}, not plain parameters"
-        if down._parameters["bias"] is not None:
+        if of_down["bias"] is not None:
             return "lora_A has a bias"
-        if B.dtype != A.dtype:
-            return f"lora_A is {A.dtype}, lora_B {B.dtype}"
-        dtype, cast = x.dtype, self.cast_input_dtype_enabled
-        if not (A.dtype == dtype or (cast and A.dtype == torch.float32 and dtype in _HALF) or _mixes(x, A.dtype)):
-            return f"it is {A.dtype}, x {dtype}" + ("" if cast else ", casting is disabled")
+        dtype = A.dtype
+        if B.dtype != dtype:
+            return f"lora_A is {dtype}, lora_B {B.dtype}"
+        if dtype != x.dtype and not self._casts(x, dtype):
+            return f"it is {dtype}, x {x.dtype}" + ("" if self.cast_input_dtype_enabled else ", casting is disabled")
         if A.size(0) > MAX_RANK:
             return f"its rank is {A.size(0)}; the fused operations take ranks up to {MAX_RANK}"
         scale = self.scaling[name]
         if type(scale) is not float and not _is_scale(scale, x.device):
             return f"its scaling is {scale!r}: neither a number nor a constant 0-d tensor on x's device"
-        return A, B, up._parameters["bias"], scale, p
+        return A, B, of_up["bias"], scale, p
+
+    def _casts(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether adapters of another dtype than x's are defined for PEFT and for the fused operations."""
+        to_fp32 = self.cast_input_dtype_enabled and dtype == torch.float32 and x.dtype in _HALF
+        return to_fp32 or _mixes(x, dtype)
 
     def explain_path(self, x: torch.Tensor | None = None) -> tuple[str, list[str]]:
         """(what forward does with x, reasons against each faster way), for the layer as it is now.
 
-        Without x: for an input in the dtype of the base layer, under the autocast state of this call.
+        Without x: for an input in the dtype of the base layer, under the autocast state of this call. Parameters that
+        are gathered for the forward only (FSDP2) are outside of it what they are there, and reported as such.
         """
         if self._disable_adapters:
             return "base layer alone: the adapters are disabled", []
@@ -357,8 +367,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """Make the LoRA linear layers of a PEFT model run on peft_fused's operations, in place.
 
     Works on any module tree, before or after training steps, optimizer construction or `load_adapter`; layers that are
-    added later need another call, which leaves the swapped ones alone. Gradients cannot be differentiated again, and
-    `torch.jit.trace` and ONNX export want `restore` first. Raises TypeError if model is not a torch.nn.Module.
+    added later need another call, which leaves the swapped ones alone. Second derivatives and forward-mode
+    differentiation raise; they need `restore` first. Raises TypeError if model is not a torch.nn.Module.
     """
     _check_model(model, "accelerate")
     report = AccelerationReport()

@@ -10,7 +10,7 @@ from torch import nn
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_flag, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState
 from ...ops import lowrank, lowrank_linear
-from .loading import check_file, remember_checkpoint
+from .loading import awaits_checkpoint, check_file, remember_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
 
@@ -199,7 +199,8 @@ class DyloraModel(FusedTuner):
             r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
             alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
             dropout=config.lora_dropout,
-            init_weights=config.init_weights,
+            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
+            init_weights=config.init_weights or awaits_checkpoint(config),
             policy=config.policy(),
             inference_mode=config.inference_mode,
         )

@@ -65,6 +65,11 @@ def remember_checkpoint(config) -> None:
     config._weights_pending = True
 
 
+def awaits_checkpoint(config) -> bool:
+    """Whether the config was read from a checkpoint whose weights have not been loaded yet."""
+    return getattr(config, "_weights_pending", False)
+
+
 def forget_checkpoint(config) -> None:
     """The weights have been loaded: from now on a failing load leaves the adapter in place."""
     config.__dict__.pop("_weights_pending", None)
@@ -75,7 +80,7 @@ def undo_injection(model: torch.nn.Module, config, adapter_name: str) -> None:
 
     An adapter that could hold anything of value stays: one not made for a checkpoint, or changed since it was made.
     """
-    if not getattr(config, "_weights_pending", False) or not isinstance(model, PeftModel):
+    if not awaits_checkpoint(config) or not isinstance(model, PeftModel):
         return
     if not all(layer.is_untouched(adapter_name) for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
         return

@@ -1,0 +1,200 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_fused.integrations.peft import DyloraConfig, export_lora
+from peft_fused.integrations.peft.dylora import DyloraLinear
+from peft_fused.methods import on_step, set_rank
+
+R, ALPHA = 4, 6.0
+LLAMA = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, pad_token_id=0, attention_bias=True,
+)  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LLAMA).eval()
+
+
+def adapted(base=None, **options):
+    defaults = dict(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], init_weights=False)
+    return get_peft_model(llama() if base is None else base, DyloraConfig(**{**defaults, **options})).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(torch.arange(20).reshape(2, 10)).logits
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, DyloraLinear)]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_save_and_load_are_bit_equal(tmp_path, low_cpu_mem_usage):
+    model = adapted(rank_pattern={"down_proj": 2}, r_min=2, seed=5, rank_distribution="geometric")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.split(".")[-2] for key in stored} == {"dylora_A", "dylora_B"}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DYLORA"
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert (loaded.peft_config["default"].policy(), loaded.peft_config["default"].rank_pattern) == (
+        model.peft_config["default"].policy(), {"down_proj": 2},
+    )  # fmt: skip
+    for b in range(1, R + 1):
+        set_rank(model, b)
+        set_rank(loaded, b)
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_transformers_and_auto_classes_load_it(tmp_path):
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    expected = logits(model)
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(auto), expected)
+    native = llama()
+    native.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(native), expected)
+    set_rank(native, 1)
+    assert not torch.equal(logits(native), expected) and on_step(native, step=0) == 4
+    export_lora(native, tmp_path / "lora")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(native))
+
+
+def test_modules_to_save_and_biases_travel(tmp_path):
+    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="dylora_only")
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lm_head" in name for name in trainable) and any("q_proj.base_layer.bias" in name for name in trainable)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) / 4
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "lora", rank=R)
+    for folder in ("adapter", "lora"):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / folder)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+
+
+LOAD_IN_PLAIN_PEFT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder + "/lora").eval()
+torch.save(model(torch.arange(20).reshape(2, 10)).logits, folder + "/logits.pt")
+assert not [name for name in sys.modules if name.startswith("peft_fused")]
+"""
+
+
+def test_exported_lora_needs_only_peft(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    options = dict(rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0})
+    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), **options)
+    export_lora(model, tmp_path / "lora", rank=3)
+    subprocess.run([sys.executable, "-c", LOAD_IN_PLAIN_PEFT, str(tmp_path)], check=True, cwd=tmp_path)
+    stored = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (stored["peft_type"], stored["r"], stored["lora_alpha"]) == ("LORA", 3, ALPHA)
+    set_rank(model, 3)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=0, atol=1e-6)
+
+
+def test_export_arguments_are_checked(tmp_path):
+    model = adapted()
+    with pytest.raises(ValueError, match=r"rank must be in 1\.\.4, got 5"):
+        export_lora(model, tmp_path, rank=5)
+    with pytest.raises(ValueError, match="adapter_name must be one of"):
+        export_lora(model, tmp_path, adapter_name="other")
+    with pytest.raises(ValueError, match="no DyLoRA adapter"):
+        export_lora(llama(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def damage(folder, what):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if "q_proj.dylora_B" in k)
+    if what == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+        return
+    if what == "missing":
+        del tensors[key]
+    elif what == "shape":
+        tensors[key] = torch.zeros(16, R + 1)
+    elif what == "foreign":
+        tensors = {k.replace("dylora", "lora"): v for k, v in tensors.items()}
+    elif what == "empty":
+        tensors = {}
+    save_file(tensors, path)
+
+
+MESSAGES = {
+    "truncated": "not a complete safetensors",
+    "missing": "1 missing",
+    "shape": r"1 of another shape.*\[16, 5\] in the file",
+    "foreign": "8 missing.*8 unexpected",
+    "empty": "no tensors",
+}
+
+
+@pytest.mark.parametrize("what", MESSAGES)
+def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    damage(tmp_path, what)
+    base = llama()
+    names = {name: p.requires_grad for name, p in base.named_parameters()}
+    with pytest.raises(ValueError, match=MESSAGES[what]):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert names == {name: p.requires_grad for name, p in base.named_parameters()}
+    assert not layers(base) and torch.equal(logits(base), logits(llama()))
+
+    other = adapted()
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=MESSAGES[what]):
+        other.load_adapter(tmp_path, "second")
+    assert list(other.peft_config) == ["default"]
+    # Into an adapter that exists PEFT reads the file without its config; the torn one fails in safetensors itself.
+    torn = what == "truncated"
+    message = "deserializing" if torn else "missing|of another shape"
+    with pytest.raises(SafetensorError if torn else ValueError, match=message):
+        other.load_adapter(tmp_path, "default")
+    after = other.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_another_method_is_refused(tmp_path):
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = adapted()
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.load_adapter(tmp_path, "second")
+    with pytest.raises(ValueError, match="unexpected"):
+        model.load_adapter(tmp_path, "default")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_state_dict_helpers_round_trip():
+    model = adapted()
+    state = {key: torch.randn_like(value) for key, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, state)
+    assert all(torch.equal(value, state[key]) for key, value in get_peft_model_state_dict(model).items())
