@@ -19,7 +19,7 @@ from .timing import MODES, CpuClock, CudaClock, Times, interleave, ratio, wall_m
 from .verify import verify
 
 # Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
-ROUND_SECONDS = {"tiny": 0.2, "default": 8.0, "all": 15.0}
+ROUND_SECONDS = {"tiny": 0.2, "default": 6.0, "all": 15.0}
 COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
 # op: (our variant, its frozen layer, PEFT's counterpart, the three lines, compiled PEFT); PEFT has no DyLoRA.
 OPS = {"lora": ("fused", "peft", "addmm", "compiled"), "dylora": ("dylora", None, "dylora_addmm", None)}

@@ -1,1 +1,58 @@
-from . import ops
+"""Fused kernels that make parameter-efficient fine-tuning nearly free, and methods that PEFT does not ship.
+
+    import peft_fused
+    peft_fused.accelerate(model)                          # an existing PEFT LoRA model: same numbers, less time
+    model = get_peft_model(model, peft_fused.DyloraConfig(r=8, target_modules=["query", "value"]))
+
+Importing this registers the methods with PEFT. It needs no GPU, no Triton and no C++ extension; `peft-fused env` says
+what is missing and what that costs.
+"""
+
+import importlib
+import importlib.util
+
+from . import layers, methods, ops
+from .methods import evaluate_ranks, on_step, set_rank
+from .ops.dispatch import explain, use_backend
+
+__version__ = "0.1.0"
+
+# Names that need PEFT or transformers, and where they are. PEFT's are imported below, so that the methods are known to
+# PEFT's loaders; the Trainer callback, which pulls in the whole Trainer, on first use.
+_LAZY = {"PeftFusedCallback": ".integrations.transformers"}
+_PEFT = ("DyloraConfig", "accelerate", "export_lora", "restore")
+
+if importlib.util.find_spec("peft") is not None:
+    from .integrations.peft import DyloraConfig, export_lora
+    from .integrations.peft.accelerate import accelerate, restore
+
+__all__ = [
+    "DyloraConfig",
+    "PeftFusedCallback",
+    "accelerate",
+    "build_info",
+    "evaluate_ranks",
+    "explain",
+    "export_lora",
+    "layers",
+    "methods",
+    "on_step",
+    "ops",
+    "restore",
+    "set_rank",
+    "use_backend",
+]
+
+
+def build_info() -> dict:
+    """What the C++ extension was built for and whether it is in use; `why_not` says why if it is not."""
+    native = ops.native
+    return {"loaded": native.module is not None, "why_not": native.why_missing or None, **native.stamp}
+
+
+def __getattr__(name):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    if name in _PEFT:
+        raise AttributeError(f"peft_fused.{name} needs PEFT: pip install peft")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import statistics
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class ModelError(ValueError):
 @dataclass(frozen=True)
 class Settings:
     model: str | None = None
-    steps: int = 120
+    steps: int = 100
     rank: int = 8
     alpha: float = 16.0
     seeds: int = 1
@@ -61,12 +62,14 @@ def default_model() -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Without the warning that a new classification head is new, and without a progress bar of its own."""
+    """Without the warning that a new classification head is new, a progress bar of its own, and notes to developers."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -296,7 +299,8 @@ def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Cal
     torch.manual_seed(seed)
     base, tokenizer = load(settings, len(data.classes))
     names = targets(base, settings.target_modules)
-    models = build(base, settings, names, seed)
+    with quiet_transformers():
+        models = build(base, settings, names, seed)
     encode = Encoder(tokenizer, settings)
     errors = gradient_errors(models, encode(next(Batches(data.train, settings.batch_size, seed))), seed)
     trained = train(models, data.train, encode, settings, seed, advance)

@@ -60,7 +60,7 @@ def demo(
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated layers to adapt (default: query and value)")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 100,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapters.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more than one adds mean and spread.")] = 1,

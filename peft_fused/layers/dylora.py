@@ -83,7 +83,7 @@ class RankState(nn.Module):
 
     def count_forward(self) -> None:
         """Warns, once per process, when many training forwards have passed without a schedule."""
-        if self.scheduled or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.scheduled:
             return
         self.forwards += 1
         if self.forwards == FORWARDS_BEFORE_WARNING + 1:
@@ -122,9 +122,7 @@ def _warn_unscheduled(rank: int) -> None:
 def write_ranks(
     states: list[RankState], *, train: list[int] | None = None, evaluation: list[int] | None = None
 ) -> None:
-    """Sets the ranks of all states, and the scales that go with them, by a few fused in-place kernels without a
-    sync.
-    """
+    """Sets the ranks of all states, and their scales, by a few fused in-place kernels and without a sync."""
     for name, values in (("train", train), ("eval", evaluation)):
         if values is None or not states:
             continue

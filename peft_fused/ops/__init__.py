@@ -1,6 +1,6 @@
 """Mathematical functions with one signature and several interchangeable implementations. Stateless."""
 
-from . import dispatch
+from . import dispatch, native
 from .lowrank import lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference
 
-__all__ = ["dispatch", "lowrank", "lowrank_linear", "lowrank_linear_reference", "lowrank_reference"]
+__all__ = ["dispatch", "native", "lowrank", "lowrank_linear", "lowrank_linear_reference", "lowrank_reference"]

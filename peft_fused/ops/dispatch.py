@@ -149,10 +149,11 @@ def _preference(problem: Problem) -> tuple[str, ...]:
 _said = set()
 
 
-def choose(problem: Problem) -> str:
+def choose(problem: Problem, traced: bool = False) -> str:
     """Backend of a problem: the forced one, or the first usable one in order of preference.
 
-    RuntimeError, with every reason, when the forced backend cannot run it.
+    traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
+    RuntimeError, with every reason, when the forced backend cannot run the problem.
     """
     name = _Forced.backend
     if name is not None:
@@ -160,7 +161,7 @@ def choose(problem: Problem) -> str:
         if reasons:
             raise RuntimeError(f"backend {name!r} cannot run {describe(problem)}: " + "; ".join(reasons))
         return name
-    order = _preference(problem)
+    order = [name for name in _preference(problem) if not (traced and name == "cuda")]
     chosen = next(name for name in order if not _why_not(name, problem, interpreting()))
     # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.
     if problem.device == "cuda" and chosen == "torch" and (chosen, problem.dtype) not in _said:

@@ -118,11 +118,11 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
 
     threshold = dropout_threshold(dropout_p)
     seed = _seed_tensor(seed, x.device) if threshold else None
-    backend = dispatch.choose(dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0))
+    traced = compiling or _is_subclass(x)
+    # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
+    backend = (dispatch.forced() or "auto") if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
     if backend == "reference":
-        options = dict(
-            scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen
-        )  # fmt: skip
+        options = dict(scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen)
         if weight is not None:
             return lowrank_linear_reference(x, weight, bias, A, B, **options)
         return lowrank_reference(x, A, B, add=add, **options)
@@ -133,9 +133,13 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         *_split(scale, float), *_split(A.shape[-2] if rank is None else rank, int), *_split(expert_a, int),
         *_split(expert_b, int), threshold, seed, bool(frozen), backend,
     )  # fmt: skip
-    if compiling or _is_subclass(x):
+    if traced:
         return torch.ops.peft_fused.lowrank_fwd(x, weight, add, bias, A, B, u, v, *flat)[0]
     return _LowRank.apply(x, weight, add, bias, A, B, u, v, *flat)[0]
+
+
+def _problem(x, weight, A, B, threshold):
+    return dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0)
 
 
 def _autocast(tensor, dtype, position):
@@ -307,6 +311,8 @@ def _launch_controls(c: Controls) -> dict:
 
 def _forward(x, weight, add, bias, A, B, u, v, *flat):
     c, backend = _controls(*flat[:-1]), flat[-1]
+    if backend == "auto":
+        backend = dispatch.choose(_problem(x, weight, A, B, c.threshold), traced=True)
     if backend == "torch":
         return lowrank_torch.forward(x, weight, add, bias, A, B, u, v, c)
     from ..triton_kernels import lowrank as triton_lowrank
@@ -316,12 +322,16 @@ def _forward(x, weight, add, bias, A, B, u, v, *flat):
     y, S = triton_lowrank.lowrank_fwd(
         x.reshape(-1, x.shape[-1]), weight, add2, bias, A, B, u, v, **_launch_controls(c)
     )  # fmt: skip
-    return y.view(*x.shape[:-1], n), S
+    return lowrank_torch.unflatten(y, x), S
 
 
 def _backward(dy, x, weight, A, B, u, v, S, *flat):
     """The needed gradients, as a list in the order of `_NAMES`."""
     c, backend, needs = _controls(*flat[:-2]), flat[-2], flat[-1]
+    if backend == "auto":
+        # As in the forward: without the cuda backend the choice depends on types and device, not on the number of rows.
+        like_x = dy.new_empty(0, A.shape[-1])
+        backend = dispatch.choose(_problem(like_x, weight, A, B, c.threshold), traced=True)
     if backend == "torch":
         grads = lowrank_torch.backward(dy, x, weight, A, B, u, v, S, c, needs)
         return [grad.contiguous() for grad in grads if grad is not None]

@@ -102,6 +102,11 @@ def _base(x2, weight, bias):
     return None
 
 
+def unflatten(y, x):
+    """y [M, N] in x's leading dimensions. Not a view: what a custom function returns may be changed in place later."""
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+
 def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     """(y [..., N] in x's type, S [M, r] in A's type)."""
     ad = _Adapter(A, B, u, v, controls)
@@ -141,7 +146,7 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
             y[i:j] = delta if onto is None else delta + onto[i:j]
     if weight is not None and onto is None:
         y.addmm_(x2, weight.t())
-    return y.view(*x.shape[:-1], N), S
+    return unflatten(y, x), S
 
 
 def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]):

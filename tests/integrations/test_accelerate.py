@@ -684,6 +684,22 @@ def inplace_dropout(layer):
     return "inplace=True"
 
 
+def full_dropout(layer):
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    return "Dropout(p=1.0"
+
+
+def tagged_A(layer):
+    weight = 1.5 * layer.lora_A["default"].weight.detach()
+    layer.lora_A["default"].weight = nn.Parameter(weight.as_subclass(Tagged))
+    return "its weights are Tagged and Parameter"
+
+
+def biased_A(layer):
+    layer.lora_A["default"] = nn.Linear(24, 4)
+    return "lora_A has a bias"
+
+
 def half_adapter(layer):
     layer.lora_A.bfloat16()
     layer.lora_B.bfloat16()
@@ -702,7 +718,8 @@ def trained_scale(layer):
 
 
 CHANGES = [
-    on_lora_A, on_lora_B, on_dropout, backward_hook, replaced_forward, parametrized_A, other_dropout, inplace_dropout,
+    on_lora_A, on_lora_B, on_dropout, backward_hook, replaced_forward, parametrized_A, other_dropout, inplace_dropout, full_dropout,
+    tagged_A, biased_A,
     half_adapter, high_rank, trained_scale,
 ]  # fmt: skip
 
@@ -756,6 +773,35 @@ def test_mismatched_types_raise_as_in_peft(calls):
     assert not calls
 
 
+def test_a_bias_of_another_type_raises_as_in_peft(calls):
+    for model in pair(target_modules=["first"]):
+        first(model).base_layer.bias.data = first(model).base_layer.bias.data.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            first(model)(torch.randn(2, 24))
+    assert calls == []
+
+
+def test_factors_of_two_types_raise_as_in_peft(calls):
+    for model in pair(target_modules=["first"]):
+        first(model).lora_B.double()
+        with pytest.raises(RuntimeError, match="dtype"):
+            first(model)(torch.randn(2, 24))
+    assert calls == []
+
+
+def test_float64_adapters_under_autocast_go_to_peft(calls):
+    reference, fused = pair(target_modules=["first"])
+    x = torch.randn(4, 24)
+    outputs = []
+    for model in (reference, fused):
+        first(model).lora_A.double()
+        first(model).lora_B.double()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(first(model)(x))
+    assert torch.equal(*outputs)
+    assert not calls
+
+
 def test_integer_and_subclass_inputs_go_to_peft():
     _, fused = pair()
     layer = first(fused)
@@ -784,7 +830,7 @@ def test_torch_func_transforms_go_to_peft(calls):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_torch_jit_traces_peft(calls):
     reference, fused = pair()
-    traced = torch.jit.trace(fused, torch.randn(4, 24))
+    traced = torch.jit.trace(fused, torch.randn(4, 24), check_trace=False)
     x = torch.randn(7, 24)
     assert torch.equal(traced(x), reference(x))
     assert not calls
@@ -793,8 +839,8 @@ def test_torch_jit_traces_peft(calls):
 def test_second_derivatives_raise():
     _, fused = pair()
     x = torch.randn(4, 24, requires_grad=True)
-    (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative|differentiate twice"):
+    with pytest.raises(RuntimeError, match=r"second derivative|differentiate twice"):
+        (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
         gradient.sum().backward()
 
 

@@ -14,15 +14,6 @@ from peft_fused.methods import draw_rank
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads only slow down a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Tokens(Dataset):
     def __len__(self):
         return 64

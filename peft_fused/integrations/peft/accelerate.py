@@ -33,9 +33,8 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
 
 
-# What the torch.func transforms and torch.jit.is_tracing ask themselves, without the Python around it.
+# What autograd.Function asks before it refuses to run below torch.func; there is no public name for it.
 _functorch_active = torch._C._are_functorch_transforms_active
-_jit_tracing = torch._C._is_tracing
 
 
 def _is_hooked(module: nn.Module):
@@ -135,7 +134,7 @@ class _FusedForward:
             return f"x is {x.dtype}; the fused operations take floating-point inputs"
         if _functorch_active():
             return "a torch.func transform is active"
-        if _jit_tracing():
+        if torch.jit.is_tracing():
             return "torch.jit is tracing, which would fix the input's shape"
         if _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks:
             return "global module hooks are registered, which have to see every module called"

@@ -1,0 +1,173 @@
+"""`peft-fused check`: is every op right on this machine, forward and backward, on every backend that can run here?"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import typer
+from rich.table import Table
+
+from peft_fused.ops import dispatch, lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference, native
+from peft_fused.ops.accuracy import compare, compare_mutated
+from peft_fused.ops.cases import Case, lowrank_cases, make_case
+
+from .output import out, print_json, torch_device
+
+DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.float16, torch.float16),
+)
+
+
+@dataclass(frozen=True)
+class OpCheck:
+    """What `check` needs of an op. cases(op, dtype, adapter_dtype, device) yields its calls; the first of them is the
+    one that the mutations are made of, a call of the delta alone with r > 1 and no other option."""
+
+    fn: Callable
+    reference: Callable
+    cases: Callable[..., Iterator[Case]]
+    problem: Callable[[Case], dispatch.Problem]
+
+
+def _lowrank_problem(case: Case) -> dispatch.Problem:
+    t, p = case.tensors, case.options.get("dropout_p", 0.0)
+    return dispatch.problem_of(t["x"], t["A"], t["B"], has_weight="weight" in t, dropout=p > 0)
+
+
+def _lowrank_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Iterator[Case]:
+    """The common cases are of the delta alone and small. These two are large enough for every choice of base product."""
+    yield from lowrank_cases(op, dtype, adapter_dtype, device)
+    for base in (False, True):
+        yield make_case(op, 257, 160, 136, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=base)
+
+
+# An op takes part by being listed here.
+OPS = {
+    "lowrank_linear": OpCheck(lowrank_linear, lowrank_linear_reference, _lowrank_cases, _lowrank_problem),
+    "lowrank": OpCheck(lowrank, lowrank_reference, _lowrank_cases, _lowrank_problem),
+}
+
+
+@dataclass(frozen=True)
+class Path:
+    """One way to run an op: a backend under an autograd node."""
+
+    name: str
+    backend: str
+    native: bool
+
+    def why_not(self, problem: dispatch.Problem) -> list[str]:
+        reasons = dispatch.why_not(self.backend, problem)
+        if self.backend == "torch" and self.native and native.module is None:
+            reasons.append(f"C++ extension: {native.why_missing}")
+        return reasons
+
+    def forced(self) -> AbstractContextManager:
+        return dispatch.use_backend(self.backend, native=self.native)
+
+
+PATHS = (
+    Path("reference", "reference", True),
+    Path("torch, C++ node", "torch", True),
+    Path("torch, Python node", "torch", False),
+    Path("triton", "triton", True),
+    Path("cuda", "cuda", True),
+)
+
+
+def _types(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+    names = [str(kind).removeprefix("torch.") for kind in (dtype, adapter_dtype)]
+    return names[0] if names[0] == names[1] else "+".join(names)
+
+
+def check_one(op: str, entry: OpCheck, path: Path, dtype, adapter_dtype, device: str) -> dict:
+    """Verdict on one op, path and dtype. status: "ok", "wrong", or "cannot run" with the reasons."""
+    row = {"op": op, "path": path.name, "dtype": _types(dtype, adapter_dtype), "status": "ok", "reasons": []}
+    cases = list(entry.cases(op, dtype, adapter_dtype, device))
+    against = {case.name: path.why_not(entry.problem(case)) for case in cases}
+    runnable = [case for case in cases if not against[case.name]]
+    row["reasons"] = list(dict.fromkeys(reason for reasons in against.values() for reason in reasons))
+    row |= {"cases": len(runnable), "cases_left_out": len(cases) - len(runnable), "worst": None, "controls": None}
+    if not runnable:
+        return row | {"status": "cannot run"}
+    try:
+        with path.forced():
+            found = [(v, case) for case in runnable for v in compare(entry.fn, entry.reference, case)]
+            controls = compare_mutated(entry.fn, entry.reference, runnable[0])
+    except Exception as error:  # a path that raises is a wrong path, and the rows after it are still wanted
+        text = (str(error).splitlines() or [""])[0]
+        return row | {"status": "wrong", "reasons": [f"{type(error).__name__}: {text}"]}
+    worst, where = max(found, key=lambda pair: pair[0].ratio)
+    row["worst"] = {"ratio": _finite(worst.ratio), "of": worst.name, "case": where.name}
+    wrong = sorted({f"{verdict.name} at {case.name}" for verdict, case in found if not verdict.ok})
+    # The output alone decides: a control that only some gradient notices would be a weak one.
+    missed = [name for name, verdicts in controls.items() if all(v.ok for v in verdicts if v.name == "y")]
+    row["controls"] = {name: name not in missed for name in controls}
+    row["reasons"] += [f"beyond twice the error of plain PyTorch: {text}" for text in wrong]
+    row["reasons"] += [f"the control {name!r} passed: this check would not see a wrong result" for name in missed]
+    return row | {"status": "wrong"} if wrong or missed else row
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: None stands for a result that holds NaN or has the wrong shape."""
+    return value if value < float("inf") else None
+
+
+def run_checks(device: str) -> Iterator[dict]:
+    for op, entry in OPS.items():
+        for path in PATHS:
+            for dtype, adapter_dtype in DTYPES:
+                yield check_one(op, entry, path, dtype, adapter_dtype, device)
+
+
+def run(device_name: str, as_json: bool) -> None:
+    """Prints one row per op, path and dtype. Ends with exit code 1 if any is wrong."""
+    device = torch_device(device_name)
+    rows = list(run_checks(device.type))
+    right = sum(row["status"] == "ok" for row in rows)
+    wrong = sum(row["status"] == "wrong" for row in rows)
+    if as_json:
+        print_json({"device": device.type, "ok": right, "wrong": wrong, "rows": rows})
+    else:
+        _print(rows, right, wrong)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _merged(rows: list[dict]) -> list[dict]:
+    """The rows for people: types that cannot run for the same reasons share one."""
+    merged = []
+    for row in rows:
+        last = merged[-1] if merged else None
+        if last and all(last[key] == row[key] for key in ("op", "path", "reasons")) and row["status"] == "cannot run":
+            last["dtype"] += f"\n{row['dtype']}"
+        else:
+            merged.append(dict(row))
+    return merged
+
+
+STYLES = {"ok": "green", "wrong": "bold red", "cannot run": "yellow"}
+
+
+def _print(rows: list[dict], right: int, wrong: int) -> None:
+    console = out()
+    table = Table(caption="worst: largest error of output and gradients, as a share of what is allowed")
+    for name in ("op", "path", "dtype", "result", "cases", "worst", "controls caught"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("reasons", overflow="fold")
+    for row in _merged(rows):
+        worst, controls = row["worst"], row["controls"]
+        ratio = "-" if worst is None else "inf" if worst["ratio"] is None else f"{worst['ratio']:.2f}"
+        table.add_row(
+            row["op"], row["path"], row["dtype"], f"[{STYLES[row['status']]}]{row['status']}[/]", str(row["cases"]),
+            ratio if worst is None else f"{ratio} ({worst['of']})",
+            "-" if controls is None else f"{sum(controls.values())} of {len(controls)}", "\n".join(row["reasons"]),
+        )  # fmt: skip
+    console.print(table)
+    absent = len(rows) - right - wrong
+    console.print(f"{right} right, {wrong} wrong, {absent} cannot run here and are not checked")

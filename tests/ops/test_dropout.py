@@ -1,0 +1,69 @@
+"""The mask is a function of seed and position: known values, statistics, and the C++ twin bit for bit."""
+
+import pytest
+import torch
+
+from peft_fused.ops import native
+from peft_fused.ops.dropout import drop, dropout_threshold, keep_mask, keep_scale
+
+WORD = 0xFFFFFFFF
+
+
+def philox_by_hand(counter, key, rounds=7):
+    """Philox-4x32 in Python integers, as the paper's figure has it."""
+    c, k = list(counter), list(key)
+    for _ in range(rounds):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & WORD, (p0 >> 32) ^ c[3] ^ k[1], p0 & WORD]
+        k = [(k[0] + 0x9E3779B9) & WORD, (k[1] + 0xBB67AE85) & WORD]
+    return c
+
+
+def test_ten_rounds_by_hand_match_the_published_vector():
+    """Known answer of Random123 for zero counter and key: the oracle below is the published function."""
+    assert philox_by_hand([0] * 4, [0, 0], rounds=10) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345, -(2**63)])
+def test_mask_is_philox(seed):
+    rows, columns, threshold = 3, 21, 30000
+    mask = keep_mask(torch.tensor(seed), rows, columns, threshold, first_row=7)
+    bits = seed & (2**64 - 1)
+    for m in range(rows):
+        for k in range(columns):
+            words = philox_by_hand([k // 8, m + 7, 0, 0], [bits & WORD, bits >> 32])
+            assert mask[m, k] == ((words[(k % 8) // 2] >> (16 * (k % 2))) & 0xFFFF >= threshold)
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 7, 8, 127, 128, 130, 1000])
+def test_cpp_drops_the_same_elements(dtype, columns):
+    x = torch.randn(33, columns).to(dtype)
+    seed, threshold = torch.tensor(987654321987), 20000
+    want = torch.where(keep_mask(seed, *x.shape, threshold, 5), x.double() * keep_scale(threshold), 0.0).to(dtype)
+    got = native.module.drop(x, seed, threshold, 5)
+    assert torch.equal(got == 0, want == 0)
+    torch.testing.assert_close(got, want)
+
+
+def test_keep_rate_and_independence():
+    p, threshold = 0.25, dropout_threshold(0.25)
+    masks = torch.stack([keep_mask(torch.tensor(s), 256, 512, threshold) for s in range(4)]).double()
+    n = masks[0].numel()
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert all(abs(mask.mean() - (1 - p)) < 5 * sigma for mask in masks)
+    centred = masks.flatten(1) - (1 - p)
+    correlation = (centred @ centred.t()) / n / (p * (1 - p))
+    assert (correlation - torch.eye(4)).abs().max() < 5 / n**0.5
+    along = (centred[:, :-1] * centred[:, 1:]).mean() / (p * (1 - p))
+    assert abs(along) < 5 / (4 * n) ** 0.5
+
+
+def test_scale_keeps_the_mean():
+    for p in (1e-4, 0.1, 0.5, 0.999):
+        threshold = dropout_threshold(p)
+        assert abs((65536 - threshold) / 65536 * keep_scale(threshold) - 1) < 1e-12
+    assert dropout_threshold(0.0) == 0 and dropout_threshold(0.999999999) == 65535
+    x = torch.ones(64, 4096)
+    assert abs(drop(x, torch.tensor(1), dropout_threshold(0.5)).mean() - 1) < 0.02

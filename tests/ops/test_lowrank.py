@@ -1,0 +1,431 @@
+"""The low-rank op on the CPU: reference, PyTorch path and C++ node. Triton's kernels: tests/triton_kernels."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils.checkpoint import checkpoint
+
+import peft_fused
+from peft_fused.ops import dispatch, lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference, native
+from peft_fused.ops.accuracy import compare, compare_mutated
+from peft_fused.ops.cases import lowrank_cases, make_case
+
+OPS = {"lowrank_linear": (lowrank_linear, lowrank_linear_reference), "lowrank": (lowrank, lowrank_reference)}
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+TYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
+TYPE_IDS = ["fp32", "bf16", "fp16", "bf16+fp32", "fp16+fp32"]
+NODES = [
+    pytest.param(True, id="cpp", marks=pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")),
+    pytest.param(False, id="python"),
+]
+both_ops = pytest.mark.parametrize("op", OPS)
+both_nodes = pytest.mark.parametrize("cpp", NODES)
+
+
+def failures(verdicts):
+    return [f"{v.name}: {v.ratio:.2f} of what is allowed" for v in verdicts if not v.ok]
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+@both_ops
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 2},
+        {"experts": (2, 3), "expert": (1, 0)},
+        {"experts": (None, 3), "expert": 2},
+        {"dropout_p": 0.4, "seed": 5},
+    ],
+    ids=str,
+)
+def test_reference_gradcheck(op, options):
+    wrt = ("x", "A", "B", "u", "v", *(("weight", "bias") if op == "lowrank_linear" else ("add",)))
+    case = make_case(op, 3, 5, 4, 3, dtype=F64, uv=True, wrt=wrt, **options)
+    names = list(case.wrt)
+
+    def function(*tensors):
+        return OPS[op][1](**{**case.tensors, **dict(zip(names, tensors, strict=True))}, **case.options)
+
+    assert torch.autograd.gradcheck(function, [case.tensors[name] for name in names])
+
+
+def test_reference_is_the_formula():
+    case = make_case("lowrank_linear", 5, 7, 6, 4, dtype=F64, uv=True, rank=3)
+    t = case.tensors
+    keep = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=F64))
+    dense = t["weight"] + 2.0 * t["v"].diag() @ t["B"] @ keep @ t["u"].diag() @ t["A"]
+    torch.testing.assert_close(case.call(lowrank_linear_reference), t["x"] @ dense.t() + t["bias"])
+
+
+def test_frozen_trains_only_the_last_kept_rank():
+    case = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3, frozen=True)
+    free = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3)
+    got = torch.autograd.grad(case.call(lowrank_reference).sum(), [case.tensors[n] for n in ("A", "B", "x")])
+    want = torch.autograd.grad(free.call(lowrank_reference).sum(), [free.tensors[n] for n in ("A", "B", "x")])
+    live = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=F64)
+    torch.testing.assert_close(got[0], want[0] * live.unsqueeze(1))
+    torch.testing.assert_close(got[1], want[1] * live)
+    torch.testing.assert_close(got[2], want[2])
+
+
+# --------------------------------------------------------------------------------------------- right in every dtype
+
+
+@both_nodes
+@both_ops
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_error_is_at_most_twice_pytorchs(op, types, cpp, poisoned):
+    function, reference = OPS[op]
+    for base in (False, True):
+        for case in lowrank_cases(op, *types, base=base):
+            with peft_fused.use_backend("torch", native=cpp):
+                assert not failures(compare(function, reference, case)), case.name
+
+
+@both_nodes
+@both_ops
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_defects_do_not_pass(op, types, cpp):
+    function, reference = OPS[op]
+    seen = set()
+    for case in lowrank_cases(op, *types):
+        with peft_fused.use_backend("torch", native=cpp):
+            for defect, verdicts in compare_mutated(function, reference, case).items():
+                seen.add(defect)
+                assert not verdicts[0].ok, f"{defect} passed on {case.name}"
+    assert seen == {"scale x 1.02", "one rank dropped"}
+
+
+@both_nodes
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32)], ids=["fp32", "bf16+fp32"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_large_enough_for_onednn_and_row_blocks(types, dropout_p, cpp, poisoned):
+    """Sizes past the thresholds at which another GEMM library and the blocks of rows come in."""
+    case = make_case(
+        "lowrank_linear", 1031, 512, 384, 16, dtype=types[0], adapter_dtype=types[1], dropout_p=dropout_p, seed=3
+    )
+    with peft_fused.use_backend("torch", native=cpp):
+        assert not failures(compare(lowrank_linear, lowrank_linear_reference, case))
+
+
+@both_nodes
+@pytest.mark.parametrize("wrt", [(n,) for n in ("x", "weight", "bias", "A", "B", "u", "v")] + [("x", "B"), ("A", "v")])
+def test_any_subset_may_be_frozen(wrt, cpp, poisoned):
+    every = ("x", "weight", "bias", "A", "B", "u", "v")
+    full = make_case("lowrank_linear", 13, 11, 9, 4, dtype=F64, uv=True, wrt=every)
+    part = make_case("lowrank_linear", 13, 11, 9, 4, dtype=F64, uv=True, wrt=wrt)
+    dy = torch.randn(13, 9, dtype=F64)
+    want = torch.autograd.grad(full.call(lowrank_linear_reference), [full.tensors[n] for n in wrt], dy)
+    with peft_fused.use_backend("torch", native=cpp):
+        part.call(lowrank_linear).backward(dy)
+    for name, grad in zip(wrt, want, strict=True):
+        torch.testing.assert_close(part.tensors[name].grad, grad)
+    assert all(part.tensors[n].grad is None for n in every if n not in wrt)
+
+
+@both_nodes
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (7,), (2, 3), (1, 2, 3)], ids=str)
+def test_leading_dimensions_and_no_tokens(shape, cpp):
+    case = make_case("lowrank_linear", 1, 6, 5, 2, dtype=F64)
+    x = torch.randn(*shape, 6, dtype=F64, requires_grad=True)
+    options = {**case.tensors, "x": x, **case.options}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = lowrank_linear(**options)
+    assert y.shape == (*shape, 5)
+    y.sum().backward()
+    want = torch.autograd.grad(lowrank_linear_reference(**options).sum(), [x, case.tensors["B"]])
+    torch.testing.assert_close(x.grad, want[0])
+    torch.testing.assert_close(case.tensors["B"].grad, want[1])
+
+
+@both_nodes
+def test_one_row_as_a_vector(cpp):
+    case = make_case("lowrank_linear", 1, 6, 5, 2, dtype=F64)
+    options = {**case.tensors, "x": torch.randn(6, dtype=F64), **case.options}
+    with peft_fused.use_backend("torch", native=cpp):
+        torch.testing.assert_close(lowrank_linear(**options), lowrank_linear_reference(**options))
+
+
+@both_nodes
+def test_strides_of_any_kind(cpp):
+    """A transposed weight (GPT-2's Conv1D), a permuted x, a column-major A, an expanded gradient."""
+    base = torch.randn(8, 6, dtype=F64)
+    x = torch.randn(8, 3, 4, dtype=F64).permute(2, 1, 0).requires_grad_()
+    A = torch.randn(8, 2, dtype=F64).t().requires_grad_()
+    B = torch.randn(6, 2, dtype=F64, requires_grad=True)
+    grads = []
+    for function in (lowrank_linear, lowrank_linear_reference):
+        with peft_fused.use_backend("torch", native=cpp):
+            y = function(x, base.t(), None, A, B)
+        grads.append(torch.autograd.grad(y.sum(), [x, A, B]))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@both_nodes
+def test_inputs_and_outputs_keep_to_themselves(cpp):
+    """Neither inputs nor saved tensors are written to, and the output may be changed in place by the next layer."""
+    case = make_case("lowrank", 8, 6, 5, 3)
+    before = {name: t.detach().clone() for name, t in case.tensors.items() if t is not None}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(lowrank)
+    y.add_(1.0)
+    y.sum().backward()
+    for name, value in before.items():
+        assert torch.equal(case.tensors[name], value), name
+
+
+# ------------------------------------------------------------------------------------- what backward keeps and repeats
+
+
+def saved_tensors(function):
+    """Tensors that autograd keeps for the backward of function()."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function()
+    return kept
+
+
+@both_nodes
+def test_frozen_factors_save_nothing(cpp):
+    def kept(wrt, **options):
+        case = make_case("lowrank_linear", 50, 40, 30, 4, wrt=wrt, **options)
+        with peft_fused.use_backend("torch", native=cpp):
+            tensors = saved_tensors(lambda: case.call(lowrank_linear))
+        known = {t.data_ptr(): name for name, t in case.tensors.items() if t is not None}
+        return {known.get(t.data_ptr(), tuple(t.shape)) for t in tensors}
+
+    parameters = {"A", "B"}
+    assert kept(("x", "A", "B")) == parameters | {"x", "weight", (50, 4)}
+    assert kept(("x", "B")) == parameters | {"weight", (50, 4)}, "a frozen A keeps no x"
+    assert kept(("x", "A")) == parameters | {"weight", "x"}, "a frozen B keeps no S"
+    assert kept(("A", "B")) == parameters | {"x", (50, 4)}, "an x without gradient keeps no weight"
+    with_dropout = kept(("x", "A", "B"), dropout_p=0.5)
+    assert with_dropout == parameters | {"x", "weight", (50, 4), ()}, "dropout keeps a seed, neither a mask nor a copy"
+
+
+@both_nodes
+def test_two_runs_are_bitwise_equal(cpp):
+    def run():
+        torch.manual_seed(3)
+        case = make_case("lowrank_linear", 700, 600, 500, 16, dropout_p=0.1)
+        with peft_fused.use_backend("torch", native=cpp):
+            y = case.call(lowrank_linear)
+        return [y, *torch.autograd.grad(y, [case.tensors[n] for n in case.wrt], torch.ones_like(y))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@both_nodes
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_plain_gradients(use_reentrant, cpp):
+    """Dropout draws its seed from torch's generator, which both kinds of checkpointing replay."""
+    case = make_case("lowrank_linear", 40, 30, 20, 4, dropout_p=0.5, rank=torch.tensor(3))
+
+    def run(wrapped):
+        torch.manual_seed(11)
+        with peft_fused.use_backend("torch", native=cpp):
+            y = wrapped(lambda x: lowrank_linear(**{**case.tensors, "x": x}, **case.options), case.tensors["x"])
+            y.square().sum().backward()
+        grads = [case.tensors[n].grad for n in case.wrt]
+        for name in case.wrt:
+            case.tensors[name].grad = None
+        return grads
+
+    plain = run(lambda function, x: function(x))
+    for got, want in zip(run(lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant)), plain, strict=True):
+        assert torch.equal(got, want)
+
+
+@both_nodes
+def test_a_control_changed_before_backward_is_no_silent_error(cpp):
+    """A rank tensor read again in backward must be the one of the forward, or autograd must object."""
+    rank = torch.tensor(4)
+    case = make_case("lowrank", 20, 12, 10, 4, rank=rank)
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(lowrank)
+        want = torch.autograd.grad(y.sum(), [case.tensors["A"]], retain_graph=True)[0]
+        rank.fill_(1)
+        try:
+            got = torch.autograd.grad(y.sum(), [case.tensors["A"]])[0]
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert torch.equal(got, want)
+
+
+@both_nodes
+def test_no_second_derivative_without_saying_so(cpp):
+    case = make_case("lowrank", 4, 3, 2, 1)
+    with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError):
+        (first,) = torch.autograd.grad(case.call(lowrank).sum(), [case.tensors["x"]], create_graph=True)
+        first.sum().backward()
+
+
+# ------------------------------------------------------------------------------------------------- compile and opcheck
+
+
+def test_compile_is_one_graph_and_ranks_do_not_recompile():
+    rank, scale = torch.tensor(4), torch.tensor(2.0)
+    case = make_case("lowrank_linear", 24, 16, 12, 4, rank=rank)
+    case.options["scale"] = scale
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **k: lowrank_linear(**k), backend=counter, fullgraph=True)
+    for b in (4, 1, 3, 2):
+        rank.fill_(b)
+        scale.fill_(8.0 / b)
+        leaves = [case.tensors[n] for n in case.wrt]
+        got = torch.autograd.grad(compiled(**case.tensors, **case.options).square().sum(), leaves)
+        want = torch.autograd.grad(case.call(lowrank_linear_reference).square().sum(), leaves)
+        for a, c in zip(got, want, strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("uv", [False, True])
+def test_inductor(uv):
+    case = make_case("lowrank", 24, 16, 12, 4, uv=uv)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **k: lowrank(**k) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(**case.tensors, **case.options), case.call(lowrank_reference) * 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"uv": True, "rank": 2}, {"dropout_p": 0.3, "seed": torch.tensor(4)}], ids=str)
+def test_opcheck(options):
+    case = make_case("lowrank_linear", 6, 5, 4, 3, **options)
+    t, o = case.tensors, case.options
+    controls = (2.0, None, o.get("rank", 3), None, 0, None, 0, None, 0, None, False, "torch")
+    if "dropout_p" in o:
+        controls = (*controls[:8], 20000, o["seed"], False, "torch")
+    tensors = (t["x"], t["weight"], None, t["bias"], t["A"], t["B"], t["u"], t["v"])
+    torch.library.opcheck(torch.ops.peft_fused.lowrank_fwd, (*tensors, *controls))
+    detached = [None if x is None else x.detach() for x in tensors]
+    x, weight, _, _, A, B, u, v = detached
+    S = torch.randn(6, 3)
+    needs = [True, False, True, True, True, u is not None, v is not None]
+    torch.library.opcheck(torch.ops.peft_fused.lowrank_bwd, (torch.randn(6, 4), x, weight, A, B, u, v, S, *controls, needs))
+
+
+# -------------------------------------------------------------------------------------------------- autocast and modes
+
+
+@both_nodes
+def test_autocast_is_that_of_linear(cpp):
+    case = make_case("lowrank_linear", 32, 24, 16, 4)
+    with peft_fused.use_backend("torch", native=cpp), torch.autocast("cpu", dtype=BF16):
+        y = case.call(lowrank_linear)
+        base = torch.nn.functional.linear(case.tensors["x"], case.tensors["weight"], case.tensors["bias"])
+    assert y.dtype == base.dtype == BF16
+    truth = case.to(F64).call(lowrank_linear_reference)
+    assert (y.double() - truth).norm() / truth.norm() < 1e-2
+    y.float().sum().backward()
+    assert case.tensors["A"].grad.dtype == F32
+
+
+def test_cpp_and_python_draw_the_same_dropout():
+    if native.module is None:
+        pytest.skip(native.why_missing)
+    case = make_case("lowrank", 40, 30, 20, 4, dropout_p=0.5)
+    results = []
+    for cpp in (True, False):
+        torch.manual_seed(5)
+        with peft_fused.use_backend("torch", native=cpp):
+            results.append(case.call(lowrank))
+    torch.testing.assert_close(*results)
+
+
+# ------------------------------------------------------------------------------------------------------------ dispatch
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    case = make_case("lowrank", 4, 3, 2, 1, dtype=F64)
+    with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
+        case.call(lowrank)
+    assert "float64" in str(error.value) and "CUDA device" in str(error.value)
+    with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="x is on cpu"):
+        case.call(lowrank)
+    with pytest.raises(ValueError, match="unknown backend 'cudnn', allowed: reference, torch, triton, cuda"):
+        peft_fused.use_backend("cudnn").__enter__()
+
+
+def test_use_backend_is_undone():
+    with pytest.raises(ZeroDivisionError), peft_fused.use_backend("reference"):
+        assert dispatch.forced() == "reference"
+        _ = 1 / 0
+    assert dispatch.forced() is None
+
+
+def test_explain_names_path_and_reasons():
+    problem = dispatch.Problem(64, 32, 32, 8, "float32", "float32", "cpu", "", 1, False, True)
+    text = str(peft_fused.explain(problem))
+    assert "torch: " in text and "not triton: x is on cpu" in text and "not reference: torch comes first" in text
+    with peft_fused.use_backend("reference"):
+        assert "not torch: reference is forced" in str(peft_fused.explain(problem))
+    with pytest.raises(TypeError, match="Problem or a torch.nn.Module, got int"):
+        peft_fused.explain(3)
+
+
+def test_a_gpu_without_kernels_is_reported_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_why_not", lambda name, *_: () if name in ("torch", "reference") else ("not here",))
+    monkeypatch.setattr(dispatch, "_said", set())
+    problem = dispatch.Problem(64, 32, 32, 8, "float32", "float32", "cuda", "any", 1, False, True)
+    assert [dispatch.choose(problem) for _ in range(2)] == ["torch", "torch"]
+    assert [r.message for r in caplog.records if "runs on plain torch" in r.message and "not here" in r.message] == [
+        caplog.records[0].message
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+BAD = [
+    (dict(x=torch.ones(4, 6, dtype=torch.int64)), TypeError, r"x must be floating point .*, got int64"),
+    (dict(x=torch.ones(4, 7)), ValueError, r"A must have shape \[r, K\].* = \[3, 7\], got \[3, 6\]"),
+    (dict(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
+    (dict(x=torch.tensor(1.0)), ValueError, r"x must have shape \[..., K\]"),
+    (dict(weight=torch.ones(5, 5)), ValueError, r"weight must have shape \[N, K\] = \[5, 6\], got \[5, 5\]"),
+    (dict(weight=torch.ones(5, 6, dtype=F16)), TypeError, r"weight must have x's dtype \(float32\), got float16"),
+    (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \[N\] = \[5\], got \[4\]"),
+    (dict(A=torch.ones(6)), ValueError, r"A must have shape \[r, K\] or \[E, r, K\], got \[6\]"),
+    (dict(A=torch.ones(3, 6, dtype=BF16)), TypeError, r"A must have x's dtype or float32 \(float32\), got bfloat16"),
+    (dict(A=torch.ones(257, 6), B=torch.ones(5, 257)), ValueError, r"A must have 1 to 256 rows .* got shape \[257, 6\]"),
+    (dict(B=torch.ones(5, 4)), ValueError, r"B must have 3 columns \(the rank of A\), got shape \[5, 4\]"),
+    (dict(u=torch.ones(2)), ValueError, r"u must have shape \[r\] = \[3\], got \[2\]"),
+    (dict(v=torch.ones(5, device="meta")), ValueError, r"v must be on x's device \(cpu\), got meta"),
+    (dict(A=torch.ones(3, 6).to_sparse()), ValueError, "A must be a dense"),
+    (dict(rank=0), ValueError, r"rank must be in 1..3, got 0"),
+    (dict(rank=4), ValueError, r"rank must be in 1..3, got 4"),
+    (dict(rank=torch.tensor(9)), ValueError, r"rank must be in 1..3, got 9"),
+    (dict(rank=1.0), TypeError, r"rank must be an int or a 0-d tensor, got float"),
+    (dict(rank=True), TypeError, r"rank must be an int or a 0-d tensor, got bool"),
+    (dict(rank=torch.tensor([1])), ValueError, r"rank must be a number or a 0-d integer tensor, got int64 \[1\]"),
+    (dict(rank=torch.tensor(1.0)), ValueError, r"rank must be a number or a 0-d integer tensor"),
+    (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (dict(scale="2"), TypeError, "scale must be a number or a 0-d tensor, got str"),
+    (dict(scale=torch.tensor(1.0, requires_grad=True)), ValueError, "scale must not require a gradient"),
+    (dict(expert=0), ValueError, "expert needs a stacked A"),
+    (dict(A=torch.ones(2, 3, 6), expert=2), ValueError, r"expert \(of A\) must be in 0..1, got 2"),
+    (dict(A=torch.ones(2, 3, 6), expert=(0, 0, 0)), ValueError, "expert must be an index or a pair of them, got 3"),
+    (dict(dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+    (dict(dropout_p=-0.1), ValueError, r"dropout_p must be in \[0, 1\), got -0.1"),
+    (dict(dropout_p=None), TypeError, "dropout_p must be a number, got NoneType"),
+    (dict(dropout_p=0.5, seed=1.5), TypeError, "seed must be an int, a 0-d int64 tensor or None, got float"),
+    (dict(dropout_p=0.5, seed=2**63), ValueError, "seed must fit in 64 bits"),
+    (dict(dropout_p=0.5, seed=torch.tensor(1, dtype=torch.int32)), ValueError, "seed must be a 0-d int64 tensor on cpu"),
+]
+
+
+@both_nodes
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[m[2][:40] for m in BAD])
+def test_bad_arguments_are_named(change, kind, message, cpp):
+    good = dict(x=torch.ones(4, 6), weight=torch.ones(5, 6), bias=None, A=torch.ones(3, 6), B=torch.ones(5, 3))
+    with peft_fused.use_backend(None, native=cpp), pytest.raises(kind, match=message):
+        lowrank_linear(**{**good, **change})
+
+
+@both_nodes
+def test_bad_add_is_named(cpp):
+    with peft_fused.use_backend(None, native=cpp), pytest.raises(ValueError, match=r"add must have shape .* = \[4, 5\]"):
+        lowrank(torch.ones(4, 6), torch.ones(3, 6), torch.ones(5, 3), add=torch.ones(1, 5))
