@@ -69,3 +69,11 @@ def floor_ms(shape: Shape, mode: str, ceilings: Ceilings) -> float:
     flops["both"], moved["both"] = flops["forward"] + flops["backward"], moved["forward"] + moved["backward"]
     rate = ceilings.gemm_gflop_s[str(shape.dtype).removeprefix("torch.")]
     return max(flops[mode] / rate, moved[mode] * item / ceilings.copy_gb_s) / 1e6
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    _device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    print(json.dumps(measure(_device, (torch.float32, torch.bfloat16, torch.float16)).as_dict()))

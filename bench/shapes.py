@@ -31,7 +31,8 @@ class Shape:
     @property
     def calls(self) -> int:
         """Calls per sample on a CPU: layers this small measure host overhead, not arithmetic."""
-        return 100 if self.m * self.n * self.k < 1 << 20 else 1
+        work = self.m * self.n * self.k
+        return 100 if work < 1 << 14 else 10 if work < 1 << 22 else 1
 
 
 BF16 = torch.bfloat16

@@ -25,12 +25,13 @@ DTYPES = (
 
 @dataclass(frozen=True)
 class OpCheck:
-    """What `check` needs of an op. cases(op, dtype, adapter_dtype, device) yields its calls; the first of them is the
-    one that the mutations are made of, a call of the delta alone with r > 1 and no other option."""
+    """What `check` needs of an op. cases(op, dtype, adapter_dtype, device) yields its calls; control, with the same
+    arguments, is the call that the mutations are made of."""
 
     fn: Callable
     reference: Callable
     cases: Callable[..., Iterator[Case]]
+    control: Callable[..., Case]
     problem: Callable[[Case], dispatch.Problem]
 
 
@@ -40,16 +41,22 @@ def _lowrank_problem(case: Case) -> dispatch.Problem:
 
 
 def _lowrank_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Iterator[Case]:
-    """The common cases are of the delta alone and small. These two are large enough for every choice of base product."""
+    """The common cases, small and of the delta alone, and two large enough for every choice of base product."""
     yield from lowrank_cases(op, dtype, adapter_dtype, device)
     for base in (False, True):
         yield make_case(op, 257, 160, 136, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=base)
 
 
+def _lowrank_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
+    return make_case(op, 67, 96, 80, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
+
+
 # An op takes part by being listed here.
 OPS = {
-    "lowrank_linear": OpCheck(lowrank_linear, lowrank_linear_reference, _lowrank_cases, _lowrank_problem),
-    "lowrank": OpCheck(lowrank, lowrank_reference, _lowrank_cases, _lowrank_problem),
+    "lowrank_linear": OpCheck(
+        lowrank_linear, lowrank_linear_reference, _lowrank_cases, _lowrank_control, _lowrank_problem
+    ),
+    "lowrank": OpCheck(lowrank, lowrank_reference, _lowrank_cases, _lowrank_control, _lowrank_problem),
 }
 
 
@@ -98,7 +105,7 @@ def check_one(op: str, entry: OpCheck, path: Path, dtype, adapter_dtype, device:
     try:
         with path.forced():
             found = [(v, case) for case in runnable for v in compare(entry.fn, entry.reference, case)]
-            controls = compare_mutated(entry.fn, entry.reference, runnable[0])
+            controls = compare_mutated(entry.fn, entry.reference, entry.control(op, dtype, adapter_dtype, device))
     except Exception as error:  # a path that raises is a wrong path, and the rows after it are still wanted
         text = (str(error).splitlines() or [""])[0]
         return row | {"status": "wrong", "reasons": [f"{type(error).__name__}: {text}"]}

@@ -718,9 +718,8 @@ def trained_scale(layer):
 
 
 CHANGES = [
-    on_lora_A, on_lora_B, on_dropout, backward_hook, replaced_forward, parametrized_A, other_dropout, inplace_dropout, full_dropout,
-    tagged_A, biased_A,
-    half_adapter, high_rank, trained_scale,
+    on_lora_A, on_lora_B, on_dropout, backward_hook, replaced_forward, parametrized_A, other_dropout, inplace_dropout,
+    full_dropout, tagged_A, biased_A, half_adapter, high_rank, trained_scale,
 ]  # fmt: skip
 
 

@@ -16,9 +16,6 @@ elif not torch.cuda.is_available():
     collect_ignore += ["test_lowrank.py"]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "aot: compiles kernels ahead of time; needs no GPU")
-
 
 @pytest.fixture(scope="session")
 def device():

@@ -1,0 +1,53 @@
+# make demo and make test need python3 >= 3.10 and a C++ compiler; everything else they install into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
+STAGES ?= build tests check ceilings bench
+
+.PHONY: venv demo test check format bench gpu clean
+
+venv: $(STAMP)
+
+# A torch >= 2.11 that sees a GPU is kept: the environment then looks through to the system's packages.
+$(VENV)/.requirements: requirements.txt
+	@if $(PYTHON) -c "import sys, torch; v = tuple(int(p) for p in torch.__version__.split('+')[0].split('.')[:2]); sys.exit(not (torch.version.cuda and v >= (2, 11)))" 2>/dev/null; then \
+	  echo "keeping this machine's CUDA build of torch"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	  grep -vE '^(torch|triton)==' requirements.txt > $(VENV)/requirements.txt; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && cp requirements.txt $(VENV)/requirements.txt; \
+	fi
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r $(VENV)/requirements.txt
+	@touch $@
+
+$(STAMP): $(VENV)/.requirements $(SOURCES)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: venv
+	$(BIN)/peft-fused demo
+
+# Ahead-of-time compiles come last: the longest stage, and the last to be reached when something simpler is broken.
+test: venv
+	$(BIN)/pytest -q -m "not aot"
+	$(BIN)/pytest -q -m aot
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: venv
+	$(BIN)/peft-fused bench --device cpu
+
+# On a CUDA machine, with its own python3, no network and no virtual environment: see bench/gpu.py.
+gpu:
+	$(PYTHON) bench/gpu.py $(STAGES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info peft_fused/*.so peft_fused/_build_info.py
