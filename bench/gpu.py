@@ -1,4 +1,4 @@
-"""What `make gpu` runs on a CUDA machine: build, GPU tests, check, ceilings, benchmark; no network, no virtual environment.
+"""What `make gpu` runs on a CUDA machine, with no network and no virtual environment: build, tests, check, benchmark.
 
 The most valuable stages come first, each has a time budget that adds up to less than nine minutes, and what a stage
 finds is written as soon as it ends, so that a run cut short still leaves results in bench/results/<gpu>/.
@@ -22,7 +22,9 @@ def sh(command: list[str], log: Path, seconds: float, env: dict[str, str] | None
     """(exit status, output) of a command that is stopped after its budget; 124 stands for that."""
     start = time.time()
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+        )
         try:
             status = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -39,7 +41,9 @@ def machine() -> dict:
     import triton
 
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,memory.total"
-    smi = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True)
+    smi = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "gpu": torch.cuda.get_device_name(0),
@@ -87,7 +91,11 @@ def main(stages: list[str]) -> int:
         env = {"PEFT_FUSED_BUILD": "force"} if stage == "build" else None
         status, text = sh(commands[stage], folder / f"{stage}.log", BUDGET[stage], env)
         lines = text.strip().splitlines()
-        outcome[stage] = {"exit": status, "seconds": round(time.time() - start, 1), "last_line": lines[-1][:400] if lines else ""}
+        outcome[stage] = {
+            "exit": status,
+            "seconds": round(time.time() - start, 1),
+            "last_line": lines[-1][:400] if lines else "",
+        }
         write_summary()
         if status:
             print("\n".join(lines[-40:]), flush=True)

@@ -30,7 +30,10 @@ def run(command, *, env=None, cwd=None, status=0):
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
     out = tmp_path_factory.mktemp("sdist")
-    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT], env={"PEFT_FUSED_BUILD": "off"})
+    run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, ROOT],
+        env={"PEFT_FUSED_BUILD": "off"},
+    )
     (archive,) = out.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = [name.split("/", 1)[1] for name in file.getnames() if "/" in name]

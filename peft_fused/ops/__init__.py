@@ -3,4 +3,4 @@
 from . import dispatch, native
 from .lowrank import lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference
 
-__all__ = ["dispatch", "native", "lowrank", "lowrank_linear", "lowrank_linear_reference", "lowrank_reference"]
+__all__ = ["dispatch", "lowrank", "lowrank_linear", "lowrank_linear_reference", "lowrank_reference", "native"]

@@ -82,7 +82,9 @@ def make_case(
         wrt = tuple(name for name in GRADIENTS if tensors.get(name) is not None and name != "weight")
     for name in wrt:
         tensors[name].requires_grad_()
-    label = ", ".join([f"{m}x{k}x{n}", f"r={r}"] + [f"{key}={value}" for key, value in options.items() if key != "scale"])
+    label = ", ".join(
+        [f"{m}x{k}x{n}", f"r={r}"] + [f"{key}={value}" for key, value in options.items() if key != "scale"]
+    )
     return Case(op, label, tensors, options, wrt)
 
 

@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -58,8 +58,8 @@ def native_allowed() -> bool:
 def use_backend(name: str | None, *, native: bool = True):
     """Within the context every op runs on the named backend, or raises RuntimeError with all reasons if it cannot.
 
-    None restores the automatic choice. native=False keeps the Python autograd node instead of the C++ one. Process-wide.
-    Raises ValueError for an unknown name.
+    None restores the automatic choice. native=False keeps the Python autograd node in place of the C++ one.
+    It holds for the whole process. Raises ValueError for an unknown name.
     """
     if name is not None:
         _check_name(name, "use_backend")
@@ -71,13 +71,13 @@ def use_backend(name: str | None, *, native: bool = True):
         _Forced.backend, _Forced.native = before
 
 
-@lru_cache(maxsize=None)
+@cache
 def _gpu(device: torch.device) -> tuple[str, int, tuple[int, int]]:
     properties = torch.cuda.get_device_properties(device)
     return properties.name, properties.multi_processor_count, (properties.major, properties.minor)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -88,11 +88,21 @@ def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight:
     k = x.shape[-1]
     m = x.numel() // k if k else 0
     return Problem(
-        m, B.shape[-2], k, A.shape[-2], _name(x.dtype), _name(A.dtype), x.device.type, gpu, sm_count, dropout, has_weight
+        m,
+        B.shape[-2],
+        k,
+        A.shape[-2],
+        _name(x.dtype),
+        _name(A.dtype),
+        x.device.type,
+        gpu,
+        sm_count,
+        dropout,
+        has_weight,
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton_missing() -> str:
     """Reason why Triton kernels cannot be launched at all, empty if they can."""
     if importlib.util.find_spec("triton") is None:
@@ -174,8 +184,11 @@ def choose(problem: Problem, traced: bool = False) -> str:
 def describe(problem: Problem) -> str:
     op = "lowrank_linear" if problem.has_weight else "lowrank"
     drop = ", dropout" if problem.dropout else ""
-    types = problem.dtype if problem.dtype == problem.adapter_dtype else f"{problem.dtype} x, {problem.adapter_dtype} A, B"
-    return f"{op} [{problem.m}, {problem.k}] -> [{problem.m}, {problem.n}], r={problem.r}, {types}{drop} on {problem.device}"
+    types = (
+        problem.dtype if problem.dtype == problem.adapter_dtype else f"{problem.dtype} x, {problem.adapter_dtype} A, B"
+    )
+    sizes = f"[{problem.m}, {problem.k}] -> [{problem.m}, {problem.n}], r={problem.r}"
+    return f"{op} {sizes}, {types}{drop} on {problem.device}"
 
 
 def path_of(problem: Problem) -> str:
@@ -194,7 +207,7 @@ def path_of(problem: Problem) -> str:
 
 @lru_cache(maxsize=1)
 def _onednn_beats_blas() -> bool:
-    """Whether fp32 products go to oneDNN: torch's x86 builds carry MKL, whose AVX-512 kernels run on Intel CPUs only."""
+    """Whether fp32 products go to oneDNN: torch carries MKL, whose AVX-512 kernels run on Intel CPUs only."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):

@@ -1,10 +1,10 @@
 """Dropout masks that are a function of a seed and a position, identical on every backend.
 
 Source: Salmon et al. 2011, Philox-4x32, here with 7 rounds (the fewest that pass BigCrush): on a GPU the ten rounds of
-the usual generator would cost more time than the memory traffic of the kernel they sit in. Element (m, k) of a 2-D input
-takes 16 bits of the block with counter (k // 8, m, 0, 0) and the seed as key: word (k % 8) // 2, low half for even k.
-It is kept when they are at least `threshold`, so the mask needs no storage: forward, backward and a recomputed forward
-derive it again. `triton_kernels/philox.py` and `csrc/kernels/philox.h` are the same function.
+the usual generator would cost more time than the memory traffic of the kernel they sit in. Element (m, k) of a 2-D
+input takes 16 bits of the block with counter (k // 8, m, 0, 0) and the seed as key: word (k % 8) // 2, low half for
+even k. It is kept when they are at least `threshold`. The mask needs no storage: forward, backward and a recomputed
+forward derive it again. `triton_kernels/philox.py` and `csrc/kernels/philox.h` are the same function.
 """
 
 import torch
@@ -55,7 +55,7 @@ def keep_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int, first
 
 
 def drop(x: torch.Tensor, seed: torch.Tensor, threshold: int, first_row: int = 0) -> torch.Tensor:
-    """x [rows, columns] with dropped elements zero and kept ones scaled by 1 / (1 - threshold / 65536), in x's dtype."""
+    """x [rows, columns], dropped elements zero and kept ones scaled by 1 / (1 - threshold / 65536), in x's dtype."""
     if native.module is not None and x.device.type == "cpu":
         return native.module.drop(x, seed, threshold, first_row)
     return x * keep_mask(seed, *x.shape, threshold, first_row) * keep_scale(threshold)

@@ -91,7 +91,7 @@ def lowrank_linear(
 def lowrank(
     x, A, B, *, add=None, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
 ):
-    """add + scale * v . (B[e] (u . keep_rank(A[e] drop(x)))): the adapter beside a base layer that is called as a module.
+    """add + scale * v . (B[e] (u . keep_rank(A[e] drop(x)))): the adapter beside a base layer that runs as a module.
 
     add: [..., N] in x's dtype, the output of that layer, or None. It is not written to. The rest: see `lowrank_linear`.
     """
@@ -110,7 +110,9 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
             return y
     if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, add, bias, A, B, u, v = (_autocast(t, dtype, i) for i, t in enumerate((x, weight, add, bias, A, B, u, v)))
+        x, weight, add, bias, A, B, u, v = (
+            _autocast(t, dtype, i) for i, t in enumerate((x, weight, add, bias, A, B, u, v))
+        )
         with torch.autocast(x.device.type, enabled=False):
             return _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
@@ -127,7 +129,9 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
             return lowrank_linear_reference(x, weight, bias, A, B, **options)
         return lowrank_reference(x, A, B, add=add, **options)
     if backend == "cuda":
-        raise RuntimeError("backend 'cuda' runs in the C++ node, which does not take tensor subclasses or torch.compile")
+        raise RuntimeError(
+            "backend 'cuda' runs in the C++ node, which does not take tensor subclasses or torch.compile"
+        )
     expert_a, expert_b = (0 if e is None else e for e in pair)
     flat = (
         *_split(scale, float), *_split(A.shape[-2] if rank is None else rank, int), *_split(expert_a, int),
@@ -266,7 +270,9 @@ def _check_control(name, value, device, least, most):
             return
         value = value.item()
     elif isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-        raise TypeError(f"{name} must be {'an int' if integer else 'a number'} or a 0-d tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{name} must be {'an int' if integer else 'a number'} or a 0-d tensor, got {type(value).__name__}"
+        )
     if integer and not least <= value <= most:
         raise ValueError(f"{name} must be in {least}..{most}, got {value}")
     if not integer and not math.isfinite(value):

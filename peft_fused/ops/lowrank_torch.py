@@ -95,7 +95,7 @@ def _load(x2, i, j, dtype, c: Controls):
 
 
 def _base(x2, weight, bias):
-    """x W^T + bias by oneDNN, or None where BLAS is the better library; then the caller accumulates onto the adapter."""
+    """x W^T + bias by oneDNN; None where BLAS is the better library, and accumulates onto the adapter in place."""
     problem = problem_of(x2, weight, weight, has_weight=True, dropout=False)
     if x2.device.type == "cpu" and uses_onednn(problem):
         return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")

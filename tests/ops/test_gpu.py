@@ -80,7 +80,9 @@ def test_two_runs_are_bitwise_equal(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_host_sync_in_a_step(backend):
     rank, scale = torch.tensor(5, device="cuda"), torch.tensor(1.5, device="cuda")
-    case = make_case("lowrank_linear", 256, 128, 192, 8, dtype=BF16, device="cuda", rank=rank, scale=scale, dropout_p=0.1)
+    case = make_case(
+        "lowrank_linear", 256, 128, 192, 8, dtype=BF16, device="cuda", rank=rank, scale=scale, dropout_p=0.1
+    )
 
     def step():
         with peft_fused.use_backend(backend):

@@ -306,7 +306,9 @@ def test_opcheck(options):
     x, weight, _, _, A, B, u, v = detached
     S = torch.randn(6, 3)
     needs = [True, False, True, True, True, u is not None, v is not None]
-    torch.library.opcheck(torch.ops.peft_fused.lowrank_bwd, (torch.randn(6, 4), x, weight, A, B, u, v, S, *controls, needs))
+    torch.library.opcheck(
+        torch.ops.peft_fused.lowrank_bwd, (torch.randn(6, 4), x, weight, A, B, u, v, S, *controls, needs)
+    )
 
 
 # -------------------------------------------------------------------------------------------------- autocast and modes
@@ -364,7 +366,7 @@ def test_explain_names_path_and_reasons():
     assert "torch: " in text and "not triton: x is on cpu" in text and "not reference: torch comes first" in text
     with peft_fused.use_backend("reference"):
         assert "not torch: reference is forced" in str(peft_fused.explain(problem))
-    with pytest.raises(TypeError, match="Problem or a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"Problem or a torch\.nn\.Module, got int"):
         peft_fused.explain(3)
 
 
@@ -390,7 +392,11 @@ BAD = [
     (dict(bias=torch.ones(4)), ValueError, r"bias must have shape \[N\] = \[5\], got \[4\]"),
     (dict(A=torch.ones(6)), ValueError, r"A must have shape \[r, K\] or \[E, r, K\], got \[6\]"),
     (dict(A=torch.ones(3, 6, dtype=BF16)), TypeError, r"A must have x's dtype or float32 \(float32\), got bfloat16"),
-    (dict(A=torch.ones(257, 6), B=torch.ones(5, 257)), ValueError, r"A must have 1 to 256 rows .* got shape \[257, 6\]"),
+    (
+        dict(A=torch.ones(257, 6), B=torch.ones(5, 257)),
+        ValueError,
+        r"A must have 1 to 256 rows .* got shape \[257, 6\]",
+    ),
     (dict(B=torch.ones(5, 4)), ValueError, r"B must have 3 columns \(the rank of A\), got shape \[5, 4\]"),
     (dict(u=torch.ones(2)), ValueError, r"u must have shape \[r\] = \[3\], got \[2\]"),
     (dict(v=torch.ones(5, device="meta")), ValueError, r"v must be on x's device \(cpu\), got meta"),
@@ -413,7 +419,11 @@ BAD = [
     (dict(dropout_p=None), TypeError, "dropout_p must be a number, got NoneType"),
     (dict(dropout_p=0.5, seed=1.5), TypeError, "seed must be an int, a 0-d int64 tensor or None, got float"),
     (dict(dropout_p=0.5, seed=2**63), ValueError, "seed must fit in 64 bits"),
-    (dict(dropout_p=0.5, seed=torch.tensor(1, dtype=torch.int32)), ValueError, "seed must be a 0-d int64 tensor on cpu"),
+    (
+        dict(dropout_p=0.5, seed=torch.tensor(1, dtype=torch.int32)),
+        ValueError,
+        "seed must be a 0-d int64 tensor on cpu",
+    ),
 ]
 
 
@@ -427,5 +437,8 @@ def test_bad_arguments_are_named(change, kind, message, cpp):
 
 @both_nodes
 def test_bad_add_is_named(cpp):
-    with peft_fused.use_backend(None, native=cpp), pytest.raises(ValueError, match=r"add must have shape .* = \[4, 5\]"):
+    with (
+        peft_fused.use_backend(None, native=cpp),
+        pytest.raises(ValueError, match=r"add must have shape .* = \[4, 5\]"),
+    ):
         lowrank(torch.ones(4, 6), torch.ones(3, 6), torch.ones(5, 3), add=torch.ones(1, 5))

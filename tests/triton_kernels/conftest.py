@@ -16,7 +16,6 @@ elif not torch.cuda.is_available():
     collect_ignore += ["test_lowrank.py"]
 
 
-
 @pytest.fixture(scope="session")
 def device():
     if not INTERPRETED and not torch.cuda.is_available():

@@ -4,6 +4,7 @@ Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
 """
 
 import itertools
+import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from peft_fused.triton_kernels import lowrank
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
 from peft_fused.triton_kernels.lowrank import lowrank_bwd, lowrank_fwd
+
+pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu
 
 NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
