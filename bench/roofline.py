@@ -1,6 +1,8 @@
 """Measured ceilings of this machine: copy bandwidth and GEMM rate. A time is judged against what the machine did here,
 not against a data sheet."""
 
+import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -71,9 +73,11 @@ def floor_ms(shape: Shape, mode: str, ceilings: Ceilings) -> float:
     return max(flops[mode] / rate, moved[mode] * item / ceilings.copy_gb_s) / 1e6
 
 
-if __name__ == "__main__":
-    import json
-    import sys
+def main() -> None:
+    """`python -m peft_fused.bench.roofline [cpu|cuda]` prints the ceilings as JSON."""
+    device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    print(json.dumps(measure(device, (torch.float32, torch.bfloat16, torch.float16)).as_dict()))
 
-    _device = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
-    print(json.dumps(measure(_device, (torch.float32, torch.bfloat16, torch.float16)).as_dict()))
+
+if __name__ == "__main__":
+    main()

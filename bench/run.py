@@ -147,8 +147,10 @@ def default_folder(device: torch.device) -> Path | None:
     return Path("bench/results") / slug(device_name(device))
 
 
-def write(rows: list[dict], folder: Path) -> Path:
+def write(row: dict, folder: Path, *, first: bool) -> Path:
+    """Adds a row to results.jsonl, which the first row starts anew: a run cut short leaves what it has measured."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with path.open("w" if first else "a") as file:
+        file.write(json.dumps(row) + "\n")
     return path

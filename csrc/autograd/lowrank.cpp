@@ -158,6 +158,12 @@ struct Adapter {
   Tensor outer() const { return v.defined() ? B * v.unsqueeze(1) : B; }
 };
 
+// The node differentiates as a whole: its pieces skip autograd's dispatch, and autocast, which may surround backward.
+struct BelowAutograd {
+  const at::AutoDispatchBelowADInplaceOrView autograd;
+  const c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
 // Rows are worked on in blocks where x has to be converted or dropped out first, so that neither exists as a whole.
 // On a CPU the blocks share one parallel region: a thread takes whole blocks, in cache, instead of every small step
 // being split over the threads. How many there are depends on shapes and thread count alone, so sums over blocks are
@@ -187,7 +193,7 @@ struct Blocks {
       return;
     }
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      const at::AutoDispatchBelowADInplaceOrView guard;  // other threads do not inherit that autograd is off in here
+      const BelowAutograd guard;  // other threads do not inherit it
       for (int64_t i = begin; i < end; ++i) f(i);
     });
   }
@@ -327,6 +333,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& weight_, const Optional& add_,
                         const Optional& bias_, const Tensor& A, const Tensor& B, const Optional& u_,
                         const Optional& v_, const c10::intrusive_ptr<Call>& call, const Device& d) {
+    const BelowAutograd guard;
     const Call& c = *call;
     const auto get = [](const Optional& t) { return t ? *t : Tensor(); };
     const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
@@ -351,6 +358,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
     if (!dy.defined()) return out;
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "peft_fused: the low-rank op has no second derivative; use_backend('reference') has one");
+    const BelowAutograd guard;
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const Call& c = *call;
     const auto saved = ctx->get_saved_variables();

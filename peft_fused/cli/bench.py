@@ -36,6 +36,8 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
         try:
             for row in runner.run(device, "tiny" if tiny else "all" if everything else "default", tell):
                 rows.append(row)
+                if folder:
+                    written = [runner.write(row, folder, first=len(rows) == 1)]
                 if as_json:
                     print_json(row)
         except WrongResult as error:
@@ -45,7 +47,6 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
     if folder is None:
         err().print("nothing written: give --out, or run from the repository root")
         return
-    written = [runner.write(rows, folder)]
     if importlib.util.find_spec("matplotlib"):
         written.append(plot(rows, folder / "results.png"))
     else:

@@ -28,10 +28,21 @@ LAUNCH_BOUND = 4e10
 
 
 class _Forced:
-    """What use_backend and the environment have asked for; None leaves the choice to the problem."""
+    """What use_backend and the environment have asked for; None leaves the choice to the problem.
+
+    native_serves is derived, for the one read that every call makes: whether the C++ node is to be asked first.
+    """
 
     backend: str | None = None
     native: bool = True
+    native_serves: bool = False
+
+    def set(self, backend: str | None, native_allowed: bool) -> None:
+        self.backend, self.native = backend, native_allowed
+        self.native_serves = native.module is not None and native_allowed and backend in (None, "torch", "cuda")
+
+
+state = _Forced()
 
 
 def _check_name(name: str, source: str) -> str:
@@ -41,17 +52,19 @@ def _check_name(name: str, source: str) -> str:
 
 
 if os.environ.get("PEFT_FUSED_BACKEND"):
-    _Forced.backend = _check_name(os.environ["PEFT_FUSED_BACKEND"], "PEFT_FUSED_BACKEND")
+    state.set(_check_name(os.environ["PEFT_FUSED_BACKEND"], "PEFT_FUSED_BACKEND"), True)
+else:
+    state.set(None, True)
 
 
 def forced() -> str | None:
     """The backend that use_backend or PEFT_FUSED_BACKEND asks for."""
-    return _Forced.backend
+    return state.backend
 
 
 def native_allowed() -> bool:
     """Whether the C++ node may host the torch and cuda backends."""
-    return _Forced.native and native.module is not None
+    return state.native and native.module is not None
 
 
 @contextlib.contextmanager
@@ -63,12 +76,12 @@ def use_backend(name: str | None, *, native: bool = True):
     """
     if name is not None:
         _check_name(name, "use_backend")
-    before = _Forced.backend, _Forced.native
-    _Forced.backend, _Forced.native = name, native
+    before = state.backend, state.native
+    state.set(name, native)
     try:
         yield
     finally:
-        _Forced.backend, _Forced.native = before
+        state.set(*before)
 
 
 @cache
@@ -165,7 +178,7 @@ def choose(problem: Problem, traced: bool = False) -> str:
     traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
     RuntimeError, with every reason, when the forced backend cannot run the problem.
     """
-    name = _Forced.backend
+    name = state.backend
     if name is not None:
         reasons = why_not(name, problem)
         if reasons:
@@ -262,7 +275,7 @@ def reasons_against_others(problem: Problem) -> tuple[str, ...]:
             continue
         reasons = why_not(name, problem)
         if not reasons:
-            reasons = [f"{_Forced.backend} is forced" if _Forced.backend else f"{chosen} comes first for this problem"]
+            reasons = [f"{state.backend} is forced" if state.backend else f"{chosen} comes first for this problem"]
         against.append(f"{name}: " + "; ".join(reasons))
     return tuple(against)
 

@@ -100,11 +100,12 @@ def lowrank(
 
 def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen):
     compiling = torch.compiler.is_compiling()
-    if not compiling and dispatch.native_allowed() and dispatch.forced() in (None, "torch", "cuda"):
+    state = dispatch.state
+    if state.native_serves and not compiling:
         # None says that something is unusual: bad arguments, autocast, a tensor subclass, another backend. The checks
         # and the choice are made below, once, in Python.
         y = native.module.lowrank(
-            x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen, dispatch.forced()
+            x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen, state.backend
         )
         if y is not None:
             return y

@@ -663,6 +663,11 @@ def backward_hook(layer):
     return "carries hooks"
 
 
+def backward_pre_hook(layer):
+    layer.lora_B["default"].register_full_backward_pre_hook(lambda module, outputs: (outputs[0] * 1.5,))
+    return "carries hooks"
+
+
 def replaced_forward(layer):
     inner = layer.lora_A["default"]
     inner.forward = lambda x: nn.functional.linear(x, inner.weight) * 1.5
@@ -718,8 +723,8 @@ def trained_scale(layer):
 
 
 CHANGES = [
-    on_lora_A, on_lora_B, on_dropout, backward_hook, replaced_forward, parametrized_A, other_dropout, inplace_dropout,
-    full_dropout, tagged_A, biased_A, half_adapter, high_rank, trained_scale,
+    on_lora_A, on_lora_B, on_dropout, backward_hook, backward_pre_hook, replaced_forward, parametrized_A,
+    other_dropout, inplace_dropout, full_dropout, tagged_A, biased_A, half_adapter, high_rank, trained_scale,
 ]  # fmt: skip
 
 
@@ -804,7 +809,7 @@ def test_float64_adapters_under_autocast_go_to_peft(calls):
 def test_integer_and_subclass_inputs_go_to_peft():
     _, fused = pair()
     layer = first(fused)
-    assert "torch.int64" in layer.explain_path(torch.ones(1, 24, dtype=torch.int64))[1][0]
+    assert "x is torch.int64; the fused" in layer.explain_path(torch.ones(1, 24, dtype=torch.int64))[1][0]
     assert "Tagged" in layer.explain_path(torch.ones(1, 24).as_subclass(Tagged))[1][0]
     assert "meta" in layer.explain_path(torch.ones(1, 24, device="meta"))[1][0]
     assert layer.explain_path(torch.ones(1, 24)) == ("lowrank_linear", [])

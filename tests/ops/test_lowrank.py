@@ -327,6 +327,19 @@ def test_autocast_is_that_of_linear(cpp):
     assert case.tensors["A"].grad.dtype == F32
 
 
+@both_nodes
+@pytest.mark.parametrize("size", [8, 300])
+def test_backward_inside_autocast_keeps_its_types(size, cpp):
+    case = make_case("lowrank_linear", size, 200, 160, 4)
+    leaves = [case.tensors[n] for n in case.wrt]
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(lowrank_linear)
+        want = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+        with torch.autocast("cpu", dtype=BF16):
+            got = torch.autograd.grad(y.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_cpp_and_python_draw_the_same_dropout():
     if native.module is None:
         pytest.skip(native.why_missing)
