@@ -334,6 +334,9 @@ def _forward(x, weight, add, bias, A, B, u, v, *flat):
 
 def _backward(dy, x, weight, A, B, u, v, S, *flat):
     """The needed gradients, as a list in the order of `_NAMES`."""
+    if torch.is_autocast_enabled(dy.device.type):  # backward() called inside autocast; forward settled the types
+        with torch.autocast(dy.device.type, enabled=False):
+            return _backward(dy, x, weight, A, B, u, v, S, *flat)
     c, backend, needs = _controls(*flat[:-2]), flat[-2], flat[-1]
     if backend == "auto":
         # As in the forward: without the cuda backend the choice depends on types and device, not on the number of rows.
