@@ -153,7 +153,7 @@ def _add_dylora(case: Case, base, A, B) -> None:
     """DyLoRA at half its rank, where its cost is meant to be lower, and the same thing in three lines."""
     shape, x, dy = case.shape, case.variants["base"].x, case.variants["base"].dy
     rank = case.dylora_rank = max(1, shape.r // 2)
-    model = _wrap(base, _config(peft_fused.DyloraConfig, shape, lora_dropout=shape.dropout), shape)
+    model = _wrap(base, _config(peft_fused.DyLoraConfig, shape, lora_dropout=shape.dropout), shape)
     layer = adapted_layer(model)
     (member,) = members_of(model)["dylora"]
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
     import peft_fused
     peft_fused.accelerate(model)                          # an existing PEFT LoRA model: same numbers, less time
-    model = get_peft_model(model, peft_fused.DyloraConfig(r=8, target_modules=["query", "value"]))
+    model = get_peft_model(model, peft_fused.DyLoraConfig(r=8, target_modules=["query", "value"]))
 
 Importing this registers the methods with PEFT. It needs no GPU, no Triton and no C++ extension; `peft-fused env` says
 what is missing and what that costs.
@@ -20,14 +20,14 @@ __version__ = "0.1.0"
 # Names that need PEFT or transformers, and where they are. PEFT's are imported below, so that the methods are known to
 # PEFT's loaders; the Trainer callback, which pulls in the whole Trainer, on first use.
 _LAZY = {"PeftFusedCallback": ".integrations.transformers"}
-_PEFT = ("DyloraConfig", "accelerate", "export_lora", "restore")
+_PEFT = ("DyLoraConfig", "accelerate", "export_lora", "restore")
 
 if importlib.util.find_spec("peft") is not None:
-    from .integrations.peft import DyloraConfig, export_lora
+    from .integrations.peft import DyLoraConfig, export_lora
     from .integrations.peft.accelerate import accelerate, restore
 
 __all__ = [
-    "DyloraConfig",
+    "DyLoraConfig",
     "PeftFusedCallback",
     "accelerate",
     "build_info",

@@ -3,7 +3,6 @@
 #include "lowrank.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -23,8 +22,9 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int64_t kMaxRank = 256;
-// Elements converted or dropped out at a time: a block and its product stay in a CPU's L2 cache, and fill a GPU.
-constexpr int64_t kBlockElementsCpu = 1 << 18;
+// Elements converted or dropped out at a time: few enough for a CPU's caches, enough to split over its cores or fill a
+// GPU.
+constexpr int64_t kBlockElementsCpu = 1 << 20;
 constexpr int64_t kBlockElementsGpu = 1 << 24;
 // Below this size the two layouts of dB's product cost the same and the direct one saves a transposition.
 constexpr int64_t kSmallProduct = 1 << 16;
@@ -165,37 +165,17 @@ struct BelowAutograd {
 };
 
 // Rows are worked on in blocks where x has to be converted or dropped out first, so that neither exists as a whole.
-// On a CPU the blocks share one parallel region: a thread takes whole blocks, in cache, instead of every small step
-// being split over the threads. How many there are depends on shapes and thread count alone, so sums over blocks are
-// taken in a fixed order.
 struct Blocks {
-  int64_t rows, count, step;
+  int64_t rows, step, count;
 
-  Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), count(1), step(rows) {
+  Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), step(rows), count(1) {
     if (!blocked || rows == 0) return;
-    const int64_t elements = x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu;
-    count = (rows * columns + elements - 1) / elements;
-    if (x2.is_cpu() && count > 1) {
-      const int64_t threads = at::get_num_threads();
-      count = (count + threads - 1) / threads * threads;
-    }
-    step = (rows + count - 1) / count;
+    step = std::max<int64_t>(1, (x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu) / std::max<int64_t>(1, columns));
     count = (rows + step - 1) / step;
   }
   bool whole() const { return count == 1; }
   Tensor of(const Tensor& t, int64_t i) const {
     return whole() || !t.defined() ? t : t.narrow(0, i * step, std::min(step, rows - i * step));
-  }
-  template <typename F>
-  void each(const Tensor& like, F f) const {
-    if (whole() || !like.is_cpu()) {
-      for (int64_t i = 0; i < count; ++i) f(i);
-      return;
-    }
-    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      const BelowAutograd guard;  // other threads do not inherit it
-      for (int64_t i = begin; i < end; ++i) f(i);
-    });
   }
 };
 
@@ -205,10 +185,12 @@ Tensor load(const Tensor& x2, const Blocks& blocks, int64_t i, at::ScalarType ty
   return c.threshold > 0 ? drop(block, d.seed, c.threshold, i * blocks.step) : block;
 }
 
-bool uses_onednn(const Tensor& x2, int64_t n) {
+// Whether a b, with b [k, n], goes to oneDNN. Another layout of b than a dense one would run oneDNN's reference code,
+// thousands of times slower.
+bool uses_onednn(const Tensor& a, const Tensor& b) {
   const auto& s = lowrank_settings();
-  return s.onednn && x2.is_cpu() && x2.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
-         x2.numel() * n >= s.onednn_least;
+  return s.onednn && a.is_cpu() && a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
+         a.numel() * b.size(1) >= s.onednn_least && (b.is_contiguous() || b.t().is_contiguous());
 }
 
 Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias) {
@@ -220,10 +202,19 @@ Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias)
                  c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// out = alpha * a b without a separate scaling; what `out` held is not read.
-Tensor& product_into(Tensor& out, const Tensor& a, const Tensor& b, double alpha) {
+// alpha * a b. oneDNN adds up in one chain where BLAS takes partial sums: for a product of the adapter it serves short
+// sums only, which keeps the error BLAS has. The base product is worth more than that.
+Tensor product(const Tensor& a, const Tensor& b, double alpha) {
+  if (a.size(1) <= kMaxRank && uses_onednn(a, b)) {
+    const bool scale_a = alpha != 1 && a.numel() < b.numel(), scale_b = alpha != 1 && !scale_a;
+    return onednn_linear(scale_a ? a * alpha : a, (scale_b ? b * alpha : b).t(), Tensor());
+  }
+  Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   return out.addmm_(a, b, /*beta=*/0, alpha);
 }
+
+// sum += part, begun by the first part.
+void accumulate(Tensor& sum, const Tensor& part) { sum.defined() ? sum.add_(part) : sum = part; }
 
 #ifdef PEFT_FUSED_CUDA
 // S = keep_rank(A drop(x)) [m, width] by the CUDA kernel.
@@ -260,7 +251,7 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
                                 const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
   const int64_t m = x2.size(0), n = ad.B.size(0);
-  const bool base_first = weight.defined() && uses_onednn(x2, n);
+  const bool base_first = weight.defined() && uses_onednn(x2, weight.t());
   const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
   const Tensor Q = ad.outer().t();
   Tensor S;
@@ -273,9 +264,10 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
 #endif
   const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
-  blocks.each(x2, [&](int64_t i) {
-    Tensor part = have_S ? blocks.of(S, i) : ad.mask(load(x2, blocks, i, ad.A.scalar_type(), c, d).mm(ad.A.t()));
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    Tensor part = have_S ? blocks.of(S, i) : product(load(x2, blocks, i, ad.A.scalar_type(), c, d), ad.A.t(), 1);
     if (!have_S) {
+      part = ad.mask(part);
       if (blocks.whole()) {
         S = part;
       } else {
@@ -286,8 +278,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     Tensor rows = blocks.of(y, i);
     const Tensor onto = base_first ? rows : blocks.of(add2, i);
     if (c.mixed) {
-      Tensor delta = at::empty({rows.size(0), n}, P.options());
-      product_into(delta, P, Q, c.scale);
+      Tensor delta = product(P, Q, c.scale);
       if (bias.defined()) delta.add_(bias);
       if (onto.defined()) delta.add_(onto);
       rows.copy_(delta);
@@ -296,9 +287,9 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     } else if (onto.defined() || bias.defined()) {
       at::addmm_out(rows, onto.defined() ? onto : bias, P, Q, 1, c.scale);
     } else {
-      product_into(rows, P, Q, c.scale);
+      rows.addmm_(P, Q, /*beta=*/0, c.scale);
     }
-  });
+  }
   if (weight.defined() && !base_first) y.addmm_(x2, weight.t());
   return {y, S};
 }
@@ -358,10 +349,10 @@ struct LowRank : torch::autograd::Function<LowRank> {
     if (!dy.defined()) return out;
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "peft_fused: the low-rank op has no second derivative; use_backend('reference') has one");
-    const BelowAutograd guard;
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const Call& c = *call;
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+    const BelowAutograd guard;
     const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &u = saved[4], &v = saved[5];
     const Device d{saved[7], saved[8], saved[9], saved[10], saved[11]};
     const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
@@ -379,55 +370,46 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;
     const Tensor outer = need_dS ? ad.outer() : Tensor();
-    const bool base_first = need(kX) && weight.defined() && uses_onednn(dy2, k);
+    const bool base_first = need(kX) && weight.defined() && uses_onednn(dy2, weight);
     Tensor dx;
     if (need(kX)) dx = base_first ? onednn_linear(dy2, weight.t(), Tensor()) : at::empty({m, k}, dy2.options());
-    std::vector<Tensor> raws(blocks.count), dus(blocks.count), dAs(blocks.count);
-    blocks.each(dy2, [&](int64_t i) {
+    Tensor raw, du, dA;
+    const bool raw_transposed = m * n > kSmallProduct;
+    for (int64_t i = 0; i < blocks.count; ++i) {
       const Tensor dyi = blocks.of(dy2, i).to(type), Si = blocks.of(S, i);
-      const int64_t rows = dyi.size(0);
       if (need_raw) {
         const Tensor P = ad.inner(Si, d);
-        if (rows * n <= kSmallProduct) {
-          product_into(raws[i] = at::empty({n, width}, A.options()), dyi.t(), P, c.scale);
-        } else {
-          product_into(raws[i] = at::empty({width, n}, A.options()), P.t(), dyi, c.scale);
-          raws[i] = raws[i].t();
-        }
+        accumulate(raw, raw_transposed ? product(P.t(), dyi, c.scale) : product(dyi.t(), P, c.scale));
       }
-      if (!need_dS) return;
-      Tensor dS = at::empty({rows, width}, A.options());
-      product_into(dS, dyi, outer, c.scale);
+      if (!need_dS) continue;
+      Tensor dS = product(dyi, outer, c.scale);
       if (d.scale.defined()) dS.mul_(d.scale);
       dS = ad.mask(dS);
-      if (need(kU)) dus[i] = (dS * Si).sum(0);
+      if (need(kU)) accumulate(du, (dS * Si).sum(0));
       if (ad.u.defined()) dS = dS * ad.u;
-      if (need(kA)) dAs[i] = dS.t().mm(load(x2, blocks, i, type, c, d));
+      if (need(kA)) accumulate(dA, product(dS.t(), load(x2, blocks, i, type, c, d), 1));
       if (need(kX)) {
         Tensor out_rows = blocks.of(dx, i);
         if (!blocked) {
           base_first ? out_rows.addmm_(dS, ad.A) : at::mm_out(out_rows, dS, ad.A);
         } else {
-          Tensor back = dS.mm(ad.A);
+          Tensor back = product(dS, ad.A, 1);
           if (c.threshold > 0) back = drop(back, d.seed, c.threshold, i * blocks.step);
           base_first ? out_rows.add_(back) : out_rows.copy_(back);
         }
       }
-    });
-    const auto total = [](const std::vector<Tensor>& parts) {
-      return parts.size() == 1 ? parts[0] : at::stack(parts).sum(0);
-    };
+    }
     if (need(kU)) {
       out[kU] = at::zeros_like(u);
-      out[kU].narrow(0, 0, width).copy_(total(dus));
+      out[kU].narrow(0, 0, width).copy_(du);
     }
     if (need_raw) {
-      const Tensor raw = total(raws);
+      if (raw_transposed) raw = raw.t();
       if (need(kV)) out[kV] = (ad.B * raw).sum(1);
       if (need(kB))
         out[kB] = place(v.defined() ? raw * v.unsqueeze(1) : raw, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);
     }
-    if (need(kA)) out[kA] = place(total(dAs), A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
+    if (need(kA)) out[kA] = place(dA, A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
     if (need(kBias)) out[kBias] = dy2.sum(0);
     if (need(kAdd)) out[kAdd] = dy;
     if (need(kWeight)) out[kWeight] = dy2.t().mm(x2);

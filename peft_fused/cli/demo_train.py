@@ -128,7 +128,7 @@ def build(base, settings: Settings, names: list[str], seed: int) -> dict[str, to
     peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(**shared))
     fused = copy.deepcopy(peft_model)
     peft_fused.accelerate(fused)
-    dylora = get_peft_model(copy.deepcopy(base), peft_fused.DyloraConfig(**shared, seed=seed))
+    dylora = get_peft_model(copy.deepcopy(base), peft_fused.DyLoraConfig(**shared, seed=seed))
     with torch.no_grad():
         for mine, theirs in zip(lora_factors(dylora), lora_factors(peft_model), strict=True):
             for target, value in zip(mine, theirs, strict=True):

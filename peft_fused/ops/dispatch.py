@@ -213,7 +213,10 @@ def path_of(problem: Problem) -> str:
     if backend == "triton":
         return f"triton: {node}, {plan(problem).forward}"
     if backend == "cuda":
-        return f"cuda: {node}, CUDA shrink kernel, adapter first, base GEMM last with beta=1"
+        last = ", adapter first, base GEMM last with beta=1" if problem.has_weight else ""
+        return f"cuda: {node}, CUDA shrink kernel{last}"
+    if not problem.has_weight:
+        return f"torch: {node}"
     gemm = "oneDNN" if problem.device == "cpu" and uses_onednn(problem) else "BLAS"
     return f"torch: {node}, {gemm} base GEMM"
 

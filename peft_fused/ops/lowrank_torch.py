@@ -1,8 +1,9 @@
 """The low-rank op by PyTorch alone: the fast composition behind the `torch` backend, forward and backward.
 
 What it avoids, against writing the formula down: the product with B, its scaled copy and its sum with the base output
-are one in-place GEMM; x is neither copied to the adapter's type nor kept after dropout, both happen on blocks of rows
-small enough to stay in cache; truncated ranks are slices, so a rank of 1 costs a product of rank 1.
+are one in-place GEMM; x is neither copied to the adapter's type nor kept after dropout, both happen on blocks of rows;
+truncated ranks are slices, so a rank of 1 costs a product of rank 1. The base product comes last and accumulates onto
+the adapter, except by oneDNN, which accumulates no faster than a separate pass: there the adapter follows, in place.
 `csrc/autograd/lowrank.cpp` is the same composition in C++.
 """
 
@@ -10,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..triton_kernels.plan import MAX_RANK
 from .dispatch import problem_of, uses_onednn
 from .dropout import drop
 
-# Elements of x converted or dropped out at a time. On a CPU a block and its product stay in the L2 cache; on a GPU the
-# block bounds the temporary memory and is large enough to fill the device.
-BLOCK_ELEMENTS = {"cpu": 1 << 18}
+# Elements of x converted or dropped out at a time: few enough to bound the temporary memory and for a CPU's caches,
+# enough to split over its cores or fill a GPU.
+BLOCK_ELEMENTS = {"cpu": 1 << 20}
 BLOCK_ELEMENTS_GPU = 1 << 24
 
 
@@ -95,11 +97,22 @@ def _load(x2, i, j, dtype, c: Controls):
 
 
 def _base(x2, weight, bias):
-    """x W^T + bias by oneDNN; None where BLAS is the better library, and accumulates onto the adapter in place."""
+    """x W^T + bias by oneDNN; None where BLAS is the better library, and accumulates onto the adapter in place.
+
+    A weight that is not dense would run oneDNN's reference code, thousands of times slower.
+    """
     problem = problem_of(x2, weight, weight, has_weight=True, dropout=False)
-    if x2.device.type == "cpu" and uses_onednn(problem):
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    if x2.device.type == "cpu" and dense and uses_onednn(problem):
         return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
     return None
+
+
+def _product(a, b):
+    """a b. oneDNN adds up in one chain where BLAS takes partial sums: for a product of the adapter it serves short sums
+    only, which keeps the error BLAS has. The base product is worth more than that."""
+    out = _base(a, b.t(), None) if a.shape[1] <= MAX_RANK else None
+    return a @ b if out is None else out
 
 
 def unflatten(y, x):
@@ -117,9 +130,9 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     kept = S[:, : ad.width]
     if blocked:
         for i, j in _blocks(M, x2.shape[1], x.device):
-            kept[i:j] = ad.mask(_load(x2, i, j, A.dtype, ad.c) @ ad.A.t())
+            kept[i:j] = ad.mask(_product(_load(x2, i, j, A.dtype, ad.c), ad.A.t()))
     else:
-        kept.copy_(ad.mask(x2 @ ad.A.t()))
+        kept.copy_(ad.mask(_product(x2, ad.A.t())))
 
     P, Q = ad.inner(kept), ad.outer().t()
     y = _base(x2, weight, bias) if weight is not None else None
@@ -140,7 +153,7 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
             torch.mm(P, Q, out=y)
     else:
         for i, j in _blocks(M, N, x.device):
-            delta = P[i:j] @ Q
+            delta = _product(P[i:j], Q)
             if onto is None or weight is None:
                 delta = delta if bias is None else delta + bias
             y[i:j] = delta if onto is None else delta + onto[i:j]
@@ -173,9 +186,9 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     for i, j in _blocks(M, N, dy.device) if mixed else [(0, M)]:
         block = dy2[i:j].to(A.dtype)
         if need_dS:
-            dS[i:j] = block @ outer
+            dS[i:j] = _product(block, outer)
         if raw is not None:
-            raw.addmm_(inner[i:j].t(), block)
+            raw += _product(inner[i:j].t(), block)
     if need_dS:
         dS = ad.mask(ad.scaled(dS, c.scale))
     if need_u:
@@ -198,7 +211,7 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     if need_A:
         grad = dS.new_zeros(b, K)
         for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
-            grad.addmm_(dS[i:j].t(), _load(x2, i, j, A.dtype, c))
+            grad += _product(dS[i:j].t(), _load(x2, i, j, A.dtype, c))
         dA = _place(grad, A, c.expert_a, c, b, columns=False)
     if need_x:
         dx = None if blocked or weight is None else _base(dy2, weight.t(), None)
@@ -207,7 +220,7 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
         else:
             dx = dy2.new_empty(M, K)
             for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
-                block = dS[i:j] @ ad.A
+                block = _product(dS[i:j], ad.A)
                 dx[i:j] = drop(block, c.seed, c.threshold, i) if c.threshold else block
             if weight is not None:
                 dx.addmm_(dy2, weight)

@@ -20,8 +20,8 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from peft_fused.integrations.peft import DyloraConfig, tuner
-from peft_fused.integrations.peft.dylora import DyloraLinear, DyloraModel
+from peft_fused.integrations.peft import DyLoraConfig, tuner
+from peft_fused.integrations.peft.dylora import DyLoraLinear, DyLoraModel
 from peft_fused.integrations.peft.tuner import FusedPeftType, register
 from peft_fused.methods import evaluate_ranks, on_step, set_rank
 from peft_fused.ops.dispatch import explain
@@ -47,7 +47,7 @@ def gpt2():
 
 def config(**options):
     defaults = dict(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], init_weights=False)
-    return DyloraConfig(**{**defaults, **options})
+    return DyLoraConfig(**{**defaults, **options})
 
 
 def adapted(base=None, **options):
@@ -61,7 +61,7 @@ def logits(model):
 
 
 def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, DyloraLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, DyLoraLinear)}
 
 
 def by_hand(base, model, b, adapter="default"):
@@ -250,7 +250,7 @@ def test_quantised_bases_merge_and_unmerge_exactly(monkeypatch):
     model = nn.Sequential(FakeInt8(6, 5))
     base, x = model[0], torch.randn(3, 6)
     weight, step = base.weight.clone(), base.step.clone()
-    peft_model = get_peft_model(model, DyloraConfig(target_modules=["0"], r=2, init_weights=False)).eval()
+    peft_model = get_peft_model(model, DyLoraConfig(target_modules=["0"], r=2, init_weights=False)).eval()
     layer = peft_model.base_model.model[0]
     expected = peft_model(x)
     torch.testing.assert_close(expected, base(x) + x @ layer.get_delta_weight("default").T)
@@ -268,7 +268,7 @@ def test_opaque_bases_are_called_not_read():
     model[1].register_forward_hook(lambda *_: calls.append(1))
     x = torch.randn(3, 6)
     h = 2 * nn.functional.linear(x, model[0].weight, model[0].bias)
-    peft_model = get_peft_model(model, DyloraConfig(target_modules=["0", "1", "2"], r=2, init_weights=False)).eval()
+    peft_model = get_peft_model(model, DyLoraConfig(target_modules=["0", "1", "2"], r=2, init_weights=False)).eval()
     delta = lambda i: peft_model.base_model.model[i].get_delta_weight("default")  # noqa: E731
     h = h + x @ delta(0).T
     h = model[1].base_layer(h) + h @ delta(1).T
@@ -310,15 +310,15 @@ def test_one_adapter_per_sample_is_refused_not_ignored():
 )
 def test_targets_without_effect_are_refused(model, targets):
     with pytest.raises(TypeError, match="target module"):
-        get_peft_model(nn.ModuleDict({"m": model}), DyloraConfig(target_modules=targets))
+        get_peft_model(nn.ModuleDict({"m": model}), DyLoraConfig(target_modules=targets))
 
 
 def test_registration_is_idempotent_and_yields_to_peft(monkeypatch):
-    register(FusedPeftType.DYLORA, DyloraConfig, DyloraModel)
-    assert PEFT_TYPE_TO_TUNER_MAPPING["DYLORA"] is DyloraModel
+    register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
+    assert PEFT_TYPE_TO_TUNER_MAPPING["DYLORA"] is DyLoraModel
     monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, "DYLORA", PEFT_TYPE_TO_TUNER_MAPPING["LORA"])
     with pytest.raises(RuntimeError, match="has a method DYLORA of its own"):
-        register(FusedPeftType.DYLORA, DyloraConfig, DyloraModel)
+        register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
 
 
 @pytest.mark.parametrize(

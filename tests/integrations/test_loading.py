@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_fused.integrations.peft import DyloraConfig, export_lora
-from peft_fused.integrations.peft.dylora import DyloraLinear
+from peft_fused.integrations.peft import DyLoraConfig, export_lora
+from peft_fused.integrations.peft.dylora import DyLoraLinear
 from peft_fused.methods import on_step, set_rank
 
 R, ALPHA = 4, 6.0
@@ -35,7 +35,7 @@ def llama():
 
 def adapted(base=None, **options):
     defaults = dict(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"], init_weights=False)
-    return get_peft_model(llama() if base is None else base, DyloraConfig(**{**defaults, **options})).eval()
+    return get_peft_model(llama() if base is None else base, DyLoraConfig(**{**defaults, **options})).eval()
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def logits(model):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, DyloraLinear)]
+    return [module for module in model.modules() if isinstance(module, DyLoraLinear)]
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

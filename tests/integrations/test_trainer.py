@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from peft_fused.integrations.peft import DyloraConfig
-from peft_fused.integrations.peft.dylora import DyloraLinear
+from peft_fused.integrations.peft import DyLoraConfig
+from peft_fused.integrations.peft.dylora import DyLoraLinear
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.methods import draw_rank
 
@@ -31,7 +31,7 @@ def model(**options):
     )  # fmt: skip
     base = LlamaForCausalLM(config)
     torch.manual_seed(1)
-    return get_peft_model(base, DyloraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, **options))
+    return get_peft_model(base, DyLoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, **options))
 
 
 class Recorder(PeftFusedCallback):
@@ -45,7 +45,7 @@ class Recorder(PeftFusedCallback):
         ranks = {
             (m.dylora_ranks["default"].train_rank.item(), m.dylora_ranks["default"].eval_rank.item())
             for m in model.modules()
-            if isinstance(m, DyloraLinear)
+            if isinstance(m, DyLoraLinear)
         }
         (pair,) = ranks
         self.seen.append((state.global_step, self.micro, *pair))

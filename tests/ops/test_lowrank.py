@@ -112,6 +112,25 @@ def test_large_enough_for_onednn_and_row_blocks(types, dropout_p, cpp, poisoned)
 
 
 @both_nodes
+def test_onednn_gets_dense_weights_only(cpp):
+    """Any other layout runs its reference code, thousands of times slower."""
+    if not dispatch._onednn_beats_blas():
+        pytest.skip("BLAS is the faster library on this CPU")
+    case = make_case("lowrank_linear", 128, 256, 192, 4)
+    wide = torch.cat([case.tensors["weight"]] * 2, 1)
+    dense, transposed, slices = case.tensors["weight"], case.tensors["weight"].t().contiguous().t(), wide[:, :256]
+    results = []
+    for weight, used in ((dense, True), (transposed, True), (slices, False)):
+        case.tensors["weight"] = weight
+        with peft_fused.use_backend("torch", native=cpp), torch.profiler.profile() as profile:
+            y = case.call(lowrank_linear)
+            results.append([y, *torch.autograd.grad(y.sum(), [case.tensors[n] for n in case.wrt])])
+        assert any("_linear_pointwise" in event.key for event in profile.key_averages()) == used
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@both_nodes
 @pytest.mark.parametrize("wrt", [(n,) for n in ("x", "weight", "bias", "A", "B", "u", "v")] + [("x", "B"), ("A", "v")])
 def test_any_subset_may_be_frozen(wrt, cpp, poisoned):
     every = ("x", "weight", "bias", "A", "B", "u", "v")

@@ -1,7 +1,7 @@
 """Our methods as PEFT tuners. Importing this makes them known to PEFT's loaders."""
 
-from .dylora import DyloraConfig, DyloraModel
+from .dylora import DyLoraConfig, DyLoraModel
 from .export import export_lora
 from .tuner import FusedPeftType
 
-__all__ = ["DyloraConfig", "DyloraModel", "FusedPeftType", "export_lora"]
+__all__ = ["DyLoraConfig", "DyLoraModel", "FusedPeftType", "export_lora"]

@@ -1,4 +1,4 @@
-"""DyLoRA as a PEFT method: `get_peft_model(model, DyloraConfig(...))`."""
+"""DyLoRA as a PEFT method: `get_peft_model(model, DyLoraConfig(...))`."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
 
 @dataclass
-class DyloraConfig(PeftConfig):
+class DyLoraConfig(PeftConfig):
     """Configuration of DyLoRA (Valipour et al. 2023), eq. 5-7: y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x).
 
     The rank b is drawn per step by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, and set for evaluation,
@@ -116,7 +116,7 @@ class DyloraConfig(PeftConfig):
         return config
 
 
-class DyloraLinear(FusedLayer):
+class DyLoraLinear(FusedLayer):
     """A linear layer with DyLoRA adapters: dylora_A [r, K] and dylora_B [N, r], used up to the rank set from
     outside.
     """
@@ -188,13 +188,13 @@ class DyloraLinear(FusedLayer):
         return scale * (B.to(dtype) @ A.to(dtype))
 
 
-class DyloraModel(FusedTuner):
+class DyLoraModel(FusedTuner):
     """The DyLoRA tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "dylora_"
-    tuner_layer_cls = DyloraLinear
+    tuner_layer_cls = DyLoraLinear
 
-    def layer_options(self, config: DyloraConfig, key: str) -> dict:
+    def layer_options(self, config: DyLoraConfig, key: str) -> dict:
         return dict(
             r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
             alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
@@ -206,4 +206,4 @@ class DyloraModel(FusedTuner):
         )
 
 
-register(FusedPeftType.DYLORA, DyloraConfig, DyloraModel)
+register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)

@@ -9,7 +9,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ...layers.checks import check_rank
-from .dylora import DyloraConfig, DyloraLinear
+from .dylora import DyLoraConfig, DyLoraLinear
 from .loading import WRAPPER
 
 FACTOR = re.compile(r"^(?P<layer>.*)\.dylora_(?P<factor>[AB])\.weight$")
@@ -31,7 +31,7 @@ def export_lora(
     The factors are copied, not approximated; with r = b and an unchanged lora_alpha, LoRA's scale alpha / r is DyLoRA's
     alpha / b. Raises TypeError or ValueError naming the argument.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DyloraLinear)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DyLoraLinear)}
     if not layers:
         raise ValueError("export_lora: the model has no DyLoRA adapter")
     if adapter_name is None:
@@ -39,7 +39,7 @@ def export_lora(
         if len(active) != 1:
             raise ValueError(f"adapter_name must be given, as {len(active)} adapters are active: {list(active)}")
         adapter_name = active[0]
-    if not isinstance(model.peft_config.get(adapter_name), DyloraConfig):
+    if not isinstance(model.peft_config.get(adapter_name), DyLoraConfig):
         raise ValueError(f"adapter_name must be one of {sorted(model.peft_config)}, got {adapter_name!r}")
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.dylora_ranks}
     states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
@@ -59,7 +59,7 @@ def export_lora(
     save_file(tensors, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
 
 
-def _lora_config(config: DyloraConfig, rank: int, fan_in_fan_out: bool) -> LoraConfig:
+def _lora_config(config: DyLoraConfig, rank: int, fan_in_fan_out: bool) -> LoraConfig:
     return LoraConfig(
         r=rank,
         rank_pattern={name: min(rank, r) for name, r in config.rank_pattern.items()},
