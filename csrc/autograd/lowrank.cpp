@@ -209,6 +209,7 @@ Tensor product(const Tensor& a, const Tensor& b, double alpha) {
     const bool scale_a = alpha != 1 && a.numel() < b.numel(), scale_b = alpha != 1 && !scale_a;
     return onednn_linear(scale_a ? a * alpha : a, (scale_b ? b * alpha : b).t(), Tensor());
   }
+  if (alpha == 1) return a.mm(b);
   Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   return out.addmm_(a, b, /*beta=*/0, alpha);
 }
