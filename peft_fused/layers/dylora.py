@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from .lowrank import LowRankLinear
 DISTRIBUTIONS = ("uniform", "geometric")
 RESAMPLE = ("step", "micro")
 # A training loop that has not called the schedule after this many forwards is not going to.
-FORWARDS_BEFORE_WARNING = 100
+FORWARDS_BEFORE_WARNING = 50
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ class RankState(nn.Module):
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
     def count_forward(self) -> None:
-        """Warns, once per process, when many training forwards have passed without a schedule."""
+        """Warns, once per model, when many training forwards have passed without a schedule."""
         if torch.compiler.is_compiling() or self.scheduled:
             return
         self.forwards += 1
         if self.forwards == FORWARDS_BEFORE_WARNING + 1:
-            _warn_unscheduled(self.train_value)
+            _warn_unscheduled(self)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -102,18 +103,20 @@ class RankState(nn.Module):
         return f"r={self.r}, train={self.train_value}, eval={self.eval_value}"
 
 
-class _Warned:
-    unscheduled = False
+_last_to_warn: weakref.ref | None = None
 
 
-def _warn_unscheduled(rank: int) -> None:
-    if _Warned.unscheduled:
+def _warn_unscheduled(state: RankState) -> None:
+    global _last_to_warn
+    # The layers of one model come here in one pass, during which the first of them does not run again.
+    first = _last_to_warn and _last_to_warn()
+    if first is not None and first.forwards == state.forwards:
         return
-    _Warned.unscheduled = True
+    _last_to_warn = weakref.ref(state)
     warnings.warn(
-        f"DyLoRA has run {FORWARDS_BEFORE_WARNING} training forwards at the fixed rank {rank} because no schedule sets "
-        "it. Add peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=...) before "
-        "each step.",
+        f"DyLoRA has run {FORWARDS_BEFORE_WARNING} training forwards at the fixed rank {state.train_value} because no "
+        "schedule sets it. Add peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, "
+        "step=...) before each step.",
         stacklevel=5,
     )
 

@@ -149,23 +149,22 @@ def test_compiles_once_for_all_ranks():
     assert len(compilations) == 1
 
 
-def test_training_without_a_schedule_warns_once(monkeypatch):
-    monkeypatch.setattr(dylora_module._Warned, "unscheduled", False)
-    model = nn.Sequential(make(), DyLoRALinear.from_linear(nn.Linear(9, 4), r=2))
+def test_training_without_a_schedule_warns_once_per_model():
+    models = [nn.Sequential(make(), DyLoRALinear.from_linear(nn.Linear(9, 4), r=2)) for _ in range(2)]
     x = torch.randn(1, 12)
-    with pytest.warns(UserWarning) as caught:
-        for _ in range(dylora_module.FORWARDS_BEFORE_WARNING):
-            model(x)
-        assert not caught
-        for _ in range(3):
-            model(x)
-    assert len(caught) == 1
-    assert "PeftFusedCallback" in str(caught[0].message) and "on_step" in str(caught[0].message)
+    for model in models:
+        with pytest.warns(UserWarning) as caught:
+            for _ in range(dylora_module.FORWARDS_BEFORE_WARNING):
+                model(x)
+            assert not caught
+            for _ in range(3):
+                model(x)
+        assert len(caught) == 1
+        assert "PeftFusedCallback" in str(caught[0].message) and "on_step" in str(caught[0].message)
 
 
 @pytest.mark.filterwarnings("error")
-def test_neither_a_schedule_nor_evaluation_warns(monkeypatch):
-    monkeypatch.setattr(dylora_module._Warned, "unscheduled", False)
+def test_neither_a_schedule_nor_evaluation_warns():
     scheduled, evaluated = make(), make().eval()
     on_step(scheduled, step=0)
     for _ in range(dylora_module.FORWARDS_BEFORE_WARNING + 5):

@@ -1,7 +1,7 @@
 """Compiles every kernel configuration of the default plans for sm_80 and sm_90, without a GPU, and reads the resource
 report: no register spills, shared memory within the limit, tensor-core instructions of the generation.
 
-`pytest -s` shows the table.
+It prints a table by kernel; `pytest -s` shows every configuration.
 """
 
 import re
@@ -142,9 +142,25 @@ def compile_for(config, target, aligned_rank, folder):
     return Report(config, target, aligned_rank, registers, stack + local, compiled.metadata.shared, *counts)
 
 
+def table(reports):
+    """One line per kernel: how many configurations, and the worst of each resource among them."""
+    lines = [
+        f"sm_{reports[0].target}, r {'a multiple of 16' if reports[0].aligned_rank else 'of any size'}",
+        "kernel   configurations  registers  spilled bytes  shared KiB  with wgmma  with mma.sync",
+    ]
+    for kernel in sorted({report.config.kernel for report in reports}):
+        of = [report for report in reports if report.config.kernel == kernel]
+        registers, stack, shared = (max(getattr(r, name) for r in of) for name in ("registers", "stack", "shared"))
+        wgmma, mma = (sum(getattr(r, name) > 0 for r in of) for name in ("wgmma", "mma"))
+        lines.append(
+            f"{kernel[:-7]:8} {len(of):14} {registers:10} {stack:14} {shared / 1024:11.1f} {wgmma:11} {mma:14}"
+        )
+    return "\n".join(lines)
+
+
 @pytest.mark.parametrize("aligned_rank", [True, False])
 @pytest.mark.parametrize("target", [80, 90])
-def test_every_configuration_fits(target, aligned_rank, tmp_path):
+def test_every_configuration_fits(target, aligned_rank, tmp_path, capsys):
     configs = configurations()
     if target == 80 or not aligned_rank:
         # One full pass is enough: fp16 differs from bf16 in the name of its instructions only.
@@ -152,5 +168,7 @@ def test_every_configuration_fits(target, aligned_rank, tmp_path):
     with ThreadPoolExecutor(2) as pool:  # most of a compilation runs outside Python
         reports = list(pool.map(lambda config: compile_for(config, target, aligned_rank, tmp_path), configs))
     print("", *reports, sep="\n")
+    with capsys.disabled():
+        print("", table(reports), sep="\n")
     bad = [f"{report}: {', '.join(report.problems())}" for report in reports if report.problems()]
     assert not bad, "\n" + "\n".join(bad)
