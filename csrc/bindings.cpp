@@ -62,17 +62,18 @@ bool read_tensor(const py::object& value, at::Tensor& tensor, bool required) {
 py::object lowrank(const py::object& x, const py::object& weight, const py::object& add, const py::object& bias,
                    const py::object& A, const py::object& B, const py::object& scale, const py::object& rank,
                    const py::object& expert, const py::object& u, const py::object& v, const py::object& dropout_p,
-                   const py::object& seed, bool frozen, const std::optional<std::string>& backend) {
+                   const py::object& seed, const py::object& frozen, const std::optional<std::string>& backend) {
   LowRankArguments a;
-  a.frozen = frozen;
+  a.frozen = frozen.ptr() == Py_True;
+  Control p;
   const bool readable =
       read_tensor(x, a.x, true) && read_tensor(weight, a.weight, false) && read_tensor(add, a.add, false) &&
       read_tensor(bias, a.bias, false) && read_tensor(A, a.A, true) && read_tensor(B, a.B, true) &&
       read_tensor(u, a.u, false) && read_tensor(v, a.v, false) && read_control(scale, a.scale) &&
       read_index(rank, a.rank, a.has_rank) && read_experts(expert, a) && read_seed(seed, a) &&
-      (PyFloat_Check(dropout_p.ptr()) || (PyLong_Check(dropout_p.ptr()) && !PyBool_Check(dropout_p.ptr())));
+      read_control(dropout_p, p) && !p.tensor.defined() && PyBool_Check(frozen.ptr());
   if (!readable) return py::none();
-  a.dropout_p = PyFloat_AsDouble(dropout_p.ptr());
+  a.dropout_p = p.number;
   at::Tensor y;
   {
     py::gil_scoped_release release;

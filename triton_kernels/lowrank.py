@@ -38,6 +38,7 @@ def shrink(x, A, *, rank=None, expert=None, threshold=0, seed=None, plan=None):
 def expand(S, B, *, out_dtype, add=None, bias=None, u=None, v=None, scale=1.0, expert=None, plan=None):
     """T [M, N] = scale * v . (B[expert] (u . S)) + bias + add in out_dtype. add [M, N] may have any strides."""
     M, N = S.shape[0], B.shape[-2]
+    bias, u, v = _dense(bias), _dense(u), _dense(v)
     T = S.new_empty(M, N, dtype=out_dtype)
     if M:
         plan = plan or _plan(T, B.dtype, N, B.shape[-1], 0)
@@ -49,6 +50,7 @@ def expand(S, B, *, out_dtype, add=None, bias=None, u=None, v=None, scale=1.0, e
 def linear(x, weight, bias, A, B, *, scale, rank=None, expert_a=None, expert_b=None, u=None, v=None, plan=None):
     """(y [M, N] in x's type, S [M, r]) from the single kernel, without dropout."""
     (M, K), N, r = x.shape, weight.shape[0], A.shape[-2]
+    bias, u, v = _dense(bias), _dense(u), _dense(v)
     y = x.new_empty(M, N)
     S = x.new_empty(M, r, dtype=A.dtype)
     if M == 0:
@@ -93,6 +95,7 @@ def grad_b(
     frozen: dB is zero but for column rank - 1. A stacked B gets a gradient that is zero outside its expert.
     """
     (M, N), r = dy.shape, B.shape[-1]
+    u, v = _dense(u), _dense(v)
     dSu = dy.new_empty(M, r, dtype=B.dtype) if need_dS else None
     dB = _gradient(B, B.shape, M) if need_dB else None
     dv = _gradient(v, v.shape, M) if need_dv else None
@@ -113,11 +116,13 @@ def grad_b(
             if need_dS:
                 transposed = (strides[0], strides[2], strides[1])
                 _shrink(dy, B, transposed, v, dSu, scale, rank, expert, 0, None, plan.dsu)
-            if over_rows or need_dbias:
+            if over_rows:
                 m_blocks, stripes = _stripes(M, plan.db)
                 planes, sums = _workspace(dy, stripes, N, r, over_rows, need_dbias)
                 _over_rows(dy, S, m_blocks, plan.db, planes=planes, sums=sums)
-        if over_rows or need_dbias:
+            elif need_dbias:  # no other sum over the rows to share the pass with
+                torch.sum(dy, 0, out=dbias)
+        if planes is not None or sums is not None:
             _reduce(
                 stripes,
                 N,
@@ -159,18 +164,19 @@ def grad_a(
 
     frozen: dA is zero but for row rank - 1. A stacked A gets a gradient that is zero outside its expert.
     """
-    (M, K), r = x.shape, A.shape[-2]
+    (M, K), r = x.shape, dSu.shape[1]
+    u = _dense(u)
     U = x.new_empty(M, K) if need_dx else None
     dA = _gradient(A, A.shape, M) if need_dA else None
     du = _gradient(u, u.shape, M) if need_du else None
     if M == 0:
         return dA, U, du
 
-    plan = plan or _plan(x, A.dtype, K, r, threshold)
-    strides = _stack_strides(A)
+    plan = plan or _plan(x, dSu.dtype, K, r, threshold)
     with torch.cuda.device_of(x):
         fused = need_dx and plan.fused_a and (need_dA or need_du)
         if need_dx and not fused:
+            strides = _stack_strides(A)
             transposed = (strides[0], strides[2], strides[1])
             _expand(dSu, A, transposed, u, None, None, None, U, 1.0, expert, threshold, seed, plan.expand)
         if need_dA or need_du:
@@ -279,9 +285,13 @@ def lowrank_bwd(
 ):
     """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v; each in its parameter's type.
 
-    Without a weight, the gradient of x is that of the delta alone. x is not read when neither A nor weight needs it.
+    Without a weight, the gradient of x is that of the delta alone. Any input but dy and B may be None where nothing
+    reads it.
     """
-    plan = plan or _plan(x, A.dtype, B.shape[-2], A.shape[-2], threshold, has_weight=weight is not None)
+    (m, n), r = dy.shape, B.shape[-1]
+    if x is None:
+        x = dy.new_empty(m, n if A is None else A.shape[-1])  # its shape and type are read, not its values
+    plan = plan or _plan(x, B.dtype, n, r, threshold, has_weight=weight is not None)
     need_dS = not needs.isdisjoint(("x", "A", "u"))
     dSu, dB, dv, dbias = grad_b(
         dy,
@@ -299,22 +309,24 @@ def lowrank_bwd(
         need_dbias="bias" in needs,
         plan=plan,
     )
-    dA, dx, du = grad_a(
-        x,
-        dSu,
-        A,
-        S,
-        rank=rank,
-        expert=expert_a,
-        u=u,
-        threshold=threshold,
-        seed=seed,
-        frozen=frozen,
-        need_dA="A" in needs,
-        need_dx="x" in needs,
-        need_du="u" in needs,
-        plan=plan,
-    )
+    dA = dx = du = None
+    if need_dS:
+        dA, dx, du = grad_a(
+            x,
+            dSu,
+            A,
+            S,
+            rank=rank,
+            expert=expert_a,
+            u=u,
+            threshold=threshold,
+            seed=seed,
+            frozen=frozen,
+            need_dA="A" in needs,
+            need_dx="x" in needs,
+            need_du="u" in needs,
+            plan=plan,
+        )
     if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     grads = {"x": dx, "bias": dbias, "A": dA, "B": dB, "u": du, "v": dv}
@@ -356,6 +368,11 @@ def _control(value, default):
     if isinstance(value, torch.Tensor):
         return value, default
     return None, default if value is None else type(default)(value)
+
+
+def _dense(vector):
+    """The kernels read bias, u and v without a stride."""
+    return None if vector is None else vector.contiguous()
 
 
 def _stack_strides(factor) -> tuple[int, int, int]:
@@ -456,7 +473,7 @@ def _over_rows(
     """grad_a_kernel; also dB's planes and the bias sums, with x := dY and dSu := S."""
     (M, K), r = x.shape, dSu.shape[1]
     expert_ptr, expert = _control(expert, 0)
-    columns = 1 if dx is None and planes is None and sums is None else cdiv(K, launch.block_n)
+    columns = 1 if dx is None and planes is None else cdiv(K, launch.block_n)
     kernels.grad_a_kernel[(columns, cdiv(M, m_blocks * launch.block_m), cdiv(r, launch.block_r))](
         x, dSu, A, S, u, dx, planes, dots, sums, expert_ptr, seed,
         M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else _stack_strides(A)),

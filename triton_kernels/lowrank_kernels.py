@@ -404,11 +404,10 @@ def grad_a_kernel(
         dsu = tl.load(dsu_ptr + lowrank, mask=(rows < M)[:, None] & (ranks < r)[None, :], other=0.0)
         if DROPOUT:
             keep = keep_mask(seed_ptr, rows, tl.program_id(0) * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
-        if NEED_DA or sums_ptr is not None:
-            x = tl.load(x_ptr + wide_rows[:, None] * stride_xm + wide_cols[None, :] * stride_xk, mask=inside, other=0.0)
-        if sums_ptr is not None:
-            sums += tl.sum(x.to(tl.float32), 0)
         if NEED_DA:
+            x = tl.load(x_ptr + wide_rows[:, None] * stride_xm + wide_cols[None, :] * stride_xk, mask=inside, other=0.0)
+            if sums_ptr is not None:
+                sums += tl.sum(x.to(tl.float32), 0)
             if DROPOUT:
                 x = tl.where(keep, x, 0.0)
             da = dot(tl.trans(x), dsu, da, PREC)

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
@@ -32,7 +33,8 @@ constexpr int64_t kSmallProduct = 1 << 16;
 // ------------------------------------------------------------------------------------------------ which calls to take
 
 bool plain(const Tensor& t) {
-  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized();
+  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized() &&
+         !t.is_nested();
 }
 
 bool same(const Tensor& t, const Tensor& like, at::ScalarType type) {
@@ -42,7 +44,8 @@ bool same(const Tensor& t, const Tensor& like, at::ScalarType type) {
 bool is_control(const Control& c, const Tensor& x, bool integer) {
   if (!c.tensor.defined()) return true;
   return c.tensor.dim() == 0 && c.tensor.device() == x.device() && plain(c.tensor) && !c.tensor.requires_grad() &&
-         c.tensor.scalar_type() != at::kBool && c10::isIntegralType(c.tensor.scalar_type(), false) == integer;
+         (integer ? c10::isIntegralType(c.tensor.scalar_type(), /*includeBool=*/false)
+                  : c10::isFloatingType(c.tensor.scalar_type()));
 }
 
 // A control on the CPU is read; one on a device stays there.
@@ -59,6 +62,9 @@ bool in_range(const Control& c, int64_t least, int64_t most) {
 
 bool takes(LowRankArguments& a, const std::string& backend) {
   const Tensor &x = a.x, &A = a.A, &B = a.B;
+  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them for
+  // the user's operations; the registered op is one piece.
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   if (!plain(x) || x.dim() < 1 || (A.dim() != 2 && A.dim() != 3) || (B.dim() != 2 && B.dim() != 3)) return false;
   const auto type = x.scalar_type();
   const bool cpu = x.is_cpu();
@@ -129,23 +135,26 @@ struct Device {  // controls that stay on the device
 };
 
 Tensor choose(const Tensor& stack, int64_t index, const Tensor& device_index) {
-  if (stack.dim() == 2) return stack;
+  if (!stack.defined() || stack.dim() == 2) return stack;
   if (device_index.defined()) return stack.index_select(0, device_index.reshape({1})).squeeze(0);
   return stack.select(0, index);
 }
 
-// The live part of the adapter: experts chosen, truncated to the rank where that is known here.
+// The live part of the adapter: experts chosen, truncated to the rank where that is known here. Backward may come
+// without A, or without all of it, where no gradient reads them.
 struct Adapter {
   Tensor A, B, u, v, kept;
-  int64_t width;
+  int64_t width = 0;
 
   Adapter(const Tensor& a, const Tensor& b, const Tensor& u_, const Tensor& v_, const Call& c, const Device& d)
-      : A(choose(a, c.expert_a, d.expert_a)), B(choose(b, c.expert_b, d.expert_b)), u(u_), v(v_), width(A.size(0)) {
+      : A(choose(a, c.expert_a, d.expert_a)), B(choose(b, c.expert_b, d.expert_b)), u(u_), v(v_) {
+    if (!B.defined()) return;
+    width = B.size(1);
     if (d.rank.defined()) {
-      kept = at::arange(width, A.options().dtype(at::kLong)).lt(d.rank).to(A.scalar_type());
+      kept = at::arange(width, B.options().dtype(at::kLong)).lt(d.rank).to(B.scalar_type());
     } else if (c.rank < width) {
       width = c.rank;
-      A = A.narrow(0, 0, width);
+      if (A.defined()) A = A.narrow(0, 0, width);
       B = B.narrow(1, 0, width);
       if (u.defined()) u = u.narrow(0, 0, width);
     }
@@ -313,7 +322,10 @@ Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& de
   return full;
 }
 
-Tensor rows_of(const Tensor& t) { return t.dim() == 2 ? t : t.reshape({-1, t.size(-1)}); }
+Tensor rows_of(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
+}
 
 // -------------------------------------------------------------------------------------------------------------- node
 
@@ -333,10 +345,12 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Tensor x2 = rows_of(x);
     const auto [y, S] = adapt(x2, weight, add.defined() ? rows_of(add) : add, bias, A, ad, c, d);
     const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
-    const bool keeps_x = needs(A) || needs(weight);
-    const bool keeps_S = needs(B) || needs(u) || needs(v);
-    ctx->save_for_backward({keeps_x ? x : Tensor(), needs(x) ? weight : Tensor(), A, B, u, v, keeps_S ? S : Tensor(),
-                            d.scale, d.rank, d.expert_a, d.expert_b, d.seed});
+    const bool keeps_x = needs(A) || needs(weight), keeps_A = needs(A) || needs(x);
+    const bool keeps_S = needs(B) || needs(u) || needs(v), keeps_adapter = keeps_A || keeps_S;
+    const auto keep = [](bool keeps, const Tensor& t) { return keeps ? t : Tensor(); };
+    ctx->save_for_backward({keep(keeps_x, x), keep(needs(x), weight), keep(keeps_A, A), keep(keeps_adapter, B),
+                            keep(keeps_adapter, u), keep(keeps_adapter, v), keep(keeps_S, S), d.scale, d.rank,
+                            d.expert_a, d.expert_b, d.seed});
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     if (x.dim() == 2) return y;
     auto shape = x.sizes().vec();
@@ -359,14 +373,13 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
 
     const Adapter ad(A, B, u, v, c, d);
-    const int64_t width = ad.width, n = B.size(-2), k = A.size(-1);
     const Tensor dy2 = rows_of(dy);
-    const int64_t m = dy2.size(0);
+    const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0, width = ad.width;
     const bool need_dS = need(kX) || need(kA) || need(kU), need_raw = need(kB) || need(kV);
     const Tensor S = saved[6];
 
     // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dB, du, dA and dx.
-    const auto type = A.scalar_type();
+    const auto type = B.defined() ? B.scalar_type() : dy2.scalar_type();
     const bool blocked = c.mixed || c.threshold > 0;
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;

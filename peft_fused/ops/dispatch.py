@@ -4,7 +4,6 @@ A backend is usable when its list of reasons against it is empty. The choice is 
 again on every call from cached answers; nothing is tried and caught.
 """
 
-import contextlib
 import importlib.util
 import logging
 import os
@@ -67,21 +66,25 @@ def native_allowed() -> bool:
     return state.native and native.module is not None
 
 
-@contextlib.contextmanager
-def use_backend(name: str | None, *, native: bool = True):
-    """Within the context every op runs on the named backend, or raises RuntimeError with all reasons if it cannot.
+class use_backend:
+    """From here on every op runs on the named backend, or raises RuntimeError with all reasons if it cannot.
 
-    None restores the automatic choice. native=False keeps the Python autograd node in place of the C++ one.
-    It holds for the whole process. Raises ValueError for an unknown name.
+    It takes effect when called, like torch.set_grad_enabled; as a context manager it puts back, at the end of the
+    block, what was set before. None restores the automatic choice. native=False keeps the Python autograd node in place
+    of the C++ one. It holds for the whole process. Raises ValueError for an unknown name.
     """
-    if name is not None:
-        _check_name(name, "use_backend")
-    before = state.backend, state.native
-    state.set(name, native)
-    try:
-        yield
-    finally:
-        state.set(*before)
+
+    def __init__(self, name: str | None, *, native: bool = True):
+        if name is not None:
+            _check_name(name, "use_backend")
+        self._before = state.backend, state.native
+        state.set(name, native)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        state.set(*self._before)
 
 
 @cache
@@ -172,18 +175,27 @@ def _preference(problem: Problem) -> tuple[str, ...]:
 _said = set()
 
 
-def choose(problem: Problem, traced: bool = False) -> str:
+def choose(problem: Problem) -> str:
     """Backend of a problem: the forced one, or the first usable one in order of preference.
 
-    traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
     RuntimeError, with every reason, when the forced backend cannot run the problem.
     """
-    name = state.backend
-    if name is not None:
-        reasons = why_not(name, problem)
-        if reasons:
-            raise RuntimeError(f"backend {name!r} cannot run {describe(problem)}: " + "; ".join(reasons))
-        return name
+    return preferred(problem) if state.backend is None else require(state.backend, problem)
+
+
+def require(name: str, problem: Problem) -> str:
+    """The name, if that backend can run the problem; RuntimeError with every reason if it cannot."""
+    reasons = why_not(name, problem)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot run {describe(problem)}: " + "; ".join(reasons))
+    return name
+
+
+def preferred(problem: Problem, traced: bool = False) -> str:
+    """The first usable backend in order of preference, whatever is forced.
+
+    traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
+    """
     order = [name for name in _preference(problem) if not (traced and name == "cuda")]
     chosen = next(name for name in order if not _why_not(name, problem, interpreting()))
     # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.

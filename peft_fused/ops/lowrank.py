@@ -14,9 +14,11 @@ Saved for backward: x itself, S and a seed; neither when nothing that needs them
 """
 
 import math
+import sys
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_kernels.plan import MAX_RANK
 from . import dispatch, lowrank_torch, native
@@ -24,6 +26,7 @@ from .dropout import draw_seed, dropout_threshold, keep_mask, keep_scale
 from .lowrank_torch import Controls
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def lowrank_linear_reference(
@@ -54,7 +57,7 @@ def lowrank_reference(
     if dropout_p > 0:
         seed = _seed_tensor(seed, x.device)
         threshold = dropout_threshold(dropout_p)
-        keep = keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], threshold).reshape(x.shape)
+        keep = keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], threshold).reshape(x.shape)
         xd = xd * keep * keep_scale(threshold)
     S = F.linear(xd, A) * (ranks < rank)
     if u is not None:
@@ -102,14 +105,14 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
     compiling = torch.compiler.is_compiling()
     state = dispatch.state
     if state.native_serves and not compiling:
-        # None says that something is unusual: bad arguments, autocast, a tensor subclass, another backend. The checks
-        # and the choice are made below, once, in Python.
+        # None says that something is unusual: bad arguments, autocast, a tensor subclass, a dispatch mode, another
+        # backend. The checks and the choice are made below, once, in Python.
         y = native.module.lowrank(
             x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen, state.backend
         )
         if y is not None:
             return y
-    if isinstance(x, torch.Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, torch.Tensor) and _autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, add, bias, A, B, u, v = (
             _autocast(t, dtype, i) for i, t in enumerate((x, weight, add, bias, A, B, u, v))
@@ -117,11 +120,12 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         with torch.autocast(x.device.type, enabled=False):
             return _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
-    _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed)
+    _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen)
 
     threshold = dropout_threshold(dropout_p)
     seed = _seed_tensor(seed, x.device) if threshold else None
-    traced = compiling or _is_subclass(x)
+    # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
+    traced = compiling or _is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
     # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
     backend = (dispatch.forced() or "auto") if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
     if backend == "reference":
@@ -131,7 +135,7 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         return lowrank_reference(x, A, B, add=add, **options)
     if backend == "cuda":
         raise RuntimeError(
-            "backend 'cuda' runs in the C++ node, which does not take tensor subclasses or torch.compile"
+            "backend 'cuda' runs in the C++ node, which takes no tensor subclasses, dispatch modes or torch.compile"
         )
     expert_a, expert_b = (0 if e is None else e for e in pair)
     flat = (
@@ -147,9 +151,13 @@ def _problem(x, weight, A, B, threshold):
     return dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0)
 
 
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _autocast(tensor, dtype, position):
     # Adapters (positions 4..7) in fp32 stay there: mixing is what the op does well, and it is the more accurate choice.
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor if position >= 4 and tensor.dtype == torch.float32 else tensor.to(dtype)
 
@@ -172,7 +180,7 @@ def _split(value, kind):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed):
+def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen):
     """Raises ValueError or TypeError naming the first bad argument, what it is and what is allowed."""
     for name, tensor in (("x", x), ("A", A), ("B", B)):
         if not isinstance(tensor, torch.Tensor):
@@ -182,12 +190,16 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed)
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"x must be floating point ({_names(FLOATING)}), got {_names((x.dtype,))}")
+    _check_dense("x", x)
     if x.dim() < 1:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     if A.dim() not in (2, 3):
         raise ValueError(f"A must have shape [r, K] or [E, r, K], got {list(A.shape)}")
     if B.dim() not in (2, 3):
         raise ValueError(f"B must have shape [N, r] or [E, N, r], got {list(B.shape)}")
+    for name, factor in (("A", A), ("B", B)):
+        if factor.dim() == 3 and factor.shape[0] == 0:
+            raise ValueError(f"{name} must stack at least one expert, got shape {list(factor.shape)}")
     k, (n, r) = x.shape[-1], B.shape[-2:]
     if not 1 <= A.shape[-2] <= MAX_RANK:
         raise ValueError(f"A must have 1 to {MAX_RANK} rows (the rank r), got shape {list(A.shape)}")
@@ -218,16 +230,17 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed)
             raise TypeError(f"{name} must have {why} ({_names(allowed)}), got {_names((tensor.dtype,))}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
-        if tensor is not None and tensor.layout != torch.strided:
-            raise ValueError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
-    _check_control("scale", scale, x.device, None, None)
+        if tensor is not None:
+            _check_dense(name, tensor)
+    _check_control("scale", scale, x.device, integer=False)
     if rank is not None:
         _check_control("rank", rank, x.device, 1, r)
-    for name, factor, index in (("A", A, pair[0]), ("B", B, pair[1])):
-        if index is not None and factor.dim() == 3:
-            _check_control(f"expert (of {name})", index, x.device, 0, factor.shape[0] - 1)
     if len(pair) != 2:
         raise ValueError(f"expert must be an index or a pair of them, got {len(pair)} values")
+    for name, factor, index in (("A", A, pair[0]), ("B", B, pair[1])):
+        if index is not None:  # that of a factor which is no stack is not used
+            experts = factor.shape[0] if factor.dim() == 3 else None
+            _check_control(f"expert (of {name})", index, x.device, 0, None if experts is None else experts - 1)
     if A.dim() == 2 and B.dim() == 2 and pair != (None, None):
         raise ValueError("expert needs a stacked A [E, r, K] or B [E, N, r], got 2-D factors")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
@@ -241,6 +254,14 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed)
         raise TypeError(f"seed must be an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
     elif seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    if not isinstance(frozen, bool):
+        raise TypeError(f"frozen must be True or False, got {type(frozen).__name__}")
+
+
+def _check_dense(name, tensor):
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {layout}")
 
 
 def _names(dtypes):
@@ -256,12 +277,12 @@ def _check_shape(name, tensor, shape, text):
         raise ValueError(f"{name} must have shape {text} = {list(shape)}, got {list(tensor.shape)}")
 
 
-def _check_control(name, value, device, least, most):
-    """A number in least..most, or a 0-d tensor; a tensor's value is read only where reading it is free."""
-    integer = least is not None
+def _check_control(name, value, device, least=0, most=None, *, integer=True):
+    """A number, in least..most for an integer, or a 0-d tensor; a tensor's value is read only where that is free."""
     if isinstance(value, torch.Tensor):
         kind = "integer" if integer else "floating-point"
-        if value.dim() != 0 or value.is_floating_point() == integer or value.dtype == torch.bool:
+        fits = value.dtype in _INTEGERS if integer else value.is_floating_point()
+        if value.dim() != 0 or not fits:
             raise ValueError(f"{name} must be a number or a 0-d {kind} tensor, got {_describe(value)}")
         if value.device != device:
             raise ValueError(f"{name} must be on x's device ({device}), got {value.device}")
@@ -274,9 +295,9 @@ def _check_control(name, value, device, least, most):
         raise TypeError(
             f"{name} must be {'an int' if integer else 'a number'} or a 0-d tensor, got {type(value).__name__}"
         )
-    if integer and not least <= value <= most:
+    if integer and most is not None and not least <= value <= most:
         raise ValueError(f"{name} must be in {least}..{most}, got {value}")
-    if not integer and not math.isfinite(value):
+    if not integer and not abs(value) <= sys.float_info.max:  # false for nan, and for ints that no float can hold
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -292,7 +313,7 @@ _LIBRARY.define(
     f"{_CONTROLS}) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "lowrank_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor? u, Tensor? v, Tensor? S, "
+    "lowrank_bwd(Tensor dy, Tensor? x, Tensor? weight, Tensor? A, Tensor? B, Tensor? u, Tensor? v, Tensor? S, "
     f"{_CONTROLS}, bool[] needs) -> Tensor[]"
 )
 # Positions of the tensors in lowrank_fwd that have a gradient, in the order of `needs`; add's gradient is dy itself.
@@ -318,57 +339,72 @@ def _launch_controls(c: Controls) -> dict:
 
 def _forward(x, weight, add, bias, A, B, u, v, *flat):
     c, backend = _controls(*flat[:-1]), flat[-1]
-    if backend == "auto":
-        backend = dispatch.choose(_problem(x, weight, A, B, c.threshold), traced=True)
-    if backend == "torch":
+    if backend == "torch" or x.numel() == 0 or B.numel() == 0:  # there is nothing to launch a kernel on
         return lowrank_torch.forward(x, weight, add, bias, A, B, u, v, c)
     from ..triton_kernels import lowrank as triton_lowrank
 
-    n = B.shape[-2]
-    add2 = None if add is None else add.reshape(-1, n)
-    y, S = triton_lowrank.lowrank_fwd(
-        x.reshape(-1, x.shape[-1]), weight, add2, bias, A, B, u, v, **_launch_controls(c)
-    )  # fmt: skip
+    add2 = None if add is None else lowrank_torch.rows(add)
+    y, S = triton_lowrank.lowrank_fwd(lowrank_torch.rows(x), weight, add2, bias, A, B, u, v, **_launch_controls(c))
     return lowrank_torch.unflatten(y, x), S
 
 
 def _backward(dy, x, weight, A, B, u, v, S, *flat):
     """The needed gradients, as a list in the order of `_NAMES`."""
-    if torch.is_autocast_enabled(dy.device.type):  # backward() called inside autocast; forward settled the types
+    if _autocasts(dy.device.type):  # backward() called inside autocast; forward settled the types
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(dy, x, weight, A, B, u, v, S, *flat)
     c, backend, needs = _controls(*flat[:-2]), flat[-2], flat[-1]
-    if backend == "auto":
-        # As in the forward: without the cuda backend the choice depends on types and device, not on the number of rows.
-        like_x = dy.new_empty(0, A.shape[-1])
-        backend = dispatch.choose(_problem(like_x, weight, A, B, c.threshold), traced=True)
-    if backend == "torch":
+    empty = dy.numel() == 0 or (A is not None and A.numel() == 0)
+    if backend == "torch" or empty or B is None:  # without the adapter nothing is left that a kernel would do
         grads = lowrank_torch.backward(dy, x, weight, A, B, u, v, S, c, needs)
         return [grad.contiguous() for grad in grads if grad is not None]
     from ..triton_kernels import lowrank as triton_lowrank
 
-    k = A.shape[-1]
     grads = triton_lowrank.lowrank_bwd(
-        dy.reshape(-1, dy.shape[-1]),
-        dy.new_empty(dy.shape[:-1].numel(), k) if x is None else x.reshape(-1, k),
-        weight, A, B, u, v, S, **_launch_controls(c), frozen=c.frozen,
-        needs={name for name, need in zip(_NAMES, needs, strict=True) if need},
+        lowrank_torch.rows(dy), None if x is None else lowrank_torch.rows(x), weight, A, B, u, v, S,
+        **_launch_controls(c), frozen=c.frozen, needs={name for name, need in zip(_NAMES, needs, strict=True) if need},
     )  # fmt: skip
     if "x" in grads:
-        grads["x"] = grads["x"].view(*dy.shape[:-1], k)
+        grads["x"] = grads["x"].view(*dy.shape[:-1], A.shape[-1])
     return [grads[name].contiguous() for name in _NAMES if name in grads]
 
 
+def _resolve(backend, problem) -> str:
+    """The backend of a traced call: what use_backend named while it was traced, or the choice for this problem.
+
+    It is made without the `cuda` backend, so that it depends on types and device and is the same in the backward.
+    """
+    return dispatch.preferred(problem, traced=True) if backend == "auto" else dispatch.require(backend, problem)
+
+
+def _forward_op(x, weight, add, bias, A, B, u, v, *flat):
+    *controls, backend = flat
+    backend = _resolve(backend, _problem(x, weight, A, B, controls[8]))
+    return _forward(x, weight, add, bias, A, B, u, v, *controls, backend)
+
+
+def _backward_op(dy, x, weight, A, B, u, v, S, *flat):
+    *controls, backend, needs = flat
+    if B is not None:
+        backend = _resolve(backend, _problem(dy, weight, B.mT, B, controls[8]))
+    return _backward(dy, x, weight, A, B, u, v, S, *controls, backend, needs)
+
+
 def _forward_fake(x, weight, add, bias, A, B, u, v, *flat):
-    S = x.new_empty(x.shape[:-1].numel(), A.shape[-2], dtype=A.dtype)
+    # math.prod, because Size.numel() would fix a symbolic number of rows.
+    S = x.new_empty(math.prod(x.shape[:-1]), A.shape[-2], dtype=A.dtype)
     return x.new_empty(*x.shape[:-1], B.shape[-2]), S
 
 
 def _backward_fake(dy, x, weight, A, B, u, v, S, *flat):
-    n, k, needs = B.shape[-2], A.shape[-1], flat[-1]
-    shapes = ((*dy.shape[:-1], k), (n, k), (n,), A.shape, B.shape, A.shape[-2:-1], (n,))
-    dtypes = (dy.dtype,) * 3 + (A.dtype,) * 4
-    return [dy.new_empty(s, dtype=d) for s, d, need in zip(shapes, dtypes, needs, strict=True) if need]
+    needs, grads = flat[-1], []
+    if needs[0]:
+        grads.append(dy.new_empty(*dy.shape[:-1], A.shape[-1]))
+    if needs[1]:
+        grads.append(dy.new_empty(dy.shape[-1], x.shape[-1]))
+    if needs[2]:
+        grads.append(dy.new_empty(dy.shape[-1]))
+    return grads + [t.new_empty(t.shape) for t, need in zip((A, B, u, v), needs[3:], strict=True) if need]
 
 
 def _setup(ctx, inputs, output):
@@ -376,7 +412,9 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     needs = [ctx.needs_input_grad[i] for i in _NEEDS]
     need = dict(zip(_NAMES, needs, strict=True))
-    down = need["x"] or need["A"] or need["u"]
+    keep_A = need["x"] or need["A"]
+    keep_S = need["B"] or need["u"] or need["v"]
+    keep_adapter = keep_A or keep_S
     tensors = [t for t in flat if isinstance(t, torch.Tensor)]
     ctx.flat = [None if isinstance(t, torch.Tensor) else t for t in flat]
     ctx.tensor_slots = [i for i, t in enumerate(flat) if isinstance(t, torch.Tensor)]
@@ -384,8 +422,11 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(
         x if need["A"] or need["weight"] else None,
         weight if need["x"] else None,
-        A, B, u, v,
-        output[1] if need["B"] or need["v"] or (need["u"] and down) else None,
+        A if keep_A else None,
+        B if keep_adapter else None,
+        u if keep_adapter else None,
+        v if keep_adapter else None,
+        output[1] if keep_S else None,
         *tensors,
     )  # fmt: skip
 
@@ -394,6 +435,8 @@ def _grads(ctx, dy, dS, backward=None):
     """Gradients for every input of lowrank_fwd. Traced, they come from the registered op; eager skips its dispatch."""
     if dy is None:
         return (None,) * (8 + len(ctx.flat))
+    if torch.is_grad_enabled():  # it would be differentiated without what S contributes
+        raise RuntimeError("peft_fused: the low-rank op has no second derivative; use_backend('reference') has one")
     x, weight, A, B, u, v, S, *tensors = ctx.saved_tensors
     flat = list(ctx.flat)
     for slot, tensor in zip(ctx.tensor_slots, tensors, strict=True):
@@ -423,14 +466,34 @@ class _LowRank(torch.autograd.Function):
         _setup(ctx, inputs, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dS):
         return _grads(ctx, dy, dS, _backward)
 
 
 for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("lowrank_fwd", _forward, _key)
-    _LIBRARY.impl("lowrank_bwd", _backward, _key)
+    _LIBRARY.impl("lowrank_fwd", _forward_op, _key)
+    _LIBRARY.impl("lowrank_bwd", _backward_op, _key)
 torch.library.register_fake("peft_fused::lowrank_fwd", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("peft_fused::lowrank_bwd", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("peft_fused::lowrank_fwd", _grads, setup_context=_setup, lib=_LIBRARY)
+
+
+# ------------------------------------------------------------------------------------------------ counted operations
+
+
+@register_flop_formula(torch.ops.peft_fused.lowrank_fwd)
+def _forward_flops(x, weight, add, bias, A, B, *rest, out_shape=None, **kwargs) -> int:
+    """For torch.utils.flop_counter.FlopCounterMode, which passes shapes: the products, as it counts those of aten."""
+    m, n, k, r = math.prod(x[:-1]), B[-2], x[-1], A[-2]
+    return 2 * m * ((n * k if weight is not None else 0) + r * (n + k))
+
+
+@register_flop_formula(torch.ops.peft_fused.lowrank_bwd)
+def _backward_flops(dy, x, weight, A, B, u, v, S, *rest, out_shape=None, **kwargs) -> int:
+    need = dict(zip(_NAMES, rest[-1], strict=True))
+    m, n = math.prod(dy[:-1]), dy[-1]
+    k = A[-1] if A is not None else x[-1] if x is not None else 0
+    r = B[-1] if B is not None else 0
+    base = (need["x"] and weight is not None) + need["weight"]
+    to_ranks = (need["x"] or need["A"] or need["u"]) + (need["B"] or need["v"])
+    return 2 * m * (base * n * k + r * (n * to_ranks + k * (need["x"] + need["A"])))

@@ -47,7 +47,7 @@ class Controls:
 
 
 def _expert(factor, index):
-    if factor.dim() == 2:
+    if factor is None or factor.dim() == 2:
         return factor
     if isinstance(index, int):
         return factor[index]
@@ -55,20 +55,23 @@ def _expert(factor, index):
 
 
 class _Adapter:
-    """The factors one call works with: experts chosen, rank applied, v folded into B and u into S."""
+    """The factors one call works with: experts chosen, rank applied, v folded into B and u into S.
+
+    Backward may come without A, where no gradient reads it.
+    """
 
     def __init__(self, A, B, u, v, controls: Controls):
         self.c = c = controls.on_host()
-        self.r = A.shape[-2]
+        self.r = B.shape[-1]
         self.A, self.B, self.u, self.v = _expert(A, c.expert_a), _expert(B, c.expert_b), u, v
         self.kept = None
         if isinstance(c.rank, int):
             self.width = c.rank
-            self.A, self.B = self.A[: c.rank], self.B[:, : c.rank]
+            self.A, self.B = None if A is None else self.A[: c.rank], self.B[:, : c.rank]
             self.u = None if u is None else u[: c.rank]
         else:
             self.width = self.r
-            self.kept = (torch.arange(self.r, device=A.device) < c.rank).to(A.dtype)
+            self.kept = (torch.arange(self.r, device=B.device) < c.rank).to(B.dtype)
 
     def mask(self, S):
         return S if self.kept is None else S * self.kept
@@ -115,6 +118,11 @@ def _product(a, b):
     return a @ b if out is None else out
 
 
+def rows(t):
+    """[..., K] -> [M, K]; said in full because -1 is undefined where K is 0."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
 def unflatten(y, x):
     """y [M, N] in x's leading dimensions. Not a view: what a custom function returns may be changed in place later."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
@@ -123,7 +131,7 @@ def unflatten(y, x):
 def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     """(y [..., N] in x's type, S [M, r] in A's type)."""
     ad = _Adapter(A, B, u, v, controls)
-    x2 = x.reshape(-1, x.shape[-1])
+    x2 = rows(x)
     M, N = x2.shape[0], B.shape[-2]
     blocked = ad.c.threshold > 0 or A.dtype != x.dtype
     S = x.new_zeros(M, ad.r, dtype=A.dtype) if ad.width < ad.r else x.new_empty(M, ad.r, dtype=A.dtype)
@@ -139,7 +147,7 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     onto = y
     if y is None and weight is None:
         y = x.new_empty(M, N)
-        onto = None if add is None else add.reshape(-1, N)
+        onto = None if add is None else rows(add)
     elif y is None:
         y = x.new_empty(M, N)
     if A.dtype == x.dtype:
@@ -163,28 +171,33 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
 
 
 def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]):
-    """Gradients of (x, weight, bias, A, B, u, v), None where not needed. x and S may be None where nothing reads them.
+    """Gradients of (x, weight, bias, A, B, u, v), None where not needed. Any input may be None where nothing reads it.
 
     Each gradient has its parameter's dtype. A gradient of a truncated factor is zero in the rows that were dropped.
     """
+    need_x, need_weight, need_bias, need_A, need_B, need_u, need_v = needs
+    dy2 = rows(dy)
+    M, N = dy2.shape
+    dx = dweight = dbias = dA = dB = du = dv = None
+    if need_bias:
+        dbias = dy2.sum(0)
+    if need_weight:
+        dweight = dy2.t() @ rows(x)
+    if B is None:
+        return dx, dweight, dbias, dA, dB, du, dv
     ad = _Adapter(A, B, u, v, controls)
     c, b = ad.c, ad.width
-    need_x, need_weight, need_bias, need_A, need_B, need_u, need_v = needs
-    N, K = B.shape[-2], A.shape[-1]
-    dy2 = dy.reshape(-1, N)
-    M = dy2.shape[0]
-    mixed = A.dtype != dy.dtype
-    dx = dweight = dbias = dA = dB = du = dv = None
+    mixed = B.dtype != dy.dtype
     if S is not None:
         S = S[:, :b]
     need_dS = need_x or need_A or need_u
 
-    dS = dy2.new_empty(M, b, dtype=A.dtype) if need_dS else None
-    raw = dy2.new_zeros(b, N, dtype=A.dtype) if need_B or need_v else None
+    dS = dy2.new_empty(M, b, dtype=B.dtype) if need_dS else None
+    raw = dy2.new_zeros(b, N, dtype=B.dtype) if need_B or need_v else None
     inner = ad.inner(S) if raw is not None else None
     outer = ad.outer() if need_dS else None
     for i, j in _blocks(M, N, dy.device) if mixed else [(0, M)]:
-        block = dy2[i:j].to(A.dtype)
+        block = dy2[i:j].to(B.dtype)
         if need_dS:
             dS[i:j] = _product(block, outer)
         if raw is not None:
@@ -201,12 +214,9 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     if need_B:
         grad = raw if v is None else raw * v
         dB = _place(grad.t(), B, c.expert_b, c, b, columns=True)
-    if need_bias:
-        dbias = dy2.sum(0)
-    if need_weight:
-        dweight = dy2.t() @ x.reshape(-1, K)
 
-    x2 = x.reshape(-1, K) if need_A else None
+    K = A.shape[-1] if need_A or need_x else 0
+    x2 = rows(x) if need_A else None
     blocked = c.threshold > 0 or mixed
     if need_A:
         grad = dS.new_zeros(b, K)
