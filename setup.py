@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+STAMP = "_build_info"
 MODES = ("auto", "off", "cpu", "cuda", "force")
 # sm_90a brings wgmma; PTX of the oldest supported architecture serves whatever comes later.
 CUDA_ARCHITECTURES = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
@@ -49,7 +51,7 @@ def native_extension(mode):
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: one of torch's libraries is missing
         stop(mode, f"torch cannot be imported in this build environment ({error}); use --no-build-isolation")
         return None
     if not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
@@ -74,7 +76,22 @@ def native_extension(mode):
     class Build(BuildExtension):
         """Compiles the .cu files with nvcc directly: torch's own CUDA build needs a CUDA torch."""
 
+        def finalize_options(self):
+            super().finalize_options()
+            # setuptools compares the dates of sources only: it would keep a library built for another torch or mode.
+            self.force = True
+
         def build_extensions(self):
+            try:
+                self.build_native()
+            except Exception as error:
+                if mode != "auto":
+                    raise
+                stop(mode, f"the extension does not build ({error})")
+                remove_native(ROOT / "peft_fused")
+                self.extensions = []
+
+        def build_native(self):
             if with_cuda:
                 try:
                     self.add_cuda_objects()
@@ -87,7 +104,8 @@ def native_extension(mode):
 
         def copy_extensions_to_source(self):
             super().copy_extensions_to_source()
-            self.write_stamp(ROOT / "peft_fused")
+            if self.extensions:
+                self.write_stamp(ROOT / "peft_fused")
 
         def add_cuda_objects(self):
             include, lib = cuda_include(nvcc)
@@ -114,9 +132,26 @@ def native_extension(mode):
             }
             stamp = "# Written by setup.py. Compared with the running torch before the extension is loaded.\n"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "_build_info.py").write_text(f"{stamp}BUILD = {build!r}\n")
+            (folder / f"{STAMP}.py").write_text(f"{stamp}BUILD = {build!r}\n")
 
     return [extension], Build
+
+
+class BuildPython(build_py):
+    """Leaves out what an earlier native build put into the source tree."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode and "build_ext" not in self.distribution.cmdclass:
+            remove_native(ROOT / "peft_fused")
+
+    def find_package_modules(self, package, package_dir):
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != STAMP]
+
+
+def remove_native(folder):
+    for path in (folder / f"{STAMP}.py", *folder.glob("_C*.so")):
+        path.unlink(missing_ok=True)
 
 
 def main():
@@ -125,10 +160,10 @@ def main():
         sys.exit(f"PEFT_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     native = native_extension(mode)
     if native is None:
-        setup()
+        setup(cmdclass={"build_py": BuildPython})
     else:
         extensions, build = native
-        setup(ext_modules=extensions, cmdclass={"build_ext": build})
+        setup(ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": build})
 
 
 main()

@@ -114,12 +114,9 @@ def addmm_at_rank(base, A: torch.Tensor, B: torch.Tensor, rank: int, scale: floa
     return call
 
 
-def path_of(model, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, shape: Shape) -> str:
-    """The op that the layer calls, and what that op runs for this problem."""
-    layer = "; ".join(path for _, path, _ in dispatch.explain(model).lines)
-    problem = dispatch.problem_of(x, A, B, has_weight=True, dropout=shape.dropout > 0)
-    (_, op, _), *_ = dispatch.explain(problem).lines
-    return f"{layer} -> {op}"
+def path_of(model: torch.nn.Module, shape: Shape) -> str:
+    """The op that the model's layer calls, and what that op runs for this shape."""
+    return "; ".join(path for _, path, _ in dispatch.explain(model, rows=shape.m).lines)
 
 
 def build(shape: Shape, device: torch.device, seed: int = 0) -> Case:
@@ -143,7 +140,7 @@ def build(shape: Shape, device: torch.device, seed: int = 0) -> Case:
         "fused": Layer(fused, x, dy, fused.parameters()),
         "addmm": Layer(addmm(base, A, B, ALPHA_OVER_R, shape.dropout), x, dy, (A, B, *base.parameters())),
     }
-    variants["fused"].path = path_of(fused_model, x, A, B, shape)
+    variants["fused"].path = path_of(fused_model, shape)
     case = Case(shape, variants, {"fused": variants["peft"]}, peft_model, {})
     _add_dylora(case, base, A, B)
     return case
@@ -163,7 +160,7 @@ def _add_dylora(case: Case, base, A, B) -> None:
     peft_fused.set_rank(model, rank)
     A, B = copy.deepcopy(A), copy.deepcopy(B)
     parameters, scale = (A, B, *base.parameters()), ALPHA_OVER_R * shape.r / rank
-    case.variants["dylora"] = Layer(layer, x, dy, layer.parameters(), path_of(model, x, A, B, shape))
+    case.variants["dylora"] = Layer(layer, x, dy, layer.parameters(), path_of(model, shape))
     case.variants["dylora_addmm"] = Layer(addmm_at_rank(base, A, B, rank, scale, shape.dropout), x, dy, parameters)
     case.references["dylora"] = Layer(addmm_at_rank(base, A, B, rank, scale, 0.0), x, dy, parameters)
 

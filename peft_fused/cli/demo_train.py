@@ -329,6 +329,4 @@ def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Cal
 def path_of(model: torch.nn.Module) -> str:
     """The paths of the adapted layers, each with the number of layers that take it."""
     lines = dispatch.explain(model).lines
-    if not lines:
-        return "PEFT's own forward"
     return "; ".join(f"{count} x {path}" for path, count in Counter(path for _, path, _ in lines).items())

@@ -44,6 +44,22 @@ def check_int(name: str, value, least: int = 0) -> int:
     return value
 
 
+def check_adapter_dtype(name: str, value, base: torch.dtype) -> torch.dtype:
+    """The dtype of adapters on a base layer of dtype `base`: its own or float32, which is the default.
+
+    TypeError or ValueError naming it otherwise.
+    """
+    wide = torch.promote_types(base, torch.float32)
+    if value is None:
+        return wide
+    if not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype or None, got {value!r}")
+    if value not in (base, wide):
+        allowed = " or ".join(dict.fromkeys((str(base), str(wide))))
+        raise ValueError(f"{name} must be {allowed} on a base layer of {base}, got {value}")
+    return value
+
+
 def check_flag(name: str, value) -> bool:
     """The value, if it is a bool. TypeError naming it otherwise."""
     if not isinstance(value, bool):

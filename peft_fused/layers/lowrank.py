@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_alpha, check_dropout, check_linear, check_rank, is_conv1d
+from ..ops.dispatch import Problem, problem_of
+from .checks import check_adapter_dtype, check_alpha, check_dropout, check_linear, check_rank, is_conv1d
 
 
 class LowRankLinear(nn.Module):
@@ -30,7 +31,7 @@ class LowRankLinear(nn.Module):
         self.r, self.alpha, self.use_rslora = r, alpha, use_rslora
         self.dropout = nn.Dropout(dropout)
         # Gradients of a half-precision adapter lose the small updates that fine-tuning makes, so fp32 is the default.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32) if dtype is None else dtype
+        dtype = check_adapter_dtype("dtype", dtype, self.weight.dtype)
         self.lora_A = nn.Parameter(self.weight.new_empty(r, self.in_features, dtype=dtype))
         self.lora_B = nn.Parameter(self.weight.new_empty(self.out_features, r, dtype=dtype))
         self._unmerged_weight = None
@@ -94,6 +95,13 @@ class LowRankLinear(nn.Module):
         if self.merged:
             return "F.linear", ["lowrank_linear: the adapter is merged into the base weight"]
         return "lowrank_linear", []
+
+    def op_problem(self, rows: int) -> Problem | None:
+        """What a forward pass on x [rows, K] gives lowrank_linear; None if it does not call it."""
+        if self.merged:
+            return None
+        x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
+        return problem_of(x, self.lora_A, self.lora_B, has_weight=True, dropout=self.dropout_p > 0)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, alpha={self.alpha}"

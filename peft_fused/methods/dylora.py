@@ -30,6 +30,9 @@ class DyLoRA:
     """The method as `peft_fused.on_step` calls it."""
 
     def before_step(self, members: list[RankMember], *, step, micro, total_steps, optimizer) -> None:
+        strict = [member for member in members if member.state.policy.strict_frozen]
+        if strict:
+            _guard(strict, optimizer)
         groups = defaultdict(list)
         for member in members:
             groups[member.state.policy, member.state.group].append(member.state)
@@ -44,9 +47,6 @@ class DyLoRA:
                 ranks.append(min(rank, state.r))
                 state.used = {ranks[-1]} if micro == 0 else state.used | {ranks[-1]}
         write_ranks(states, train=ranks)
-        strict = [member for member in members if member.state.policy.strict_frozen]
-        if strict:
-            _guard(strict, optimizer)
 
 
 METHODS["dylora"] = DyLoRA()
@@ -116,6 +116,10 @@ def evaluate_ranks(
     The ranks before, of training and of evaluation, are restored even if fn raises. The model is put into evaluation
     mode for the calls and returned to the mode it was in. Raises as `set_rank`.
     """
+    if not callable(fn):
+        raise TypeError(f"fn must be callable, got {type(fn).__name__}")
+    if ranks is not None and not isinstance(ranks, Iterable):
+        raise TypeError(f"ranks must be an iterable of ints or None, got {type(ranks).__name__}")
     states = _states(model, adapter_name, "evaluate_ranks")
     most = max(state.r for state in states)
     ranks = range(1, most + 1) if ranks is None else list(ranks)

@@ -68,10 +68,12 @@ def guard_updates(optimizer: Optimizer, entries: list[Guarded], after_step: Call
     """
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for entry in entries:
+        if hasattr(entry.parameter, "full_tensor"):
+            raise ValueError("strict_frozen: sharded parameters (FSDP2, tensor parallel) are not supported")
         if entry.parameter.requires_grad and id(entry.parameter) not in owned:
             raise ValueError(
                 "strict_frozen: an adapter parameter is not among the optimizer's; create the optimizer from the "
-                "adapted model (sharded or flattened parameters, as FSDP makes them, are not supported)"
+                "adapted model (flattened parameters, as FSDP1 makes them, are not supported)"
             )
     guard = _GUARDS.get(optimizer)
     if guard is None:

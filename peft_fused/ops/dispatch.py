@@ -7,6 +7,7 @@ again on every call from cached answers; nothing is tried and caught.
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -218,6 +219,8 @@ def describe(problem: Problem) -> str:
 
 def path_of(problem: Problem) -> str:
     """The backend, its host node and the order of its kernels, in words."""
+    if state.backend is not None and why_not(state.backend, problem):
+        return f"RuntimeError: {state.backend} is forced and cannot run it"
     backend = choose(problem)
     if backend == "reference":
         return "reference: plain PyTorch, autograd by torch"
@@ -275,16 +278,20 @@ class Explanation:
     lines: tuple[tuple[str, str, tuple[str, ...]], ...]
 
     def __str__(self) -> str:
-        text = []
+        # The reasons, which are the same for most layers of a model, stand once below all layers that they are for.
+        names: dict[tuple, list[str]] = {}
         for name, path, reasons in self.lines:
-            text.append(f"{name}: {path}")
+            names.setdefault((path, reasons), []).append(name)
+        text = []
+        for (path, reasons), group in names.items():
+            text.extend(f"{name}: {path}" for name in group)
             text.extend(f"    not {reason}" for reason in reasons)
         return "\n".join(text) if text else "no peft_fused layer or op in here"
 
 
 def reasons_against_others(problem: Problem) -> tuple[str, ...]:
-    chosen = choose(problem)
-    against = []
+    chosen = state.backend or choose(problem)
+    against = [f"{chosen}: " + "; ".join(why_not(chosen, problem))] if why_not(chosen, problem) else []
     for name in BACKENDS:
         if name == chosen:
             continue
@@ -295,18 +302,31 @@ def reasons_against_others(problem: Problem) -> tuple[str, ...]:
     return tuple(against)
 
 
-def explain(target) -> Explanation:
-    """Path of a Problem, or of every peft_fused layer of a model, with the reasons against the other backends.
+# Functions module -> (path, reasons) or None, for layers of other packages; integrations/peft adds PEFT's.
+explainers: list[Callable] = []
 
-    Layers answer through `explain_path() -> (path, reasons)`. TypeError for anything else.
+
+def explain(target, *, rows: int = 2048) -> Explanation:
+    """Path of a Problem, or of every adapter layer of a model, with the reasons against the other backends.
+
+    rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
+    `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> Problem | None`, what
+    they give the first of them. TypeError for anything else.
     """
     if isinstance(target, Problem):
         return Explanation(((describe(target), path_of(target), reasons_against_others(target)),))
-    if isinstance(target, torch.nn.Module):
-        lines = []
-        for name, module in target.named_modules():
-            if hasattr(module, "explain_path"):
-                path, reasons = module.explain_path()
-                lines.append((name or type(module).__name__, path, tuple(reasons)))
-        return Explanation(tuple(lines))
-    raise TypeError(f"explain: target must be a Problem or a torch.nn.Module, got {type(target).__name__}")
+    if not isinstance(target, torch.nn.Module):
+        raise TypeError(f"explain: target must be a Problem or a torch.nn.Module, got {type(target).__name__}")
+    lines = []
+    for name, module in target.named_modules():
+        if hasattr(type(module), "explain_path"):
+            path, reasons = module.explain_path()
+            problem = module.op_problem(rows)
+            if problem is not None:
+                path, reasons = f"{path} -> {path_of(problem)}", [*reasons, *reasons_against_others(problem)]
+        elif left := next(filter(None, (explainer(module) for explainer in explainers)), None):
+            path, reasons = left
+        else:
+            continue
+        lines.append((name or type(module).__name__, path, tuple(reasons)))
+    return Explanation(tuple(lines))

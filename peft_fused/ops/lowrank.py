@@ -18,6 +18,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_kernels.plan import MAX_RANK
@@ -182,6 +183,7 @@ def _split(value, kind):
 
 def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen):
     """Raises ValueError or TypeError naming the first bad argument, what it is and what is allowed."""
+    compiling = torch.compiler.is_compiling()
     for name, tensor in (("x", x), ("A", A), ("B", B)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -232,6 +234,8 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
         if tensor is not None:
             _check_dense(name, tensor)
+            if not compiling and is_traceable_wrapper_subclass(tensor) and not _is_subclass(x):
+                raise TypeError(f"{name} must be a plain tensor beside a plain x, got a {type(tensor).__name__}")
     _check_control("scale", scale, x.device, integer=False)
     if rank is not None:
         _check_control("rank", rank, x.device, 1, r)

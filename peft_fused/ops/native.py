@@ -14,9 +14,13 @@ logger = logging.getLogger("peft_fused")
 
 
 def _stamp() -> dict | None:
+    """What setup.py wrote, None if it built no extension; a stamp that cannot be read fits no torch."""
     if importlib.util.find_spec("peft_fused._build_info") is None:
         return None
-    return importlib.import_module("peft_fused._build_info").BUILD
+    try:
+        return importlib.import_module("peft_fused._build_info").BUILD
+    except (SyntaxError, AttributeError):
+        return {"torch": "unknown", "torch_cuda": "unknown", "cuda_kernels": False, "architectures": []}
 
 
 def _load():

@@ -21,7 +21,9 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import lowrank, lowrank_linear
+from ...ops.dispatch import Problem, explainers, problem_of
 from ...ops.lowrank import MAX_RANK
+from .tuner import is_hooked
 
 __all__ = ["AccelerationReport", "FusedLoraLinear", "accelerate", "restore"]
 
@@ -37,18 +39,6 @@ _DTYPES = (torch.float32, *_HALF, torch.float64)
 _functorch_active = torch._C._are_functorch_transforms_active
 
 
-def _is_hooked(module: nn.Module):
-    """Truthy if calling the module may do something that its class's forward does not."""
-    state = module.__dict__
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
 def _mixes(x: torch.Tensor, other: torch.dtype) -> bool:
     """Whether autocast is on and brings x and a parameter of another dtype together: all but float64 are cast."""
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other)
@@ -59,7 +49,7 @@ def _base_operands(base: nn.Module, x: torch.Tensor):
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}, not a torch.nn.Linear"
-    if _is_hooked(base):
+    if is_hooked(base):
         return "the base layer carries hooks or a replaced forward"
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if type(weight) not in _PLAIN_TENSORS:
@@ -132,6 +122,8 @@ class _FusedForward:
             return f"x is on {x.device.type}; the fused operations run on cpu and cuda"
         if x.dtype not in _DTYPES:
             return f"x is {x.dtype}; the fused operations take floating-point inputs"
+        if x.layout is not torch.strided or x.is_nested:
+            return f"x is {'nested' if x.is_nested else x.layout}; the fused operations take dense inputs"
         if _functorch_active():
             return "a torch.func transform is active"
         if torch.jit.is_tracing():
@@ -161,7 +153,7 @@ class _FusedForward:
             p = dropout.p if dropout.training else 0.0
         else:
             return f"lora_dropout is {dropout}; fused are Identity() and Dropout(p < 1, inplace=False)"
-        if _is_hooked(down) or _is_hooked(up) or _is_hooked(dropout):
+        if is_hooked(down) or is_hooked(up) or is_hooked(dropout):
             return "lora_A, lora_B or lora_dropout carries hooks or a replaced forward"
         of_down, of_up = down._parameters, up._parameters
         A, B = of_down.get("weight"), of_up.get("weight")
@@ -209,6 +201,16 @@ class _FusedForward:
                 f"lowrank_linear: {operands}"
             ]
         return " + ".join(["lowrank_linear"] + ["lowrank"] * (len(adapters) - 1)), []
+
+    def op_problem(self, rows: int) -> Problem | None:
+        """What the first fused op of a forward pass on x [rows, K] is given; None if there is none."""
+        x = self._typical_input()
+        adapters = [] if self._disable_adapters or self.merged_adapters else self._active_operands(x)
+        if type(adapters) is str or not adapters:
+            return None
+        A, B, _, _, p = adapters[0]
+        has_weight = type(_base_operands(self._modules["base_layer"], x)) is not str
+        return problem_of(x.expand(rows, -1), A, B, has_weight=has_weight, dropout=p > 0)
 
     def _typical_input(self) -> torch.Tensor:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -404,3 +406,14 @@ def restore(model: nn.Module) -> list[str]:
     for _, module in layers:
         module.__class__ = module.peft_class
     return [name for name, _ in layers]
+
+
+def _explain_left(module: nn.Module) -> tuple[str, list[str]] | None:
+    """What `peft_fused.explain` says of a LoRA layer that is not accelerated."""
+    if not isinstance(module, LoraLayer):
+        return None
+    reason = _why_not(module, set()) or "peft_fused.accelerate has not been called on it"
+    return "PEFT's own forward", [f"lowrank, lowrank_linear: {reason}"]
+
+
+explainers.append(_explain_left)

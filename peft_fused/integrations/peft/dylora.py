@@ -1,5 +1,6 @@
 """DyLoRA as a PEFT method: `get_peft_model(model, DyLoraConfig(...))`."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_flag, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState
 from ...ops import lowrank, lowrank_linear
-from .loading import awaits_checkpoint, check_file, remember_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from ...ops.dispatch import Problem, problem_of
+from .loading import awaits_checkpoint, checkpoint_keys, remember_checkpoint
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, reasons_opaque, register
 
 
 @dataclass
@@ -86,6 +88,9 @@ class DyLoraConfig(PeftConfig):
                 raise ValueError(f"{name} must be None when target_modules is a str")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise TypeError(f"{name} must be a dict or None, got {type(getattr(self, name)).__name__}")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         for name, rank in self.rank_pattern.items():
             check_rank(f"rank_pattern[{name!r}]", rank)
@@ -109,10 +114,10 @@ class DyLoraConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """As PeftConfig.from_pretrained; ValueError if the weights beside the config are cut short or damaged."""
-        check_file(f"{pretrained_model_name_or_path}/{subfolder or ''}")
+        """As PeftConfig.from_pretrained; ValueError if the weights beside it are missing, cut short or damaged."""
+        keys = checkpoint_keys(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        remember_checkpoint(config)
+        remember_checkpoint(config, keys)
         return config
 
 
@@ -175,6 +180,18 @@ class DyLoraLinear(FusedLayer):
     def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
         return lowrank(x, A, B, add=result, **self._arguments(name, x))
+
+    def op_problem(self, rows: int) -> Problem | None:
+        names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
+        if not names:
+            return None
+        A, B = self.dylora_A[names[0]].weight, self.dylora_B[names[0]].weight
+        weight = self.get_base_layer().weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantised weight does not tell
+        x = torch.empty(1, self.in_features, device=A.device, dtype=dtype).expand(rows, -1)
+        has_weight = not reasons_opaque(self.base_layer) and self._mixes(names[0], dtype)
+        dropout = self.dylora_dropout[names[0]]
+        return problem_of(x, A, B, has_weight=has_weight, dropout=dropout.training and dropout.p > 0)
 
     def factors(self, name: str, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
         """(A [b, K], B [N, b], scale alpha / b) at a rank, by default that of evaluation; at most the layer's own r."""

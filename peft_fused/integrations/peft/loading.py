@@ -9,25 +9,77 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _filter_state_dict_by_key_prefixes
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as tuner_prefixes
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 
 WRAPPER = "base_model.model."
 SHOWN = 5
 
 
-def check_file(folder: str) -> None:
-    """ValueError if a local folder holds an adapter file that is cut short or damaged. Other folders pass."""
+def checkpoint_keys(folder: str) -> list[str] | None:
+    """Names of the tensors in a local adapter checkpoint, None if the folder is not a local one.
+
+    ValueError if its weights are missing, cut short, damaged, or no floating-point numbers.
+    """
+    if not os.path.isdir(folder):
+        return None
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if not os.path.isfile(path):
-        return
-    try:
-        with safe_open(path, framework="pt") as file:
-            empty = not file.keys()
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}); nothing was loaded") from error
-    if empty:
+    pickled = os.path.join(folder, WEIGHTS_NAME)
+    if os.path.isfile(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); nothing was loaded") from error
+        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
+    elif os.path.isfile(pickled):
+        path = pickled
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # whatever a damaged zip file or pickle makes torch raise
+            raise ValueError(f"{path} cannot be read ({error}); nothing was loaded") from error
+        dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
+        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if not dtype.is_floating_point]
+    else:
+        raise ValueError(f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}; nothing was loaded")
+    if not dtypes:
         raise ValueError(f"{path} contains no tensors; nothing was loaded")
+    if wrong:
+        raise ValueError(f"{path} must hold floating-point tensors, but {wrong[0]}; nothing was loaded")
+    return list(dtypes)
+
+
+def check_wrapped_modules(model: torch.nn.Module, config, adapter_name: str) -> None:
+    """ValueError if the checkpoint that the config was read from lacks a tensor of a module in modules_to_save.
+
+    PEFT, which reads those tensors first, would stop there with a KeyError and the adapter in place.
+    """
+    keys = getattr(config, "_checkpoint_keys", None)
+    if keys is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for key in module.adapter_state_dict_load_map(adapter_name):
+                # The last names only: what comes before them may be renamed on the way (key_mapping).
+                end = f"{name.rpartition('.')[2]}.{key}"
+                if not any(given.endswith(end) for given in keys):
+                    raise ValueError(f"the checkpoint has no {name}.{key}; nothing was loaded")
+
+
+class Snapshot:
+    """The module tree and the trainability of parameters, to be put back if an adapter cannot be added or loaded."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        for module, children in self._children:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, trainable in self._trainable:
+            parameter.requires_grad_(trainable)
 
 
 def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, state_dict: dict) -> None:
@@ -43,7 +95,9 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
     expected = _filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name))
     problems = []
     missing = [key for key in expected if key not in given]
-    foreign = [key for key in given if key not in own]
+    # With bias="all" PEFT saves the biases of modules_to_save a second time, under names that it does not read.
+    unread = (".modules_to_save.", f".modules_to_save.{adapter_name}.")
+    foreign = [key for key in given if key not in own and key.replace(*unread) not in own]
     shapes = [
         f"{key}: {list(given[key].shape)} in the file, {list(own[key].shape)} in the model"
         for key in given
@@ -60,9 +114,16 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
         )
 
 
-def remember_checkpoint(config) -> None:
+def remember_checkpoint(config, keys: list[str] | None) -> None:
     """Marks a config read from a checkpoint, whose weights are about to be loaded into an adapter made for them."""
-    config._weights_pending = True
+    config._weights_pending, config._checkpoint_keys = True, keys
+
+
+def remember_model(config, before: Snapshot) -> None:
+    """Keeps, until `forget_checkpoint`, what a failing load puts back."""
+    # A config that the user read and passed on is known by its inference_mode, which get_peft_model leaves off.
+    if awaits_checkpoint(config) or config.inference_mode:
+        config._before_injection = before
 
 
 def awaits_checkpoint(config) -> bool:
@@ -72,7 +133,8 @@ def awaits_checkpoint(config) -> bool:
 
 def forget_checkpoint(config) -> None:
     """The weights have been loaded: from now on a failing load leaves the adapter in place."""
-    config.__dict__.pop("_weights_pending", None)
+    for name in ("_weights_pending", "_checkpoint_keys", "_before_injection"):
+        config.__dict__.pop(name, None)
 
 
 def undo_injection(model: torch.nn.Module, config, adapter_name: str) -> None:
@@ -80,13 +142,13 @@ def undo_injection(model: torch.nn.Module, config, adapter_name: str) -> None:
 
     An adapter that could hold anything of value stays: one not made for a checkpoint, or changed since it was made.
     """
-    if not awaits_checkpoint(config) or not isinstance(model, PeftModel):
+    before = getattr(config, "_before_injection", None)
+    if before is None or not isinstance(model, PeftModel):
         return
     if not all(layer.is_untouched(adapter_name) for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
         return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
-        return
-    trainable = set(model.base_model.trainable_before)
-    for name, parameter in model.base_model.unload().named_parameters():
-        parameter.requires_grad_(name in trainable)
+    else:
+        model.base_model.unload()
+    before.restore()

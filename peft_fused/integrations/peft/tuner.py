@@ -24,7 +24,14 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .loading import check_state_dict, forget_checkpoint, undo_injection
+from .loading import (
+    Snapshot,
+    check_state_dict,
+    check_wrapped_modules,
+    forget_checkpoint,
+    remember_model,
+    undo_injection,
+)
 
 
 class FusedPeftType(str, Enum):
@@ -73,17 +80,27 @@ def _is_torchao(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)) not in (torch.Tensor, nn.Parameter)
 
 
+def is_hooked(module: nn.Module):
+    """Truthy if calling the module may do something that its class's forward does not."""
+    # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
+    state = module.__dict__
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
 def reasons_opaque(base: nn.Module) -> list[str]:
     """Why a base layer has to be called as a module; empty if its weight may be read and multiplied with instead."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return [f"the base layer is a {type(base).__name__}, not exactly torch.nn.Linear or Conv1D"]
     reasons = []
     weight = base.weight
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        reasons.append("the base layer has hooks")
-    # Looked up in the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
-    if "_hf_hook" in base.__dict__:
-        reasons.append("the base layer has an accelerate hook (offloading)")
+    if is_hooked(base):
+        reasons.append("the base layer has hooks or a replaced forward, as offloading gives it")
     if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
         reasons.append(f"the base weight is a {type(weight).__name__}")
     elif not weight.is_floating_point():
@@ -99,6 +116,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     fused_linear(adapter_name, x, weight, bias): base and adapter in one op; weight as [N, K].
     add_delta(adapter_name, x, result): result plus the adapter's contribution.
     dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
+    op_problem(rows): what the op of a forward pass on that many rows of x is given, None if there is no such pass.
     is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
     """
 
@@ -176,7 +194,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             weight = self.get_base_weight()
             merged = weight.to(delta.dtype) + (delta.t() if self.transposed else delta)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; nothing was merged")
+                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; this layer was not merged")
             merged = merged.to(weight.dtype)
             if self.quantization_backend is None:
                 if self._unmerged is None:
@@ -230,10 +248,16 @@ class FusedTuner(BaseTuner):
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def __init__(self, model, peft_config, adapter_name, *args, **kwargs):
-        # A load that fails puts these back; see loading.undo_injection.
-        self.trainable_before = [name for name, p in model.named_parameters() if p.requires_grad]
-        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        """As PEFT's, but a failure leaves the model as it was."""
+        before = Snapshot(model)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            check_wrapped_modules(model, self.peft_config[adapter_name], adapter_name)
+        except Exception:
+            before.restore()
+            raise
+        remember_model(self.peft_config[adapter_name], before)
 
     def layer_options(self, config, key: str) -> dict:
         """Arguments of the layer's `update_layer` for the module named key."""
