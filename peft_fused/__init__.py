@@ -52,7 +52,10 @@ def build_info() -> dict:
 
 def __getattr__(name):
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        except ModuleNotFoundError as error:
+            raise AttributeError(f"peft_fused.{name} needs transformers: pip install transformers") from error
     if name in _PEFT:
         raise AttributeError(f"peft_fused.{name} needs PEFT: pip install peft")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,6 +105,28 @@ def test_native_wheel(sdist, tmp_path):
     assert found == ("CppFunction True ['sm_80', 'sm_90a']" if nvcc else "CppFunction False []")
 
 
+def test_what_an_earlier_build_left_is_not_packed(sdist, tmp_path):
+    folder = shutil.copytree(sdist[0], tmp_path / "tree")
+    (folder / "peft_fused" / "_build_info.py").write_text("BUILD = {}\n")
+    (folder / "peft_fused" / "_C.so").touch()
+    wheel, _ = wheel_of(folder, "off", tmp_path / "off")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if "_C" in n or "_build_info" in n]
+
+
+def test_a_compiler_that_fails_is_no_obstacle_to_auto(sdist, tmp_path):
+    folder, broken = shutil.copytree(sdist[0], tmp_path / "tree"), tmp_path / "bin"
+    broken.mkdir()
+    for name in ("c++", "g++"):
+        (broken / name).write_text("#!/bin/sh\nexit 1\n")
+        (broken / name).chmod(0o755)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, folder]
+    env = {"PATH": f"{broken}{os.pathsep}{os.environ['PATH']}", "PEFT_FUSED_BUILD": "auto"}
+    run(command, env=env)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not [n for n in zipfile.ZipFile(wheel).namelist() if "_C" in n or "_build_info" in n]
+    run(command, env=env | {"PEFT_FUSED_BUILD": "force"}, status=1)
+
+
 def test_an_extension_for_another_torch_is_skipped(sdist, tmp_path):
     wheel, _ = wheel_of(sdist[0], "off", tmp_path / "dist")
     python = fresh(wheel, tmp_path / "env")

@@ -1,12 +1,11 @@
 """`peft-fused bench`: the table, JSON lines and files of peft_fused.bench."""
 
-import importlib.util
 from pathlib import Path
 
 from rich.progress import Progress
 from rich.table import Table
 
-from .output import err, fail, out, print_json, torch_device
+from .output import err, fail, out, plots, print_json, result_folder, torch_device
 
 HEADINGS = {
     "/ base": "ratio_to_base",
@@ -17,7 +16,10 @@ HEADINGS = {
 
 
 def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_json: bool) -> None:
-    """Runs the grid, prints it, and writes results.jsonl and results.png. Exit code 1 when a result is wrong."""
+    """Runs the grid, prints it, and writes results.jsonl and results.png. Exit code 1 when a result is wrong.
+
+    Without `out` it writes to bench/results/<device> of the repository that it is run from; tiny grids, nowhere.
+    """
     if everything and tiny:
         fail("--all and --tiny exclude each other")
     device = torch_device(device_name)
@@ -25,7 +27,7 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
     from peft_fused.bench.plot import plot
     from peft_fused.bench.verify import WrongResult
 
-    folder = out or runner.default_folder(device)
+    folder = result_folder(out) or (None if tiny else runner.default_folder(device))
     rows = []
     with Progress(console=err(), disable=as_json, transient=True) as progress:
         task = progress.add_task("")
@@ -47,10 +49,8 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
     if folder is None:
         err().print("nothing written: give --out, or run from the repository root")
         return
-    if importlib.util.find_spec("matplotlib"):
+    if plots():
         written.append(plot(rows, folder / "results.png"))
-    else:
-        err().print("no plot: matplotlib is not installed (pip install peft-fused[bench])", markup=False)
     err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 

@@ -1,6 +1,6 @@
 """`peft-fused demo`: PEFT LoRA, the accelerated LoRA and DyLoRA trained side by side, and their comparison."""
 
-import json
+import math
 import random
 import statistics
 from dataclasses import asdict
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import demo_data
 from .demo_train import ModelError, Settings, default_model, run_seed
-from .output import err, fail, print_json, torch_device
+from .output import err, fail, plots, print_json, result_folder, to_json, torch_device
 from .output import out as out_console
 
 __all__ = ["Settings", "run"]
@@ -25,6 +25,10 @@ def run(
 ) -> None:  # fmt: skip
     """Trains, prints tables or one JSON object, writes demo.json and demo.png to `out`. Exit code 2 on bad input."""
     torch_device(settings.device)
+    for name in ("alpha", "lr"):
+        if not math.isfinite(getattr(settings, name)):
+            fail(f"--{name} must be finite, got {getattr(settings, name)}")
+    result_folder(out)
     try:
         loaded = _load(data, evaluation, text_column, label_column)
         rows = loaded.evaluation
@@ -143,8 +147,11 @@ def _print(result: dict) -> None:
 
 
 def _write(result: dict, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    written = folder / "demo.json"
+    written.write_text(to_json(result, indent=1) + "\n")
+    if not plots():
+        err().print(f"written: {written}", soft_wrap=True)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,4 +167,4 @@ def _write(result: dict, folder: Path) -> None:
     axis.legend(fontsize="small")
     figure.savefig(folder / "demo.png", dpi=120)
     plt.close(figure)
-    err().print(f"written: {folder / 'demo.json'}, {folder / 'demo.png'}", soft_wrap=True)
+    err().print(f"written: {written}, {folder / 'demo.png'}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """Labelled text from TSV, CSV or JSONL files, with errors that say where and what."""
 
 import csv
+import io
 import json
 import random
 from dataclasses import dataclass
@@ -48,24 +49,35 @@ def read(path: Path, text_column: str, label_column: str) -> list[Row]:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
     if not content.strip():
         raise DataError(f"{path}: the file is empty")
-    records = _jsonl(path, content) if suffix == ".jsonl" else _table(path, content, suffix)
+    columns = (text_column, label_column)
+    records = _jsonl(path, content) if suffix == ".jsonl" else _table(path, content, suffix, columns)
     rows = []
     for line, record in records:
-        for column in (text_column, label_column):
-            if column not in record:
-                raise DataError(f"{path}, line {line}: no column {column!r}; columns: {', '.join(record)}")
+        _check_columns(path, line, columns, record)
         rows.append(Row(_text(path, line, record[text_column]), _label(path, line, record[label_column]), line))
     if not rows:
         raise DataError(f"{path}: there is a header but no row")
     return rows
 
 
-def _table(path: Path, content: str, suffix: str):
+def _check_columns(path: Path, line: int, wanted, found) -> None:
+    for column in wanted:
+        if column not in found:
+            raise DataError(f"{path}, line {line}: no column {column!r}; columns: {', '.join(found)}")
+
+
+def _table(path: Path, content: str, suffix: str, columns):
+    csv.field_size_limit(len(content) + 1)  # the limit is the process's; a text may be as long as its file
     # A quotation mark in a TSV is part of the text; in a CSV it may enclose commas and line breaks.
     style = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
-    reader = csv.reader(content.splitlines(keepends=True), **style)
+    # Lines end at line feeds only: splitlines() would also split at the other separators that a text may contain.
+    reader = csv.reader(io.StringIO(content), **style)
     try:
         header = next(reader)
+        _check_columns(path, 1, columns, header)
+        for column in columns:
+            if header.count(column) > 1:
+                raise DataError(f"{path}, line 1: {header.count(column)} columns are named {column!r}")
         for fields in reader:
             if not fields:
                 continue
@@ -80,13 +92,13 @@ def _table(path: Path, content: str, suffix: str):
 
 
 def _jsonl(path: Path, content: str):
-    for line, text in enumerate(content.splitlines(), 1):
+    for line, text in enumerate(content.split("\n"), 1):
         if not text.strip():
             continue
         try:
             record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {line}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, nesting without end
+            raise DataError(f"{path}, line {line}: not JSON ({getattr(error, 'msg', error)})") from error
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {line}: expected a JSON object, got {type(record).__name__}")
         yield line, record
@@ -95,6 +107,8 @@ def _jsonl(path: Path, content: str):
 def _text(path: Path, line: int, value) -> str:
     if not isinstance(value, str):
         raise DataError(f"{path}, line {line}: the text must be a string, got {value!r}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise DataError(f"{path}, line {line}: the text has half of a surrogate pair, which is no character")
     return value
 
 
@@ -106,7 +120,8 @@ def _label(path: Path, line: int, value) -> str:
 
 def _class_order(label: str) -> tuple:
     """Numbers by value, before words by letter."""
-    return (0, int(label), "") if label.isdecimal() else (1, 0, label)
+    digits = label.lstrip("0")
+    return (0, len(digits), digits) if label.isdecimal() else (1, 0, label)
 
 
 def load(train: Path, evaluation: Path | None, text_column: str, label_column: str, seed: int = 0) -> Data:

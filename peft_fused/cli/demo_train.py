@@ -79,12 +79,14 @@ def quiet_transformers():
 def load(settings: Settings, classes: int):
     """(model with a new classification head, tokenizer). ModelError with the loader's reason."""
     source = settings.model or str(default_model())
+    if (source.startswith((".", "~")) or Path(source).is_absolute()) and not Path(source).is_dir():
+        raise ModelError(f"--model {source}: there is no such folder")
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=classes, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ModelError(f"--model {source}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"--model {source}: " + " ".join(str(error).split())) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -93,7 +95,8 @@ def load(settings: Settings, classes: int):
 
 def targets(model: torch.nn.Module, wanted: list[str] | None) -> list[str]:
     """Last parts of the names of the layers to adapt. ModelError if the model has none of them."""
-    linears = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    inner = model.base_model  # without the new head, which is trained whole
+    linears = {name.rsplit(".", 1)[-1] for name, m in inner.named_modules() if isinstance(m, torch.nn.Linear)}
     if wanted:
         if missing := sorted(set(wanted) - linears):
             raise ModelError(f"--target-modules: no layer named {', '.join(missing)}; there are {sorted(linears)}")

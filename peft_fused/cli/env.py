@@ -89,8 +89,8 @@ def _missing(versions: dict, extension: dict, gpus: list, torch_cuda: str | None
     if not extension["loaded"]:
         add(
             "C++ extension", extension["why_not"],
-            "a Python autograd node per layer instead of the C++ one: small layers cost about as much as PEFT's, and "
-            "there is no CUDA backend",
+            "a Python autograd node per layer instead of the C++ one, and dropout masks made by many tensor "
+            "operations: small layers cost a multiple of PEFT's, and there is no CUDA backend",
         )  # fmt: skip
     elif gpus and not extension["cuda_kernels"]:
         add("CUDA kernels", "the extension was built without them", "small layers on a GPU run on Triton or torch")

@@ -1,4 +1,4 @@
-"""Commands and their options. The work is imported by the command that needs it: `--help` must not wait for torch."""
+"""Commands and their options. The work is imported by the command that needs it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -38,7 +38,9 @@ def check(device: Device = "cpu", as_json: AsJson = False) -> None:
 def bench(
     device: Device = "cpu",
     everything: Annotated[bool, typer.Option("--all", help="More shapes, and torch.compile for each of them.")] = False,
-    tiny: Annotated[bool, typer.Option(help="Two tiny layers: a smoke test, not a measurement.")] = False,
+    tiny: Annotated[
+        bool, typer.Option(help="Two tiny layers: a smoke test, not a measurement; written with --out only.")
+    ] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:

@@ -1,7 +1,10 @@
 """Where results and messages go: JSON alone on standard output, messages and progress on standard error."""
 
+import importlib.util
 import json
+import math
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -19,10 +22,41 @@ def err() -> Console:
     return Console(file=sys.stderr, highlight=False)
 
 
+def to_json(value, indent: int | None = None) -> str:
+    """JSON text. NaN and infinity, which JSON has no word for and a diverged run has many of, become null."""
+
+    def finite(item):
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {key: finite(each) for key, each in item.items()}
+        return [finite(each) for each in item] if isinstance(item, list | tuple) else item
+
+    return json.dumps(finite(value), allow_nan=False, indent=indent)
+
+
 def print_json(value) -> None:
-    """One line of JSON. NaN and infinity are no JSON and raise ValueError."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    """One line of JSON."""
+    sys.stdout.write(to_json(value) + "\n")
     sys.stdout.flush()
+
+
+def result_folder(path: Path | None) -> Path | None:
+    """The folder of an --out value, made if needed; ends the command when it cannot be one. Call it before the work."""
+    if path is not None:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--out must be a folder, got {str(path)!r} ({error.strerror})")
+    return path
+
+
+def plots() -> bool:
+    """Whether matplotlib is there; says so if not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        err().print("no plot: matplotlib is not installed (pip install peft-fused[bench])", markup=False)
+    return found
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

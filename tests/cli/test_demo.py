@@ -89,13 +89,24 @@ def test_table_on_a_file_of_ones_own(cli, model_path, tmp_path):
         (("--eval", "none.tsv"), "--eval needs --data"),
         (("--data", str(bundled("train")), "--text-column", "sentence"), "columns: text, label"),
         (("--model", "no/such/model/anywhere"), "--model no/such/model/anywhere: "),
+        (("--model", "/no/such/folder"), "--model /no/such/folder: there is no such folder"),
         (("--steps", "0"), "steps"),
+        (("--alpha", "nan"), "--alpha must be finite, got nan"),
+        (("--lr", "inf"), "--lr must be finite, got inf"),
+        (("--out", __file__), "--out must be a folder"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(cli, arguments, message):
     result = cli("demo", *arguments, code=2)
     assert message in result.stderr.replace("\n", "")
     assert result.stdout == ""
+
+
+def test_a_diverged_run_is_still_reported(cli, model_path, tmp_path):
+    command = ("demo", "--model", model_path, "--steps", 3, "--rank", 2, "--batch-size", 4, "--eval-rows", 8)
+    found = cli.json(*command, "--lr", "1e30", "--out", tmp_path)
+    assert found["summary"]["methods"]["peft"]["final_loss"]["mean"] is None
+    assert json.loads((tmp_path / "demo.json").read_text()) == found
 
 
 def test_unknown_target_modules_are_named(cli, model_path):

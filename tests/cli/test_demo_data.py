@@ -34,6 +34,23 @@ def test_an_unbalanced_quotation_mark_in_a_tsv_is_text(tmp_path):
     assert [row.text for row in read(path, "text", "label")] == ['"so they say', "next row"]
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_only_line_feeds_end_a_line(tmp_path, separator):
+    text = f"one{separator}two"
+    tsv = write(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n")
+    csv = write(tmp_path / "a.csv", f"text,label\n{text},1\n")
+    jsonl = write(tmp_path / "a.jsonl", json.dumps({"text": text, "label": 1}, ensure_ascii=False) + "\n")
+    assert [read(path, "text", "label")[0].text for path in (tsv, csv, jsonl)] == [text] * 3
+
+
+def test_long_texts_and_long_numbers(tmp_path):
+    text = "word " * 50_000
+    assert read(write(tmp_path / "a.tsv", f"text\tlabel\n{text}\t1\n"), "text", "label")[0].text == text
+    long = "9" * 5000
+    rows = lines(9, lambda i: ("007", long, "10")[i % 3])
+    assert load(write(tmp_path / "b.tsv", rows), None, "text", "label").classes == ["007", "10", long]
+
+
 def test_integer_labels_are_ordered_by_value(tmp_path):
     path = write(tmp_path / "a.jsonl", "".join(f'{{"text": "t", "label": {i % 11}}}\n' for i in range(40)))
     assert load(path, None, "text", "label").classes == [str(i) for i in range(11)]
@@ -47,6 +64,11 @@ def test_integer_labels_are_ordered_by_value(tmp_path):
         ("a.tsv", "text\tlabel\n", "there is a header but no row"),
         ("a.tsv", "sentence\tscore\nx\t1\n", "no column 'text'; columns: sentence, score"),
         ("a.tsv", "text\tscore\nx\t1\n", "no column 'label'; columns: text, score"),
+        ("a.tsv", "text\tscore\n", "no column 'label'; columns: text, score"),
+        ("a.tsv", "text\tlabel\tlabel\nx\t1\t2\n", "2 columns are named 'label'"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}\n', "line 1: the text has half of a surrogate pair"),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
+        ("a.jsonl", '{"text": "x", "label": ' + "1" * 5000 + "}\n", "line 1: not JSON"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "line 3: 1 fields, but the header has 2 columns (text, label)"),
         ("a.tsv", "text\tlabel\nx\t \n", "line 2: the label must be a non-empty string or an integer, got ' '"),
         ("a.csv", 'text,label\n"open,1\n', "line 2: "),

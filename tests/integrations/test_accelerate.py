@@ -1094,9 +1094,17 @@ def test_restore_refuses_a_replaced_forward():
 
 
 def test_explain_names_every_layer():
-    _, fused = pair()
-    lines = dispatch.explain(fused).lines
-    assert lines == tuple((name, "lowrank_linear", ()) for name in names(fused))
+    reference, fused = pair()
+    lines = dispatch.explain(fused, rows=64).lines
+    assert [name for name, _, _ in lines] == names(fused)
+    for _, path, against in lines:
+        assert path.startswith("lowrank_linear -> torch: ") and any(why.startswith("triton: ") for why in against)
+    assert str(dispatch.explain(fused)).count("not triton") == 1  # once for all layers that it is true of
+    with dispatch.use_backend("triton"):
+        assert "triton is forced and cannot run it" in str(dispatch.explain(fused))
+    lines = dispatch.explain(reference).lines
+    assert [(name, path) for name, path, _ in lines] == [(name, "PEFT's own forward") for name in names(fused)]
+    assert "accelerate has not been called" in lines[0][2][0]
 
 
 def test_the_layer_itself_can_be_the_model(calls):

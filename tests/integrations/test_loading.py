@@ -8,6 +8,7 @@ import torch
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
@@ -15,7 +16,7 @@ from peft import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from peft_fused.integrations.peft import DyLoraConfig, export_lora
 from peft_fused.integrations.peft.dylora import DyLoraLinear
@@ -119,8 +120,45 @@ def test_exported_lora_needs_only_peft(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=0, atol=1e-6)
 
 
+def test_export_of_ranks_above_r(tmp_path):
+    """With a rank_pattern beyond r, the layers that have r keep it."""
+    model = adapted(rank_pattern={"q_proj": 8})
+    for b in (3, 4, 6, 8):
+        export_lora(model, tmp_path / str(b), rank=b)
+        set_rank(model, b)
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / str(b))
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+
+
+def test_sharded_models_are_exported_whole(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = adapted()
+        expected = logits(model)
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        export_lora(model, tmp_path)
+        strict = adapted(strict_frozen=True, frozen=True)
+        fully_shard(strict, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.SGD([p for p in strict.parameters() if p.requires_grad])
+        with pytest.raises(ValueError, match="sharded parameters"):
+            on_step(strict, step=0, optimizer=optimizer)
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected, rtol=0, atol=1e-6)
+
+
 def test_export_arguments_are_checked(tmp_path):
     model = adapted()
+    for wrong, message in (
+        (dict(model="x"), "model must be a torch.nn.Module, got str"),
+        (dict(path=5), "path must be a str or os.PathLike, got int"),
+        (dict(adapter_name=["default"]), "adapter_name must be a str or None, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            export_lora(**{"model": model, "path": tmp_path, **wrong})
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.4, got 5"):
         export_lora(model, tmp_path, rank=5)
     with pytest.raises(ValueError, match="adapter_name must be one of"):
@@ -145,6 +183,8 @@ def damage(folder, what):
         tensors = {k.replace("dylora", "lora"): v for k, v in tensors.items()}
     elif what == "empty":
         tensors = {}
+    elif what == "integers":
+        tensors[key] = tensors[key].int()
     save_file(tensors, path)
 
 
@@ -154,6 +194,7 @@ MESSAGES = {
     "shape": r"1 of another shape.*\[16, 5\] in the file",
     "foreign": "8 missing.*8 unexpected",
     "empty": "no tensors",
+    "integers": "must hold floating-point tensors, but .* is I32",
 }
 
 
@@ -174,6 +215,8 @@ def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
     with pytest.raises(ValueError, match=MESSAGES[what]):
         other.load_adapter(tmp_path, "second")
     assert list(other.peft_config) == ["default"]
+    if what == "integers":
+        return
     # Into an adapter that exists PEFT reads the file without its config; the torn one fails in safetensors itself.
     torn = what == "truncated"
     message = "deserializing" if torn else "missing|of another shape"
@@ -181,6 +224,90 @@ def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
         other.load_adapter(tmp_path, "default")
     after = other.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def tree(model):
+    return {name: type(module) for name, module in model.named_modules()}, {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
+
+
+def test_weights_that_are_missing_or_torn(tmp_path):
+    adapted().save_pretrained(tmp_path, safe_serialization=False)
+    path = tmp_path / "adapter_model.bin"
+    assert layers(PeftModel.from_pretrained(llama(), tmp_path))
+    path.write_bytes(path.read_bytes()[:-100])
+    base = llama()
+    before = tree(base)
+    with pytest.raises(ValueError, match=r"adapter_model.bin cannot be read .*nothing was loaded"):
+        PeftModel.from_pretrained(base, tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has neither adapter_model.safetensors nor adapter_model.bin"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tree(base) == before
+
+
+def test_a_missing_module_to_save_is_refused(tmp_path):
+    model = adapted(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if "lm_head" not in k}, path)
+    for target, load in ((llama(), PeftModel.from_pretrained), (adapted(), lambda m, p: m.load_adapter(p, "second"))):
+        before = tree(target)
+        with pytest.raises(ValueError, match=r"the checkpoint has no .*lm_head.weight; nothing was loaded"):
+            load(target, tmp_path)
+        assert tree(target) == before
+
+
+@pytest.mark.parametrize("what", ["missing", "shape", "foreign"])
+def test_a_config_given_by_hand_changes_nothing(tmp_path, what):
+    adapted(init_weights=True).save_pretrained(tmp_path)
+    damage(tmp_path, what)
+    base = llama()
+    before = tree(base)
+    with pytest.raises(ValueError, match=MESSAGES[what]):
+        PeftModel.from_pretrained(base, tmp_path, config=PeftConfig.from_pretrained(tmp_path))
+    assert tree(base) == before
+
+
+def test_layers_adapted_for_a_refused_checkpoint_are_given_back(tmp_path):
+    adapted(target_modules=["k_proj"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+    model = adapted()
+    before = tree(model)
+    with pytest.raises(ValueError, match="1 missing"):
+        model.load_adapter(tmp_path, "second")
+    assert tree(model) == before
+
+
+def test_a_failing_injection_leaves_the_model_as_it_was():
+    base = llama()
+    before = tree(base)
+    with pytest.raises(TypeError, match="embed_tokens"):
+        adapted(base, target_modules=["embed_tokens", "q_proj", "norm"])
+    assert tree(base) == before
+    model = adapted()
+    before = tree(model)
+    with pytest.raises(TypeError, match="norm"):
+        model.add_adapter("second", DyLoraConfig(target_modules=["k_proj", "norm"]))
+    assert tree(model) == before and list(model.peft_config) == ["default"]
+
+
+def test_every_bias_travels_beside_modules_to_save(tmp_path):
+    base = lambda: LlamaForSequenceClassification(LLAMA)  # noqa: E731
+    torch.manual_seed(0)
+    start = base()
+    start.score = torch.nn.Linear(16, 2)
+    model = adapted(copy.deepcopy(start), task_type="SEQ_CLS", bias="all")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) / 4
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)), logits(model))
 
 
 def test_another_method_is_refused(tmp_path):

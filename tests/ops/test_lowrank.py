@@ -1,9 +1,13 @@
 """The low-rank op on the CPU: reference, PyTorch path and C++ node. Triton's kernels: tests/triton_kernels."""
 
+import functools
+
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.utils.checkpoint import checkpoint
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 
 import peft_fused
 from peft_fused.ops import dispatch, lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference, native
@@ -221,6 +225,8 @@ def test_frozen_factors_save_nothing(cpp):
     assert kept(("x", "B")) == parameters | {"weight", (50, 4)}, "a frozen A keeps no x"
     assert kept(("x", "A")) == parameters | {"weight", "x"}, "a frozen B keeps no S"
     assert kept(("A", "B")) == parameters | {"x", (50, 4)}, "an x without gradient keeps no weight"
+    assert kept(("B",)) == {"B", (50, 4)}, "dB needs S alone"
+    assert kept(("bias",)) == set() and kept(("weight",)) == {"x"}, "the base's gradients do not pass the adapter"
     with_dropout = kept(("x", "A", "B"), dropout_p=0.5)
     assert with_dropout == parameters | {"x", "weight", (50, 4), ()}, "dropout keeps a seed, neither a mask nor a copy"
 
@@ -278,9 +284,66 @@ def test_a_control_changed_before_backward_is_no_silent_error(cpp):
 @both_nodes
 def test_no_second_derivative_without_saying_so(cpp):
     case = make_case("lowrank", 4, 3, 2, 1)
-    with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError):
-        (first,) = torch.autograd.grad(case.call(lowrank).sum(), [case.tensors["x"]], create_graph=True)
-        first.sum().backward()
+    with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(case.call(lowrank).sum(), [case.tensors["x"]], create_graph=True)
+
+
+@both_nodes
+@pytest.mark.parametrize("saved", ["mm", "lowrank_fwd", "nothing"])
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32)], ids=["fp32", "bf16+fp32"])
+def test_selective_checkpointing_gives_the_plain_gradients(types, saved, cpp):
+    """Whatever the policy keeps: it sees the op as one operation, none of whose intermediate results it could keep."""
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    case = make_case("lowrank_linear", 40, 30, 20, 4, dtype=types[0], adapter_dtype=types[1], dropout_p=0.3, seed=1)
+    leaves = [case.tensors[name] for name in case.wrt]
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    block = lambda x: lowrank_linear(**{**case.tensors, "x": x}, **case.options).sin()  # noqa: E731
+    with peft_fused.use_backend("torch", native=cpp):
+        plain = torch.autograd.grad(block(case.tensors["x"]).sum(), leaves)
+        y = checkpoint(block, case.tensors["x"], use_reentrant=False, context_fn=contexts)
+        for got, want in zip(torch.autograd.grad(y.sum(), leaves), plain, strict=True):
+            assert (got - want).abs().max() <= 0.01 * want.abs().max()  # two nodes, two orders of rounding
+
+
+@both_nodes
+@both_ops
+@pytest.mark.parametrize("wrt", [("x", "A", "B"), ("A", "B"), ("B",), ("x", "weight")])
+def test_operations_are_counted_as_those_of_the_formula(op, wrt, cpp):
+    case = make_case(op, 40, 30, 20, 4, wrt=[name for name in wrt if op == "lowrank_linear" or name != "weight"])
+
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            case.call(function).sum().backward()
+        return counter.get_total_flops()
+
+    with peft_fused.use_backend("torch", native=cpp):
+        assert count(OPS[op][0]) == count(OPS[op][1]) > 0
+
+
+@both_nodes
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)], ids=["K = 0", "N = 0", "both"])
+def test_layers_without_inputs_or_outputs(sizes, cpp):
+    k, n = sizes
+    shapes = dict(x=(3, 2, k), weight=(n, k), bias=(n,), A=(4, k), B=(n, 4))
+    tensors = {name: torch.ones(shape, requires_grad=True) for name, shape in shapes.items()}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = lowrank_linear(**tensors, dropout_p=0.2)
+        assert torch.equal(y, torch.ones(3, 2, n))
+        y.sum().backward()
+    assert all(tensor.grad.shape == shapes[name] for name, tensor in tensors.items())
+    assert lowrank_linear_reference(**tensors, dropout_p=0.2).shape == (3, 2, n)
+
+
+@both_nodes
+def test_meta_tensors_have_the_shape_alone(cpp):
+    case = make_case("lowrank_linear", 6, 5, 4, 3)
+    tensors = {name: t.detach().to("meta") for name, t in case.tensors.items() if t is not None}
+    with peft_fused.use_backend(None, native=cpp):
+        y = lowrank_linear(**tensors)
+    assert (y.shape, y.device.type) == ((6, 4), "meta")
 
 
 # ------------------------------------------------------------------------------------------------- compile and opcheck
@@ -302,6 +365,32 @@ def test_compile_is_one_graph_and_ranks_do_not_recompile():
         for a, c in zip(got, want, strict=True):
             torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+def test_compile_takes_any_number_of_rows_and_any_scale():
+    case = make_case("lowrank_linear", 24, 16, 12, 4)
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **k: lowrank_linear(**k), backend=counter, fullgraph=True)
+    for rows in range(3, 20):
+        tensors = {**case.tensors, "x": case.tensors["x"].detach()[:1].expand(rows, -1)}
+        torch.testing.assert_close(compiled(**tensors), lowrank_linear(**tensors))
+    assert counter.frame_count == 2, "one for the first number of rows, one for all others"
+    torch._dynamo.reset()
+    for dynamic in (None, True):
+        compiled = torch.compile(lambda **k: lowrank_linear(**k), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for scale in (0.5, 0.7, 0.9):
+            got, want = compiled(**case.tensors, scale=scale), lowrank_linear(**case.tensors, scale=scale)
+            torch.testing.assert_close(got, want)
+
+
+def test_a_compiled_call_keeps_the_backend_it_was_traced_with():
+    case = make_case("lowrank_linear", 24, 16, 12, 4)
+    torch._dynamo.reset()
+    y = torch.compile(lambda **k: lowrank_linear(**k), backend="aot_eager", fullgraph=True)(**case.tensors)
+    with peft_fused.use_backend("reference"):
+        y.sum().backward()
+    assert case.tensors["A"].grad is not None
 
 
 @pytest.mark.parametrize("uv", [False, True])
@@ -379,10 +468,25 @@ def test_a_forced_backend_that_cannot_run_says_why():
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
         case.call(lowrank)
     assert "float64" in str(error.value) and "CUDA device" in str(error.value)
+    compiled = torch.compile(lambda **k: lowrank(**k), backend="aot_eager")
+    with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="x is float64"):
+        compiled(**case.tensors, **case.options)
     with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="x is on cpu"):
         case.call(lowrank)
     with pytest.raises(ValueError, match="unknown backend 'cudnn', allowed: reference, torch, triton, cuda"):
         peft_fused.use_backend("cudnn").__enter__()
+
+
+def test_use_backend_acts_when_called():
+    forced = peft_fused.use_backend("reference")
+    try:
+        assert dispatch.forced() == "reference"
+    finally:
+        forced.__exit__()
+    assert dispatch.forced() is None
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        peft_fused.use_backend("nonsense")
+    assert dispatch.forced() is None
 
 
 def test_use_backend_is_undone():
@@ -433,6 +537,20 @@ BAD = [
     (dict(u=torch.ones(2)), ValueError, r"u must have shape \[r\] = \[3\], got \[2\]"),
     (dict(v=torch.ones(5, device="meta")), ValueError, r"v must be on x's device \(cpu\), got meta"),
     (dict(A=torch.ones(3, 6).to_sparse()), ValueError, "A must be a dense"),
+    (dict(x=torch.ones(4, 6).to_sparse()), ValueError, "x must be a dense"),
+    (
+        dict(x=torch.nested.nested_tensor([torch.ones(4, 6)] * 2)),
+        ValueError,
+        "x must be a dense .* got layout nested",
+    ),
+    (dict(A=TwoTensor(torch.ones(3, 6), torch.ones(3, 6))), TypeError, "A must be a plain tensor .* got a TwoTensor"),
+    (dict(A=torch.ones(0, 3, 6)), ValueError, r"A must stack at least one expert, got shape \[0, 3, 6\]"),
+    (dict(A=torch.ones(2, 3, 6), expert=(0,)), ValueError, "expert must be an index or a pair of them, got 1 values"),
+    (dict(A=torch.ones(2, 3, 6), expert=(0, "1")), TypeError, r"expert \(of B\) must be an int .* got str"),
+    (dict(scale=10**400), ValueError, "scale must be finite"),
+    (dict(scale=torch.tensor(1j)), ValueError, "scale must be a number or a 0-d floating-point tensor"),
+    (dict(dropout_p=10**400), ValueError, r"dropout_p must be in \[0, 1\)"),
+    (dict(frozen="no"), TypeError, "frozen must be True or False, got str"),
     (dict(rank=0), ValueError, r"rank must be in 1..3, got 0"),
     (dict(rank=4), ValueError, r"rank must be in 1..3, got 4"),
     (dict(rank=torch.tensor(9)), ValueError, r"rank must be in 1..3, got 9"),

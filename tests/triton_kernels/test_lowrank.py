@@ -88,6 +88,9 @@ def make(case, device, draw=0):
     }
     if case.strided and case.base == "weight":
         t["weight"] = t["weight"].t().contiguous().t()
+    for name in ("bias", "u", "v") if case.strided else ():
+        if t[name] is not None:
+            t[name] = torch.stack([t[name], torch.full_like(t[name], float("nan"))], 1)[:, 0]
     return t
 
 
@@ -166,7 +169,7 @@ def reference(case, t, dtypes, scale=None, drop_rank=None):
 
 
 def run(case, t, needs=None, scale=None, plan=None, **overrides):
-    """The kernels, forward and backward."""
+    """The kernels, forward and backward; backward is given what the autograd node keeps for it, None for the rest."""
     c = controls(case) | overrides
     if scale is not None:
         c["scale"] = scale
@@ -179,11 +182,15 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
             if getattr(plan, name) is not None
         }
         plan = replace(plan, **parts) if case.parts > 1 else plan
-    args = (t["A"], t["B"], t["u"], t["v"])
-    y, S = lowrank_fwd(t["x"], t["weight"], t["add"], t["bias"], *args, **c, seed=seed, plan=plan)
+    factors = (t["A"], t["B"], t["u"], t["v"])
+    y, S = lowrank_fwd(t["x"], t["weight"], t["add"], t["bias"], *factors, **c, seed=seed, plan=plan)
     needs = needs_of(t) if needs is None else needs
+    x, A, kept_S = (
+        value if needs & wanted else None
+        for value, wanted in ((t["x"], {"A", "weight"}), (t["A"], {"x", "A"}), (S, {"B", "u", "v"}))
+    )
     grads = lowrank_bwd(
-        t["dy"], t["x"], t["weight"], *args, S, **c, seed=seed, frozen=case.frozen, needs=needs, plan=plan
+        t["dy"], x, t["weight"], A, *factors[1:], kept_S, **c, seed=seed, frozen=case.frozen, needs=needs, plan=plan
     )
     assert grads.keys() == needs
     return {"y": y, "S": S} | {f"d{name}": grad for name, grad in grads.items()}

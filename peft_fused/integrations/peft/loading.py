@@ -97,7 +97,8 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
     missing = [key for key in expected if key not in given]
     # With bias="all" PEFT saves the biases of modules_to_save a second time, under names that it does not read.
     unread = (".modules_to_save.", f".modules_to_save.{adapter_name}.")
-    foreign = [key for key in given if key not in own and key.replace(*unread) not in own]
+    copies = {own_key.removeprefix(WRAPPER) for own_key in own}
+    foreign = [key for key in given if key not in own and key.removeprefix(WRAPPER).replace(*unread) not in copies]
     shapes = [
         f"{key}: {list(given[key].shape)} in the file, {list(own[key].shape)} in the model"
         for key in given
