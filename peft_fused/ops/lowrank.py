@@ -87,6 +87,7 @@ def lowrank_linear(
 
     0-d tensors belong on x's device; changing their value neither synchronises nor recompiles.
     Returns [..., N] in x's dtype. Under autocast x, weight and bias are cast as by torch.nn.functional.linear.
+    A dispatch mode sees one operation: a policy of selective checkpointing names torch.ops.peft_fused.lowrank_fwd.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
     """
     return _run(x, weight, None, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
