@@ -88,7 +88,8 @@ def native_extension(mode):
                 if mode != "auto":
                     raise
                 stop(mode, f"the extension does not build ({error})")
-                remove_native(ROOT / "peft_fused")
+                for earlier in (ROOT, Path(self.build_lib)):
+                    remove_native(earlier / "peft_fused")
                 self.extensions = []
 
         def build_native(self):
