@@ -147,11 +147,14 @@ def _print(result: dict) -> None:
 
 
 def _write(result: dict, folder: Path) -> None:
-    written = folder / "demo.json"
-    written.write_text(to_json(result, indent=1) + "\n")
-    if not plots():
-        err().print(f"written: {written}", soft_wrap=True)
-        return
+    written = [folder / "demo.json"]
+    written[0].write_text(to_json(result, indent=1) + "\n")
+    if plots():
+        written.append(_plot(result, folder / "demo.png"))
+    err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def _plot(result: dict, path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,6 +168,6 @@ def _write(result: dict, folder: Path) -> None:
     axis.set(xlabel="ranks kept", ylabel="accuracy", title=f"{result['data']['evaluated_rows']} rows evaluated")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    figure.savefig(folder / "demo.png", dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-    err().print(f"written: {written}, {folder / 'demo.png'}", soft_wrap=True)
+    return path

@@ -107,8 +107,10 @@ def _jsonl(path: Path, content: str):
 def _text(path: Path, line: int, value) -> str:
     if not isinstance(value, str):
         raise DataError(f"{path}, line {line}: the text must be a string, got {value!r}")
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise DataError(f"{path}, line {line}: the text has half of a surrogate pair, which is no character")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path}, line {line}: the text has half of a surrogate pair, which is no character") from error
     return value
 
 

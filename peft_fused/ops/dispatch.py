@@ -291,11 +291,11 @@ class Explanation:
 
 def reasons_against_others(problem: Problem) -> tuple[str, ...]:
     chosen = state.backend or choose(problem)
-    against = [f"{chosen}: " + "; ".join(why_not(chosen, problem))] if why_not(chosen, problem) else []
+    against = []
     for name in BACKENDS:
-        if name == chosen:
-            continue
         reasons = why_not(name, problem)
+        if name == chosen and not reasons:
+            continue
         if not reasons:
             reasons = [f"{state.backend} is forced" if state.backend else f"{chosen} comes first for this problem"]
         against.append(f"{name}: " + "; ".join(reasons))

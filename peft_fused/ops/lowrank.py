@@ -19,7 +19,6 @@ import sys
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import register_flop_formula
 
 from ..triton_kernels.plan import MAX_RANK
 from . import dispatch, lowrank_torch, native
@@ -235,7 +234,7 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
         if tensor is not None:
             _check_dense(name, tensor)
-            if not compiling and is_traceable_wrapper_subclass(tensor) and not _is_subclass(x):
+            if _is_subclass(tensor) and not (compiling or _is_subclass(x)) and is_traceable_wrapper_subclass(tensor):
                 raise TypeError(f"{name} must be a plain tensor beside a plain x, got a {type(tensor).__name__}")
     _check_control("scale", scale, x.device, integer=False)
     if rank is not None:
@@ -244,8 +243,8 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
         raise ValueError(f"expert must be an index or a pair of them, got {len(pair)} values")
     for name, factor, index in (("A", A, pair[0]), ("B", B, pair[1])):
         if index is not None:  # that of a factor which is no stack is not used
-            experts = factor.shape[0] if factor.dim() == 3 else None
-            _check_control(f"expert (of {name})", index, x.device, 0, None if experts is None else experts - 1)
+            most = factor.shape[0] - 1 if factor.dim() == 3 else None
+            _check_control(f"expert (of {name})", index, x.device, 0, most)
     if A.dim() == 2 and B.dim() == 2 and pair != (None, None):
         raise ValueError("expert needs a stacked A [E, r, K] or B [E, N, r], got 2-D factors")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
@@ -324,7 +323,7 @@ _LIBRARY.define(
 # Positions of the tensors in lowrank_fwd that have a gradient, in the order of `needs`; add's gradient is dy itself.
 _X, _WEIGHT, _ADD, _BIAS, _A, _B, _U, _V = range(8)
 _NEEDS = (_X, _WEIGHT, _BIAS, _A, _B, _U, _V)
-_NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
+NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
 
 
 def _controls(scale, scale_t, rank, rank_t, expert_a, expert_a_t, expert_b, expert_b_t, threshold, seed, frozen):
@@ -354,7 +353,7 @@ def _forward(x, weight, add, bias, A, B, u, v, *flat):
 
 
 def _backward(dy, x, weight, A, B, u, v, S, *flat):
-    """The needed gradients, as a list in the order of `_NAMES`."""
+    """The needed gradients, as a list in the order of `NAMES`."""
     if _autocasts(dy.device.type):  # backward() called inside autocast; forward settled the types
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(dy, x, weight, A, B, u, v, S, *flat)
@@ -367,11 +366,11 @@ def _backward(dy, x, weight, A, B, u, v, S, *flat):
 
     grads = triton_lowrank.lowrank_bwd(
         lowrank_torch.rows(dy), None if x is None else lowrank_torch.rows(x), weight, A, B, u, v, S,
-        **_launch_controls(c), frozen=c.frozen, needs={name for name, need in zip(_NAMES, needs, strict=True) if need},
+        **_launch_controls(c), frozen=c.frozen, needs={name for name, need in zip(NAMES, needs, strict=True) if need},
     )  # fmt: skip
     if "x" in grads:
         grads["x"] = grads["x"].view(*dy.shape[:-1], A.shape[-1])
-    return [grads[name].contiguous() for name in _NAMES if name in grads]
+    return [grads[name].contiguous() for name in NAMES if name in grads]
 
 
 def _resolve(backend, problem) -> str:
@@ -384,14 +383,14 @@ def _resolve(backend, problem) -> str:
 
 def _forward_op(x, weight, add, bias, A, B, u, v, *flat):
     *controls, backend = flat
-    backend = _resolve(backend, _problem(x, weight, A, B, controls[8]))
+    backend = _resolve(backend, _problem(x, weight, A, B, _controls(*controls).threshold))
     return _forward(x, weight, add, bias, A, B, u, v, *controls, backend)
 
 
 def _backward_op(dy, x, weight, A, B, u, v, S, *flat):
     *controls, backend, needs = flat
     if B is not None:
-        backend = _resolve(backend, _problem(dy, weight, B.mT, B, controls[8]))
+        backend = _resolve(backend, _problem(dy, weight, B.mT, B, _controls(*controls).threshold))
     return _backward(dy, x, weight, A, B, u, v, S, *controls, backend, needs)
 
 
@@ -416,7 +415,7 @@ def _setup(ctx, inputs, output):
     x, weight, _, _, A, B, u, v, *flat = inputs
     ctx.set_materialize_grads(False)
     needs = [ctx.needs_input_grad[i] for i in _NEEDS]
-    need = dict(zip(_NAMES, needs, strict=True))
+    need = dict(zip(NAMES, needs, strict=True))
     keep_A = need["x"] or need["A"]
     keep_S = need["B"] or need["u"] or need["v"]
     keep_adapter = keep_A or keep_S
@@ -481,24 +480,3 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("peft_fused::lowrank_fwd", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("peft_fused::lowrank_bwd", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("peft_fused::lowrank_fwd", _grads, setup_context=_setup, lib=_LIBRARY)
-
-
-# ------------------------------------------------------------------------------------------------ counted operations
-
-
-@register_flop_formula(torch.ops.peft_fused.lowrank_fwd)
-def _forward_flops(x, weight, add, bias, A, B, *rest, out_shape=None, **kwargs) -> int:
-    """For torch.utils.flop_counter.FlopCounterMode, which passes shapes: the products, as it counts those of aten."""
-    m, n, k, r = math.prod(x[:-1]), B[-2], x[-1], A[-2]
-    return 2 * m * ((n * k if weight is not None else 0) + r * (n + k))
-
-
-@register_flop_formula(torch.ops.peft_fused.lowrank_bwd)
-def _backward_flops(dy, x, weight, A, B, u, v, S, *rest, out_shape=None, **kwargs) -> int:
-    need = dict(zip(_NAMES, rest[-1], strict=True))
-    m, n = math.prod(dy[:-1]), dy[-1]
-    k = A[-1] if A is not None else x[-1] if x is not None else 0
-    r = B[-1] if B is not None else 0
-    base = (need["x"] and weight is not None) + need["weight"]
-    to_ranks = (need["x"] or need["A"] or need["u"]) + (need["B"] or need["v"])
-    return 2 * m * (base * n * k + r * (n * to_ranks + k * (need["x"] + need["A"])))

@@ -104,9 +104,9 @@ def _base(x2, weight, bias):
 
     A weight that is not dense would run oneDNN's reference code, thousands of times slower.
     """
-    problem = problem_of(x2, weight, weight, has_weight=True, dropout=False)
-    dense = weight.is_contiguous() or weight.t().is_contiguous()
-    if x2.device.type == "cpu" and dense and uses_onednn(problem):
+    if x2.device.type != "cpu" or not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return None
+    if uses_onednn(problem_of(x2, weight, weight, has_weight=True, dropout=False)):
         return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
     return None
 

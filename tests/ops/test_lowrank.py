@@ -1,6 +1,9 @@
 """The low-rank op on the CPU: reference, PyTorch path and C++ node. Triton's kernels: tests/triton_kernels."""
 
 import functools
+import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -312,6 +315,7 @@ def test_selective_checkpointing_gives_the_plain_gradients(types, saved, cpp):
 @both_ops
 @pytest.mark.parametrize("wrt", [("x", "A", "B"), ("A", "B"), ("B",), ("x", "weight")])
 def test_operations_are_counted_as_those_of_the_formula(op, wrt, cpp):
+    importlib.import_module("peft_fused.ops.flops")
     case = make_case(op, 40, 30, 20, 4, wrt=[name for name in wrt if op == "lowrank_linear" or name != "weight"])
 
     def count(function):
@@ -321,6 +325,17 @@ def test_operations_are_counted_as_those_of_the_formula(op, wrt, cpp):
 
     with peft_fused.use_backend("torch", native=cpp):
         assert count(OPS[op][0]) == count(OPS[op][1]) > 0
+
+
+def test_the_op_runs_without_importing_triton():
+    """On the CPU, without PEFT, whose transformers import it."""
+    code = (
+        "import importlib.util, sys, torch; found = importlib.util.find_spec;"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'peft' else found(name, package);"
+        "import peft_fused; peft_fused.ops.lowrank(torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1));"
+        "assert not {'peft', 'transformers', 'triton'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @both_nodes

@@ -1,5 +1,6 @@
 """Our methods as PEFT tuners. Importing this makes them known to PEFT's loaders."""
 
+from ...ops import flops as flops  # PEFT has imported Triton by now, if it is there
 from .dylora import DyLoraConfig, DyLoraModel
 from .export import export_lora
 from .tuner import FusedPeftType

@@ -184,33 +184,30 @@ class _FusedForward:
         Without x: for an input in the dtype of the base layer, under the autocast state of this call. Parameters that
         are gathered for the forward only (FSDP2) are outside of it what they are there, and reported as such.
         """
-        if self._disable_adapters:
-            return "base layer alone: the adapters are disabled", []
-        if self.merged_adapters:
-            return f"base layer alone: {', '.join(self.merged_adapters)} merged into it", []
-        if x is None:
-            x = self._typical_input()
-        adapters = self._active_operands(x)
-        if type(adapters) is str:
-            return "PEFT's own forward", [f"lowrank, lowrank_linear: {adapters}"]
-        if not adapters:
-            return "base layer alone: no active adapter has weights here", []
-        operands = _base_operands(self._modules["base_layer"], x)
-        if type(operands) is str:
-            return "base layer called as a module, then " + " + ".join(["lowrank"] * len(adapters)), [
-                f"lowrank_linear: {operands}"
-            ]
-        return " + ".join(["lowrank_linear"] + ["lowrank"] * (len(adapters) - 1)), []
+        return self._explained(self._typical_input() if x is None else x)[:2]
 
     def op_problem(self, rows: int) -> Problem | None:
         """What the first fused op of a forward pass on x [rows, K] is given; None if there is none."""
-        x = self._typical_input()
-        adapters = [] if self._disable_adapters or self.merged_adapters else self._active_operands(x)
-        if type(adapters) is str or not adapters:
-            return None
+        return self._explained(self._typical_input().expand(rows, -1))[2]
+
+    def _explained(self, x: torch.Tensor) -> tuple[str, list[str], Problem | None]:
+        if self._disable_adapters:
+            return "base layer alone: the adapters are disabled", [], None
+        if self.merged_adapters:
+            return f"base layer alone: {', '.join(self.merged_adapters)} merged into it", [], None
+        adapters = self._active_operands(x)
+        if type(adapters) is str:
+            return "PEFT's own forward", [f"lowrank, lowrank_linear: {adapters}"], None
+        if not adapters:
+            return "base layer alone: no active adapter has weights here", [], None
+        operands = _base_operands(self._modules["base_layer"], x)
+        fused = type(operands) is not str
         A, B, _, _, p = adapters[0]
-        has_weight = type(_base_operands(self._modules["base_layer"], x)) is not str
-        return problem_of(x.expand(rows, -1), A, B, has_weight=has_weight, dropout=p > 0)
+        problem = problem_of(x, A, B, has_weight=fused, dropout=p > 0)
+        if fused:
+            return " + ".join(["lowrank_linear"] + ["lowrank"] * (len(adapters) - 1)), [], problem
+        path = "base layer called as a module, then " + " + ".join(["lowrank"] * len(adapters))
+        return path, [f"lowrank_linear: {operands}"], problem
 
     def _typical_input(self) -> torch.Tensor:
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())

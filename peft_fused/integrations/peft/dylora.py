@@ -13,7 +13,7 @@ from ...layers.dylora import RankMember, RankPolicy, RankState
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .loading import awaits_checkpoint, checkpoint_keys, remember_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, reasons_opaque, register
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
 
 @dataclass
@@ -181,28 +181,17 @@ class DyLoraLinear(FusedLayer):
         A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
         return lowrank(x, A, B, add=result, **self._arguments(name, x))
 
-    def op_problem(self, rows: int) -> Problem | None:
-        names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
-        if not names:
-            return None
-        A, B = self.dylora_A[names[0]].weight, self.dylora_B[names[0]].weight
-        weight = self.get_base_layer().weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantised weight does not tell
-        x = torch.empty(1, self.in_features, device=A.device, dtype=dtype).expand(rows, -1)
-        has_weight = not reasons_opaque(self.base_layer) and self._mixes(names[0], dtype)
-        dropout = self.dylora_dropout[names[0]]
-        return problem_of(x, A, B, has_weight=has_weight, dropout=dropout.training and dropout.p > 0)
-
-    def factors(self, name: str, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """(A [b, K], B [N, b], scale alpha / b) at a rank, by default that of evaluation; at most the layer's own r."""
-        state = self.dylora_ranks[name]
-        b = state.eval_value if rank is None else min(rank, state.r)
-        return self.dylora_A[name].weight[:b], self.dylora_B[name].weight[:, :b], state.scale_at(b)
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
+        dropout = self.dylora_dropout[name]
+        dropped = dropout.training and dropout.p > 0
+        return problem_of(
+            x, self.dylora_A[name].weight, self.dylora_B[name].weight, has_weight=has_weight, dropout=dropped
+        )
 
     def dense_delta(self, name: str) -> torch.Tensor:
-        A, B, scale = self.factors(name)
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        return scale * (B.to(dtype) @ A.to(dtype))
+        A, B, state = self.dylora_A[name].weight, self.dylora_B[name].weight, self.dylora_ranks[name]
+        b, dtype = state.eval_value, torch.promote_types(A.dtype, torch.float32)
+        return state.scale_at(b) * (B[:, :b].to(dtype) @ A[:b].to(dtype))
 
 
 class DyLoraModel(FusedTuner):

@@ -117,36 +117,31 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
 
 def remember_checkpoint(config, keys: list[str] | None) -> None:
     """Marks a config read from a checkpoint, whose weights are about to be loaded into an adapter made for them."""
-    config._weights_pending, config._checkpoint_keys = True, keys
-
-
-def remember_model(config, before: Snapshot) -> None:
-    """Keeps, until `forget_checkpoint`, what a failing load puts back."""
-    # A config that the user read and passed on is known by its inference_mode, which get_peft_model leaves off.
-    if awaits_checkpoint(config) or config.inference_mode:
-        config._before_injection = before
+    config._checkpoint_keys = keys
 
 
 def awaits_checkpoint(config) -> bool:
     """Whether the config was read from a checkpoint whose weights have not been loaded yet."""
-    return getattr(config, "_weights_pending", False)
+    return hasattr(config, "_checkpoint_keys")
 
 
-def forget_checkpoint(config) -> None:
+def forget_checkpoint(model: torch.nn.Module, config) -> None:
     """The weights have been loaded: from now on a failing load leaves the adapter in place."""
-    for name in ("_weights_pending", "_checkpoint_keys", "_before_injection"):
-        config.__dict__.pop(name, None)
+    config.__dict__.pop("_checkpoint_keys", None)
+    if isinstance(model, PeftModel):
+        model.base_model.before_load = None
 
 
-def undo_injection(model: torch.nn.Module, config, adapter_name: str) -> None:
+def undo_injection(model: torch.nn.Module, adapter_name: str) -> None:
     """Takes away an adapter that was made for a checkpoint which then did not fit.
 
     An adapter that could hold anything of value stays: one not made for a checkpoint, or changed since it was made.
     """
-    before = getattr(config, "_before_injection", None)
-    if before is None or not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or model.base_model.before_load is None:
         return
-    if not all(layer.is_untouched(adapter_name) for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
+    made_for, before = model.base_model.before_load
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    if made_for != adapter_name or not all(layer.is_untouched(adapter_name) for layer in layers):
         return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)

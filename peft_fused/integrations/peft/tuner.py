@@ -24,12 +24,13 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...ops.dispatch import Problem
 from .loading import (
     Snapshot,
+    awaits_checkpoint,
     check_state_dict,
     check_wrapped_modules,
     forget_checkpoint,
-    remember_model,
     undo_injection,
 )
 
@@ -116,7 +117,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     fused_linear(adapter_name, x, weight, bias): base and adapter in one op; weight as [N, K].
     add_delta(adapter_name, x, result): result plus the adapter's contribution.
     dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
-    op_problem(rows): what the op of a forward pass on that many rows of x is given, None if there is no such pass.
+    problem(adapter_name, x, has_weight): what the op of `fused_linear` (has_weight) or `add_delta` is given.
     is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
     """
 
@@ -153,7 +154,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         base = self.base_layer
-        if args or kwargs or reasons_opaque(base) or not self._mixes(names[0], base.weight.dtype):
+        if args or kwargs or self.reasons_against_linear(names[0]):
             result = base(x, *args, **kwargs)
         else:
             weight = base.weight.t() if self.transposed else base.weight
@@ -164,6 +165,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
 
     def _factor(self, adapter_name: str) -> torch.Tensor:
         return getattr(self, self.adapter_layer_names[0])[adapter_name].weight
+
+    def reasons_against_linear(self, adapter_name: str) -> list[str]:
+        """Why the base layer and this adapter cannot run as one op; empty if they can."""
+        reasons = reasons_opaque(self.base_layer)
+        if not reasons and not self._mixes(adapter_name, self.base_layer.weight.dtype):
+            reasons.append("the adapter's dtype is neither the base weight's nor float32 beside a half-precision base")
+        return reasons
 
     def _mixes(self, adapter_name: str, dtype: torch.dtype) -> bool:
         """Whether the ops combine this adapter with inputs of a dtype: it is the same one, or fp32 beside a half."""
@@ -235,29 +243,41 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged or not self.adapters_in_use():
             state = "disabled" if self.disable_adapters else "merged" if self.merged else "not active in this layer"
             return "base layer", [f"lowrank_linear: the adapters are {state}"]
-        reasons = reasons_opaque(self.base_layer)
-        if not reasons and not self._mixes(self.adapters_in_use()[0], self.base_layer.weight.dtype):
-            reasons = ["the adapter's dtype is neither the base weight's nor float32 beside a half-precision base"]
+        reasons = self.reasons_against_linear(self.adapters_in_use()[0])
         if reasons:
             return "base layer, then lowrank added to it", [f"lowrank_linear: {reason}" for reason in reasons]
         return "lowrank_linear", []
+
+    def op_problem(self, rows: int) -> Problem | None:
+        """What the first op of a forward pass on x [rows, K] is given; None if there is none."""
+        names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
+        if not names:
+            return None
+        weight = self.get_base_layer().weight
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantised weight does not tell
+        x = torch.empty(1, self.in_features, device=self._factor(names[0]).device, dtype=dtype).expand(rows, -1)
+        return self.problem(names[0], x, not self.reasons_against_linear(names[0]))
 
 
 class FusedTuner(BaseTuner):
     """Base of our tuners. Subclasses set `prefix`, `tuner_layer_cls` and `layer_options(config, key)`."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    # (adapter, what to put back) while weights are about to be loaded into that adapter.
+    before_load: tuple[str, Snapshot] | None = None
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As PEFT's, but a failure leaves the model as it was."""
-        before = Snapshot(model)
+        before, config = Snapshot(model), self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            check_wrapped_modules(model, self.peft_config[adapter_name], adapter_name)
+            check_wrapped_modules(model, config, adapter_name)
         except Exception:
             before.restore()
             raise
-        remember_model(self.peft_config[adapter_name], before)
+        # A config that the user read and passed on is known by its inference_mode, which get_peft_model leaves off.
+        loading = awaits_checkpoint(config) or config.inference_mode
+        self.before_load = (adapter_name, before) if loading else None
 
     def layer_options(self, config, key: str) -> dict:
         """Arguments of the layer's `update_layer` for the module named key."""
@@ -298,7 +318,7 @@ class FusedTuner(BaseTuner):
         try:
             check_state_dict(model, cls.prefix, adapter_name, remapped)
         except ValueError:
-            undo_injection(model, config, adapter_name)
+            undo_injection(model, adapter_name)
             raise
-        forget_checkpoint(config)
+        forget_checkpoint(model, config)
         return remapped

@@ -1,0 +1,31 @@
+"""Formulas by which torch.utils.flop_counter.FlopCounterMode counts the registered ops. Importing this registers them.
+
+It stands apart because that module imports Triton where it is installed. The PEFT integration imports it; without PEFT,
+`import peft_fused.ops.flops` before the mode is entered.
+"""
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .lowrank import NAMES
+
+
+@register_flop_formula(torch.ops.peft_fused.lowrank_fwd)
+def _forward_flops(x, weight, add, bias, A, B, *rest, out_shape=None, **kwargs) -> int:
+    """Of lowrank_fwd, from shapes: two per multiply-add of its products, as the mode counts those of aten."""
+    m, n, k, r = math.prod(x[:-1]), B[-2], x[-1], A[-2]
+    return 2 * m * ((n * k if weight is not None else 0) + r * (n + k))
+
+
+@register_flop_formula(torch.ops.peft_fused.lowrank_bwd)
+def _backward_flops(dy, x, weight, A, B, u, v, S, *rest, out_shape=None, **kwargs) -> int:
+    """Of lowrank_bwd, in the same way."""
+    need = dict(zip(NAMES, rest[-1], strict=True))
+    m, n = math.prod(dy[:-1]), dy[-1]
+    k = A[-1] if A is not None else x[-1] if x is not None else 0
+    r = B[-1] if B is not None else 0
+    base = (need["x"] and weight is not None) + need["weight"]
+    to_ranks = (need["x"] or need["A"] or need["u"]) + (need["B"] or need["v"])
+    return 2 * m * (base * n * k + r * (n * to_ranks + k * (need["x"] + need["A"])))
