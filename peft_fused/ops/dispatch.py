@@ -1,7 +1,9 @@
 """Which implementation runs an operation, and why not the others.
 
 A backend is usable when its list of reasons against it is empty. The choice is a pure function of the problem, made
-again on every call from cached answers; nothing is tried and caught.
+again on every call from cached answers; nothing is tried and caught. What depends on the op, its problem answers:
+`describe()`, `limits(backend)`, `preference(launch_bound)`, `has_native_node(backend)` and `words(backend, onednn)`;
+`triton_kernels.plan.Problem` is the low-rank op's, `ops.structured.StructuredProblem` that of the structured ones.
 """
 
 import importlib.util
@@ -13,7 +15,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from ..triton_kernels.plan import MAX_RANK, Problem, plan
+from ..triton_kernels.plan import Problem
 from . import native
 
 __all__ = ["BACKENDS", "Explanation", "Problem", "choose", "explain", "forced", "problem_of", "use_backend", "why_not"]
@@ -94,14 +96,19 @@ def _gpu(device: torch.device) -> tuple[str, int, tuple[int, int]]:
     return properties.name, properties.multi_processor_count, (properties.major, properties.minor)
 
 
+def gpu_of(x: torch.Tensor) -> tuple[str, int]:
+    """(name, multiprocessors) of the GPU that x is on; ("", 1) on a CPU."""
+    return _gpu(x.device)[:2] if x.is_cuda else ("", 1)
+
+
 @cache
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight: bool, dropout: bool) -> Problem:
     """Description of lowrank_linear (has_weight) or lowrank on these tensors."""
-    gpu, sm_count, _ = _gpu(x.device) if x.is_cuda else ("", 1, (0, 0))
+    gpu, sm_count = gpu_of(x)
     k = x.shape[-1]
     m = x.numel() // k if k else 0
     return Problem(
@@ -109,8 +116,8 @@ def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight:
         B.shape[-2],
         k,
         A.shape[-2],
-        _name(x.dtype),
-        _name(A.dtype),
+        name_of(x.dtype),
+        name_of(A.dtype),
         x.device.type,
         gpu,
         sm_count,
@@ -131,20 +138,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(backend: str, problem: Problem) -> list[str]:
+def why_not(backend: str, problem) -> list[str]:
     """Reasons against a backend for a problem; an empty list means that it can run. ValueError for an unknown name."""
     return list(_why_not(_check_name(backend, "why_not"), problem, interpreting()))
 
 
 @lru_cache(maxsize=4096)
-def _why_not(backend: str, problem: Problem, interpret: bool) -> tuple[str, ...]:
+def _why_not(backend: str, problem, interpret: bool) -> tuple[str, ...]:
     reasons = []
     if backend in ("reference", "torch"):
         return ()
     if problem.dtype not in NATIVE_DTYPES:
         reasons.append(f"x is {problem.dtype}; the kernels take {', '.join(NATIVE_DTYPES)}")
-    if problem.r > MAX_RANK:
-        reasons.append(f"r is {problem.r}; the kernels take ranks up to {MAX_RANK}")
+    reasons.extend(problem.limits(backend))
     if backend == "triton":
         if _triton_missing():
             reasons.append(_triton_missing())
@@ -166,17 +172,14 @@ def _why_not(backend: str, problem: Problem, interpret: bool) -> tuple[str, ...]
     return tuple(reasons)
 
 
-def _preference(problem: Problem) -> tuple[str, ...]:
-    if problem.device != "cuda":
-        return ("torch",)
-    launch_bound = problem.m * problem.n * problem.k < LAUNCH_BOUND
-    return ("cuda", "triton", "torch") if launch_bound else ("triton", "cuda", "torch")
+def _preference(problem) -> tuple[str, ...]:
+    return problem.preference(LAUNCH_BOUND) if problem.device == "cuda" else ("torch",)
 
 
 _said = set()
 
 
-def choose(problem: Problem) -> str:
+def choose(problem) -> str:
     """Backend of a problem: the forced one, or the first usable one in order of preference.
 
     RuntimeError, with every reason, when the forced backend cannot run the problem.
@@ -184,15 +187,15 @@ def choose(problem: Problem) -> str:
     return preferred(problem) if state.backend is None else require(state.backend, problem)
 
 
-def require(name: str, problem: Problem) -> str:
+def require(name: str, problem) -> str:
     """The name, if that backend can run the problem; RuntimeError with every reason if it cannot."""
     reasons = why_not(name, problem)
     if reasons:
-        raise RuntimeError(f"backend {name!r} cannot run {describe(problem)}: " + "; ".join(reasons))
+        raise RuntimeError(f"backend {name!r} cannot run {problem.describe()}: " + "; ".join(reasons))
     return name
 
 
-def preferred(problem: Problem, traced: bool = False) -> str:
+def preferred(problem, traced: bool = False) -> str:
     """The first usable backend in order of preference, whatever is forced.
 
     traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
@@ -200,40 +203,25 @@ def preferred(problem: Problem, traced: bool = False) -> str:
     order = [name for name in _preference(problem) if not (traced and name == "cuda")]
     chosen = next(name for name in order if not _why_not(name, problem, interpreting()))
     # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.
-    if problem.device == "cuda" and chosen == "torch" and (chosen, problem.dtype) not in _said:
-        _said.add((chosen, problem.dtype))
-        against = "; ".join(f"{name}: {', '.join(why_not(name, problem))}" for name in order[:-1])
-        logger.warning("peft_fused: %s runs on plain torch (%s)", describe(problem), against)
+    if problem.device == "cuda" and chosen == "torch" and order[0] != "torch":
+        told = (type(problem), problem.dtype)
+        if told not in _said:
+            _said.add(told)
+            against = "; ".join(f"{name}: {', '.join(why_not(name, problem))}" for name in order[:-1])
+            logger.warning("peft_fused: %s runs on plain torch (%s)", problem.describe(), against)
     return chosen
 
 
-def describe(problem: Problem) -> str:
-    op = "lowrank_linear" if problem.has_weight else "lowrank"
-    drop = ", dropout" if problem.dropout else ""
-    types = (
-        problem.dtype if problem.dtype == problem.adapter_dtype else f"{problem.dtype} x, {problem.adapter_dtype} A, B"
-    )
-    sizes = f"[{problem.m}, {problem.k}] -> [{problem.m}, {problem.n}], r={problem.r}"
-    return f"{op} {sizes}, {types}{drop} on {problem.device}"
-
-
-def path_of(problem: Problem) -> str:
+def path_of(problem) -> str:
     """The backend, its host node and the order of its kernels, in words."""
     if state.backend is not None and why_not(state.backend, problem):
         return f"RuntimeError: {state.backend} is forced and cannot run it"
     backend = choose(problem)
     if backend == "reference":
         return "reference: plain PyTorch, autograd by torch"
-    node = "C++ autograd node" if backend in ("torch", "cuda") and native_allowed() else "Python autograd node"
-    if backend == "triton":
-        return f"triton: {node}, {plan(problem).forward}"
-    if backend == "cuda":
-        last = ", adapter first, base GEMM last with beta=1" if problem.has_weight else ""
-        return f"cuda: {node}, CUDA shrink kernel{last}"
-    if not problem.has_weight:
-        return f"torch: {node}"
-    gemm = "oneDNN" if problem.device == "cpu" and uses_onednn(problem) else "BLAS"
-    return f"torch: {node}, {gemm} base GEMM"
+    native_node = problem.has_native_node(backend) and native_allowed()
+    node = "C++ autograd node" if native_node else "Python autograd node"
+    return f"{backend}: {node}{problem.words(backend, uses_onednn(problem))}"
 
 
 @lru_cache(maxsize=1)
@@ -258,9 +246,11 @@ def _is_intel() -> bool:
 ONEDNN_LEAST = 1 << 22
 
 
-def uses_onednn(problem: Problem) -> bool:
+def uses_onednn(problem) -> bool:
+    """Whether a dense fp32 product of a problem's sizes (m, n, k) goes to oneDNN."""
     return (
-        problem.dtype == "float32"
+        problem.device == "cpu"
+        and problem.dtype == "float32"
         and problem.m * problem.n * problem.k >= ONEDNN_LEAST
         and torch.backends.mkldnn.enabled
         and _onednn_beats_blas()
@@ -289,7 +279,7 @@ class Explanation:
         return "\n".join(text) if text else "no peft_fused layer or op in here"
 
 
-def reasons_against_others(problem: Problem) -> tuple[str, ...]:
+def reasons_against_others(problem) -> tuple[str, ...]:
     chosen = state.backend or choose(problem)
     against = []
     for name in BACKENDS:
@@ -313,8 +303,8 @@ def explain(target, *, rows: int = 2048) -> Explanation:
     `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> Problem | None`, what
     they give the first of them. TypeError for anything else.
     """
-    if isinstance(target, Problem):
-        return Explanation(((describe(target), path_of(target), reasons_against_others(target)),))
+    if hasattr(type(target), "limits"):
+        return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):
         raise TypeError(f"explain: target must be a Problem or a torch.nn.Module, got {type(target).__name__}")
     lines = []

@@ -14,7 +14,6 @@ Saved for backward: x itself, S and a seed; neither when nothing that needs them
 """
 
 import math
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..triton_kernels.plan import MAX_RANK
 from . import dispatch, lowrank_torch, native
-from .dropout import draw_seed, dropout_threshold, keep_mask, keep_scale
+from .arguments import (
+    FLOATING,
+    autocasts,
+    check_control,
+    check_dense,
+    check_dropout,
+    check_shape,
+    dtype_names,
+    is_subclass,
+    seed_tensor,
+    split,
+)
+from .dropout import dropout_threshold, keep_mask, keep_scale
 from .lowrank_torch import Controls
-
-FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def lowrank_linear_reference(
@@ -55,7 +63,7 @@ def lowrank_reference(
         B = torch.where(last, B, B.detach())
     xd = x.to(A.dtype)
     if dropout_p > 0:
-        seed = _seed_tensor(seed, x.device)
+        seed = seed_tensor(seed, x.device)
         threshold = dropout_threshold(dropout_p)
         keep = keep_mask(seed, math.prod(x.shape[:-1]), x.shape[-1], threshold).reshape(x.shape)
         xd = xd * keep * keep_scale(threshold)
@@ -113,7 +121,7 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         )
         if y is not None:
             return y
-    if isinstance(x, torch.Tensor) and _autocasts(x.device.type):
+    if isinstance(x, torch.Tensor) and autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, add, bias, A, B, u, v = (
             _autocast(t, dtype, i) for i, t in enumerate((x, weight, add, bias, A, B, u, v))
@@ -124,9 +132,9 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
     _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen)
 
     threshold = dropout_threshold(dropout_p)
-    seed = _seed_tensor(seed, x.device) if threshold else None
+    seed = seed_tensor(seed, x.device) if threshold else None
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
-    traced = compiling or _is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
+    traced = compiling or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
     # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
     backend = (dispatch.forced() or "auto") if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
     if backend == "reference":
@@ -140,8 +148,8 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         )
     expert_a, expert_b = (0 if e is None else e for e in pair)
     flat = (
-        *_split(scale, float), *_split(A.shape[-2] if rank is None else rank, int), *_split(expert_a, int),
-        *_split(expert_b, int), threshold, seed, bool(frozen), backend,
+        *split(scale, float), *split(A.shape[-2] if rank is None else rank, int), *split(expert_a, int),
+        *split(expert_b, int), threshold, seed, bool(frozen), backend,
     )  # fmt: skip
     if traced:
         return torch.ops.peft_fused.lowrank_fwd(x, weight, add, bias, A, B, u, v, *flat)[0]
@@ -152,30 +160,11 @@ def _problem(x, weight, A, B, threshold):
     return dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0)
 
 
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def _autocast(tensor, dtype, position):
     # Adapters (positions 4..7) in fp32 stay there: mixing is what the op does well, and it is the more accurate choice.
     if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor if position >= 4 and tensor.dtype == torch.float32 else tensor.to(dtype)
-
-
-def _is_subclass(x) -> bool:
-    return type(x) not in (torch.Tensor, torch.nn.Parameter)
-
-
-def _seed_tensor(seed, device):
-    if seed is None:
-        return draw_seed(device)
-    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
-
-
-def _split(value, kind):
-    """(number, tensor or None): the two columns that a control has in the op's schema."""
-    return (kind(1), value) if isinstance(value, torch.Tensor) else (kind(value), None)
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
@@ -191,8 +180,8 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
     if x.dtype not in FLOATING:
-        raise TypeError(f"x must be floating point ({_names(FLOATING)}), got {_names((x.dtype,))}")
-    _check_dense("x", x)
+        raise TypeError(f"x must be floating point ({dtype_names(FLOATING)}), got {dtype_names((x.dtype,))}")
+    check_dense("x", x)
     if x.dim() < 1:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     if A.dim() not in (2, 3):
@@ -205,7 +194,7 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
     k, (n, r) = x.shape[-1], B.shape[-2:]
     if not 1 <= A.shape[-2] <= MAX_RANK:
         raise ValueError(f"A must have 1 to {MAX_RANK} rows (the rank r), got shape {list(A.shape)}")
-    _check_shape("A", A, (*A.shape[:-2], A.shape[-2], k), "[r, K] with K = x.shape[-1]")
+    check_shape("A", A, (*A.shape[:-2], A.shape[-2], k), "[r, K] with K = x.shape[-1]")
     if r != A.shape[-2]:
         raise ValueError(f"B must have {A.shape[-2]} columns (the rank of A), got shape {list(B.shape)}")
     for name, tensor, shape, text in (
@@ -216,7 +205,7 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
         ("add", add, (*x.shape[:-1], n), "[..., N]"),
     ):
         if tensor is not None:
-            _check_shape(name, tensor, shape, text)
+            check_shape(name, tensor, shape, text)
     adapter = {x.dtype, torch.float32} if x.dtype != torch.float64 else {torch.float64}
     for name, tensor, allowed in (
         ("weight", weight, {x.dtype}),
@@ -229,80 +218,27 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
     ):
         if tensor is not None and tensor.dtype not in allowed:
             why = "x's dtype or float32" if name == "A" else "A's dtype" if name in "Buv" else "x's dtype"
-            raise TypeError(f"{name} must have {why} ({_names(allowed)}), got {_names((tensor.dtype,))}")
+            raise TypeError(f"{name} must have {why} ({dtype_names(allowed)}), got {dtype_names((tensor.dtype,))}")
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
         if tensor is not None:
-            _check_dense(name, tensor)
-            if _is_subclass(tensor) and not (compiling or _is_subclass(x)) and is_traceable_wrapper_subclass(tensor):
+            check_dense(name, tensor)
+            if is_subclass(tensor) and not (compiling or is_subclass(x)) and is_traceable_wrapper_subclass(tensor):
                 raise TypeError(f"{name} must be a plain tensor beside a plain x, got a {type(tensor).__name__}")
-    _check_control("scale", scale, x.device, integer=False)
+    check_control("scale", scale, x.device, integer=False)
     if rank is not None:
-        _check_control("rank", rank, x.device, 1, r)
+        check_control("rank", rank, x.device, 1, r)
     if len(pair) != 2:
         raise ValueError(f"expert must be an index or a pair of them, got {len(pair)} values")
     for name, factor, index in (("A", A, pair[0]), ("B", B, pair[1])):
         if index is not None:  # that of a factor which is no stack is not used
             most = factor.shape[0] - 1 if factor.dim() == 3 else None
-            _check_control(f"expert (of {name})", index, x.device, 0, most)
+            check_control(f"expert (of {name})", index, x.device, 0, most)
     if A.dim() == 2 and B.dim() == 2 and pair != (None, None):
         raise ValueError("expert needs a stacked A [E, r, K] or B [E, N, r], got 2-D factors")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if isinstance(seed, torch.Tensor):
-        if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device:
-            raise ValueError(f"seed must be a 0-d int64 tensor on {x.device}, got {_describe(seed)}")
-    elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an int, a 0-d int64 tensor or None, got {type(seed).__name__}")
-    elif seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    check_dropout(dropout_p, seed, x.device)
     if not isinstance(frozen, bool):
         raise TypeError(f"frozen must be True or False, got {type(frozen).__name__}")
-
-
-def _check_dense(name, tensor):
-    if tensor.layout != torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else tensor.layout
-        raise ValueError(f"{name} must be a dense (strided) tensor, got layout {layout}")
-
-
-def _names(dtypes):
-    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _describe(tensor):
-    return f"{_names((tensor.dtype,))} {list(tensor.shape)} on {tensor.device}"
-
-
-def _check_shape(name, tensor, shape, text):
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {text} = {list(shape)}, got {list(tensor.shape)}")
-
-
-def _check_control(name, value, device, least=0, most=None, *, integer=True):
-    """A number, in least..most for an integer, or a 0-d tensor; a tensor's value is read only where that is free."""
-    if isinstance(value, torch.Tensor):
-        kind = "integer" if integer else "floating-point"
-        fits = value.dtype in _INTEGERS if integer else value.is_floating_point()
-        if value.dim() != 0 or not fits:
-            raise ValueError(f"{name} must be a number or a 0-d {kind} tensor, got {_describe(value)}")
-        if value.device != device:
-            raise ValueError(f"{name} must be on x's device ({device}), got {value.device}")
-        if value.requires_grad:
-            raise ValueError(f"{name} must not require a gradient: the op has none for it")
-        if device.type != "cpu" or _is_subclass(value) or torch.compiler.is_compiling():
-            return
-        value = value.item()
-    elif isinstance(value, bool) or not isinstance(value, int if integer else int | float):
-        raise TypeError(
-            f"{name} must be {'an int' if integer else 'a number'} or a 0-d tensor, got {type(value).__name__}"
-        )
-    if integer and most is not None and not least <= value <= most:
-        raise ValueError(f"{name} must be in {least}..{most}, got {value}")
-    if not integer and not abs(value) <= sys.float_info.max:  # false for nan, and for ints that no float can hold
-        raise ValueError(f"{name} must be finite, got {value}")
 
 
 # ------------------------------------------------------------------------------------- registered ops and the autograd
@@ -354,7 +290,7 @@ def _forward(x, weight, add, bias, A, B, u, v, *flat):
 
 def _backward(dy, x, weight, A, B, u, v, S, *flat):
     """The needed gradients, as a list in the order of `NAMES`."""
-    if _autocasts(dy.device.type):  # backward() called inside autocast; forward settled the types
+    if autocasts(dy.device.type):  # backward() called inside autocast; forward settled the types
         with torch.autocast(dy.device.type, enabled=False):
             return _backward(dy, x, weight, A, B, u, v, S, *flat)
     c, backend, needs = _controls(*flat[:-2]), flat[-2], flat[-1]

@@ -13,7 +13,7 @@ import torch
 
 from ..triton_kernels.plan import MAX_RANK
 from .dispatch import problem_of, uses_onednn
-from .dropout import drop
+from .dropout import drop, load
 
 # Elements of x converted or dropped out at a time: few enough to bound the temporary memory and for a CPU's caches,
 # enough to split over its cores or fill a GPU.
@@ -94,11 +94,6 @@ def _blocks(rows: int, columns: int, device: torch.device):
     return [(i, min(rows, i + size)) for i in range(0, rows, size)]
 
 
-def _load(x2, i, j, dtype, c: Controls):
-    block = x2[i:j].to(dtype)
-    return drop(block, c.seed, c.threshold, i) if c.threshold else block
-
-
 def _base(x2, weight, bias):
     """x W^T + bias by oneDNN; None where BLAS is the better library, and accumulates onto the adapter in place.
 
@@ -111,7 +106,7 @@ def _base(x2, weight, bias):
     return None
 
 
-def _product(a, b):
+def product(a, b):
     """a b. oneDNN adds up in one chain where BLAS takes partial sums: for a product of the adapter it serves short sums
     only, which keeps the error BLAS has. The base product is worth more than that."""
     out = _base(a, b.t(), None) if a.shape[1] <= MAX_RANK else None
@@ -138,9 +133,9 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     kept = S[:, : ad.width]
     if blocked:
         for i, j in _blocks(M, x2.shape[1], x.device):
-            kept[i:j] = ad.mask(_product(_load(x2, i, j, A.dtype, ad.c), ad.A.t()))
+            kept[i:j] = ad.mask(product(load(x2[i:j], A.dtype, ad.c.seed, ad.c.threshold, i), ad.A.t()))
     else:
-        kept.copy_(ad.mask(_product(x2, ad.A.t())))
+        kept.copy_(ad.mask(product(x2, ad.A.t())))
 
     P, Q = ad.inner(kept), ad.outer().t()
     y = _base(x2, weight, bias) if weight is not None else None
@@ -161,7 +156,7 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
             torch.mm(P, Q, out=y)
     else:
         for i, j in _blocks(M, N, x.device):
-            delta = _product(P[i:j], Q)
+            delta = product(P[i:j], Q)
             if onto is None or weight is None:
                 delta = delta if bias is None else delta + bias
             y[i:j] = delta if onto is None else delta + onto[i:j]
@@ -199,9 +194,9 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     for i, j in _blocks(M, N, dy.device) if mixed else [(0, M)]:
         block = dy2[i:j].to(B.dtype)
         if need_dS:
-            dS[i:j] = _product(block, outer)
+            dS[i:j] = product(block, outer)
         if raw is not None:
-            raw += _product(inner[i:j].t(), block)
+            raw += product(inner[i:j].t(), block)
     if need_dS:
         dS = ad.mask(ad.scaled(dS, c.scale))
     if need_u:
@@ -221,7 +216,7 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     if need_A:
         grad = dS.new_zeros(b, K)
         for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
-            grad += _product(dS[i:j].t(), _load(x2, i, j, A.dtype, c))
+            grad += product(dS[i:j].t(), load(x2[i:j], A.dtype, c.seed, c.threshold, i))
         dA = _place(grad, A, c.expert_a, c, b, columns=False)
     if need_x:
         dx = None if blocked or weight is None else _base(dy2, weight.t(), None)
@@ -230,7 +225,7 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
         else:
             dx = dy2.new_empty(M, K)
             for i, j in _blocks(M, K, dy.device) if blocked else [(0, M)]:
-                block = _product(dS[i:j], ad.A)
+                block = product(dS[i:j], ad.A)
                 dx[i:j] = drop(block, c.seed, c.threshold, i) if c.threshold else block
             if weight is not None:
                 dx.addmm_(dy2, weight)

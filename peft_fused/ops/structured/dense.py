@@ -1,0 +1,85 @@
+"""Structured maps as one GEMM with their dense matrix, where that is cheaper than transforms.
+
+The matrix of trained vectors is made once per optimizer step: it is kept with the parameter that it was made of for as
+long as the versions stay the same and no gradient of it has been computed. Whoever writes parameters past torch's
+version counters (through `.data`, outside of training) has to call `forget`; on a CPU such a write is seen.
+"""
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..dropout import load
+from . import maps
+
+_made = WeakIdKeyDictionary()
+
+
+def forget(p: torch.Tensor) -> None:
+    """Drops the dense matrices made of a parameter."""
+    _made.pop(p, None)
+
+
+def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """The dense matrix [rows, columns] of a convolution in a dtype, new or as it was made before."""
+    parts = [p] if q is None else [p, q]
+    keeps = all(t.is_leaf and not t.is_inference() for t in parts)
+    state = keeps and [(id(t), t.data_ptr(), t._version) for t in parts]
+    key = (kind, rows, columns, dtype)
+    if keeps and (found := _made.get(p, {}).get(key)) and found[0] == state:
+        if p.is_cuda or all(torch.equal(copy, t) for copy, t in zip(found[1], parts, strict=True)):
+            return found[2]
+    with torch.inference_mode(False), torch.no_grad():
+        wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in parts]
+        made = maps.dense(kind, wide[0], wide[1] if q is not None else None, rows, columns).to(dtype)
+        if keeps:
+            # Equal values on a CPU are what makes a kept matrix right there; on a GPU comparing would synchronise.
+            copies = [] if p.is_cuda else [t.detach().clone() for t in parts]
+            _made.setdefault(p, {})[key] = (state, copies, made)
+    return made
+
+
+def _work_dtype(x, p):
+    """On a CPU the dtype of the parameters, at least fp32; on a GPU x's own, whose GEMM runs on tensor cores."""
+    return x.dtype if x.is_cuda else torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
+
+
+def _product(a, b, product):
+    return product(a, b) if a.dtype == torch.float32 and a.device.type == "cpu" else a @ b
+
+
+def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed, product) -> torch.Tensor:
+    """y [m, n] in x2's type. product: fp32 matrix product to use on a CPU."""
+    k, dtype = x2.shape[1], _work_dtype(x2, p)
+    M = matrix(kind, p, q, *((k, n) if transposed else (n, k)), dtype)
+    xd = load(x2, dtype, seed, threshold)
+    right = M if transposed else M.t()
+    if add2 is not None and add2.dtype == dtype and isinstance(scale, float) and x2.is_cuda:
+        return torch.addmm(add2, xd, right, alpha=scale)
+    delta = _product(xd, right, product)
+    if not (isinstance(scale, float) and scale == 1.0):
+        delta = delta * scale
+    if add2 is not None:
+        delta = delta.add_(add2)
+    return delta.to(x2.dtype)
+
+
+def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, correlate):
+    """Gradients (dx, dp, dq). correlate(): the gradients of the vectors alone by FFT, for a GPU's 16-bit types, whose
+    GEMM would round the gradient of the matrix before it is summed along the diagonals."""
+    need_x, need_p, need_q = needs
+    n, dtype = dy2.shape[1], _work_dtype(dy2, p)
+    gd = dy2.to(dtype)
+    if not (isinstance(scale, float) and scale == 1.0):
+        gd = gd * scale
+    dx = dp = dq = None
+    if need_x:
+        dx = load(_product(gd, matrix(kind, p, q, n, k, dtype), product), dtype, seed, threshold).to(dy2.dtype)
+    if need_p or need_q:
+        forget(p)  # an optimizer that bypasses version counters is about to change it
+        if dtype.itemsize < 4:
+            return dx, *correlate()
+        gradient = _product(gd.t(), load(x2, dtype, seed, threshold), product)
+        wide = [None if t is None else t.to(dtype) for t in (p, q)]
+        dp, dq = maps.fold_dense(kind, gradient, *wide)
+        dp, dq = dp.to(p.dtype) if need_p else None, dq.to(q.dtype) if need_q else None
+    return dx, dp, dq

@@ -1,0 +1,46 @@
+"""The Kronecker map by PyTorch's matrix products, forward and backward.
+
+With X [b2, a2] a row of x and Y [b1, a1] one of dy: y = B X A^T and, summed over rows,
+
+    E = Y A      dX = B^T E      dB = E X^T      dA = Y^T (B X)
+"""
+
+import torch
+
+from ..dropout import load
+
+
+def _apply(x2: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """[m, a2 b2] -> [m, a1 b1], all of one type; the product that leaves less to the other one comes first."""
+    (a1, a2), (b1, b2), m = A.shape, B.shape, x2.shape[0]
+    if b2 * a1 * (a2 + b1) <= b1 * a2 * (b2 + a1):
+        right = (x2.reshape(m * b2, a2) @ A.t()).view(m, b2, a1)
+        return torch.matmul(B, right).view(m, b1 * a1)
+    left = torch.matmul(B, x2.reshape(m, b2, a2)).view(m * b1, a2)
+    return (left @ A.t()).view(m, b1 * a1)
+
+
+def forward(x2, A, B, add2, *, scale, threshold, seed, transposed) -> torch.Tensor:
+    """y [m, n] in x2's type."""
+    A, B = (A.t(), B.t()) if transposed else (A, B)
+    delta = _apply(load(x2, A.dtype, seed, threshold), A * scale, B)
+    if add2 is not None:
+        delta.add_(add2)
+    return delta.to(x2.dtype)
+
+
+def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
+    """Gradients (dx, dA, dB) of the map that is not transposed, None where not needed; x2 as for the parameters."""
+    need_x, need_A, need_B = needs
+    (a1, a2), (b1, b2), m = A.shape, B.shape, dy2.shape[0]
+    Y = dy2.to(A.dtype).reshape(m * b1, a1)
+    dx = dA = dB = None
+    E = (Y @ (A * scale)).view(m, b1, a2) if need_x or need_B else None
+    if need_x:
+        dx = load(torch.matmul(B.t(), E).view(m, b2 * a2), A.dtype, seed, threshold).to(dy2.dtype)
+    x3 = load(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
+    if need_B:
+        dB = E.transpose(0, 1).reshape(b1, m * a2) @ x3.transpose(0, 1).reshape(b2, m * a2).t()
+    if need_A:
+        dA = (Y.t() @ torch.matmul(B, x3).view(m * b1, a2)) * scale
+    return dx, dA, dB

@@ -1,0 +1,195 @@
+"""Which algorithm a structured product runs: an FFT of which length, or a GEMM with the dense matrix.
+
+Pure functions of the problem; nothing is measured at run time.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ...triton_kernels import fft_plan, kronecker_plan
+
+KINDS = ("circulant", "skew_circulant", "toeplitz", "toeplitz_product", "kronecker", "ldr")
+# Kinds that are one convolution: their dense matrix is a gather, and its gradient folds onto the vector.
+CONVOLUTIONS = ("circulant", "skew_circulant", "toeplitz")
+
+# A CPU's costs in nanoseconds, measured on two AMD Zen 5 cores with torch's FFT (MKL) and oneDNN's fp32 GEMM: what a
+# call of a transform costs whatever its size, an element of it per factor of 2 in its length, an element of a pass over
+# memory, and a multiply-add of the GEMM. Only their ratios decide.
+FFT_CALL, FFT_ELEMENT, PASS_ELEMENT, GEMM_ELEMENT = 20e3, 0.045, 0.15, 1 / 175
+# torch's FFT has kernels for these prime factors; a length with another one takes several times as long.
+FFT_PRIMES = (2, 3, 5, 7, 11, 13)
+# On a GPU, where a 16-bit GEMM runs on tensor cores and an fp32 one does not. Estimates until measured on one.
+DENSE_MOST_CUDA = {"bfloat16": 1024, "float16": 1024, "float32": 128}
+
+
+def largest_prime(n: int) -> int:
+    """The largest prime factor of n; 1 for n = 1."""
+    largest, p = 1, 2
+    while p * p <= n:
+        while n % p == 0:
+            largest, n = p, n // p
+        p += 1
+    return max(largest, n)
+
+
+@lru_cache(maxsize=4096)
+def fast_length(least: int, prime: int = 7) -> int:
+    """The smallest length from `least` on with no prime factor above `prime`."""
+    n = least
+    while largest_prime(n) > prime:
+        n += 1
+    return n
+
+
+@dataclass(frozen=True)
+class StructuredPlan:
+    """method: "dense", "fft", or "gemm" (the two small products of a Kronecker map). length: of the FFT, which with
+    "dense" serves gradients only; 0 for "gemm".
+
+    A length other than that of the ring which the structure lives in means a linear convolution, padded to that length.
+    """
+
+    method: str
+    length: int
+
+
+@dataclass(frozen=True)
+class StructuredProblem:
+    """x [m, k] through a structured map to [m, n].
+
+    sizes: circulant (n,) or (blocks out, blocks in, block), skew_circulant (n,), toeplitz (n, k), toeplitz_product (n,),
+    kronecker (a1, a2, b1, b2), ldr (terms, n). Types are names such as "bfloat16"; device is "cuda" or "cpu".
+    """
+
+    kind: str
+    m: int
+    n: int
+    k: int
+    sizes: tuple[int, ...]
+    dtype: str
+    adapter_dtype: str
+    device: str
+    gpu: str
+    sm_count: int
+    dropout: bool
+    transposed: bool = False
+
+    @property
+    def blocks(self) -> bool:
+        return self.kind == "circulant" and len(self.sizes) == 3
+
+    @property
+    def lengths(self) -> "Lengths":
+        return fft_lengths(self.kind, self.sizes)
+
+    @cached_property
+    def plan(self) -> "StructuredPlan":
+        return plan(self)
+
+    def describe(self) -> str:
+        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} parameters"
+        transposed = " transposed" if self.transposed else ""
+        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], sizes {'x'.join(map(str, self.sizes))}"
+        return f"{self.kind}{transposed} {sizes}, {types}{', dropout' if self.dropout else ''} on {self.device}"
+
+    def limits(self, backend: str) -> list[str]:
+        """What keeps the kernels of a backend from this problem, whatever the machine."""
+        if self.kind == "kronecker":
+            return kronecker_plan.limits(*self.sizes) if backend == "triton" else []
+        if self.blocks:
+            return ["a block-circulant map of several blocks runs on torch.fft"]
+        if backend == "triton":
+            return _too_long(self.lengths.triton, fft_plan.MAX_LENGTH)
+        if self.kind not in ("circulant", "toeplitz"):
+            return [f"{self.kind} has no CUDA C++ kernel"]
+        if self.transposed:
+            return ["a transposed map has no C++ node"]
+        return _too_long(self.lengths.cuda, MAX_CUDA_LENGTH)
+
+    def preference(self, launch_bound: float) -> tuple[str, ...]:
+        """Backends on CUDA, the best first."""
+        if self.plan.method == "dense":
+            return ("torch",)
+        # In fp32 the CUDA FFT does on ordinary cores what the tensor cores need three products for.
+        if self.dtype == "float32" and self.kind != "kronecker":
+            return ("cuda", "triton", "torch")
+        return ("triton", "cuda", "torch")
+
+    def has_native_node(self, backend: str) -> bool:
+        return backend in ("torch", "cuda") and self.kind in ("circulant", "toeplitz", "kronecker") and not (
+            self.blocks or self.transposed
+        )  # fmt: skip
+
+    def words(self, backend: str, onednn: bool) -> str:
+        """What the backend runs, as the end of a sentence."""
+        if self.kind == "kronecker":
+            return ", one kernel" if backend == "triton" else ", two GEMMs"
+        if backend == "triton":
+            return f", tensor-core DFT of {self.lengths.triton}"
+        if backend == "cuda":
+            return f", shared-memory FFT of {self.lengths.cuda}"
+        if self.plan.method == "dense":
+            return f", dense matrix by {'oneDNN' if onednn else 'BLAS'}"
+        return f", torch.fft of {self.plan.length}"
+
+
+MAX_CUDA_LENGTH = 8192
+
+
+def _too_long(length: int, most: int) -> list[str]:
+    return [f"it needs an FFT of {length}; the kernels go up to {most}"] if length > most else []
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Length of the FFT of each implementation: the ring's own where it is a fast one, else that of a padded linear
+    convolution."""
+
+    torch: int
+    triton: int
+    cuda: int
+
+
+@lru_cache(maxsize=4096)
+def fft_lengths(kind: str, sizes: tuple[int, ...]) -> Lengths:
+    """Lengths of a kind of map of these sizes (see `StructuredProblem`)."""
+    if kind == "toeplitz":
+        least = sum(sizes) - 1
+        return Lengths(fast_length(least), fft_plan.next_length(least), fast_length(least, 5))
+    n = sizes[-1]
+    least = 2 * n - 1
+    if kind == "toeplitz_product":
+        return Lengths(fast_length(least), fft_plan.next_length(least), fast_length(least, 5))
+    # torch's ring of a skew-circulant map is its own; the kernels know the cyclic one only.
+    own = len(sizes) == 3 or largest_prime(n) in (1, *FFT_PRIMES)
+    cyclic = kind == "circulant"
+    return Lengths(
+        n if own else fast_length(least),
+        fft_plan.cyclic_length(n) if cyclic else fft_plan.next_length(least),
+        n if cyclic and largest_prime(n) <= 5 else fast_length(least, 5),
+    )
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: StructuredProblem) -> StructuredPlan:
+    """The method of a problem on the torch backend. ValueError for an unknown kind."""
+    p = problem
+    if p.kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {p.kind!r}")
+    if p.kind == "kronecker":
+        return StructuredPlan("gemm", 0)
+    length = p.lengths.torch
+    if p.kind in CONVOLUTIONS and not p.blocks and _dense_is_cheaper(p, length):
+        return StructuredPlan("dense", length)
+    return StructuredPlan("fft", length)
+
+
+def _dense_is_cheaper(p: StructuredProblem, length: int) -> bool:
+    if p.device == "cuda":
+        return max(p.n, p.k) <= DENSE_MOST_CUDA.get(p.dtype, 0)
+    # One training step: five transforms and three products along the rows, or three GEMMs and the matrix itself.
+    elements = p.m * length
+    fft = 5 * (FFT_CALL + FFT_ELEMENT * elements * math.log2(max(2, length))) + 6 * PASS_ELEMENT * elements
+    dense = 3 * GEMM_ELEMENT * p.m * p.n * p.k + 4 * PASS_ELEMENT * p.n * p.k
+    return dense < fft

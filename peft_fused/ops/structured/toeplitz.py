@@ -1,0 +1,82 @@
+"""Products with Toeplitz matrices, constant along their diagonals.
+
+    toeplitz:          T[i, j] = col[i - j] for i >= j, else row[j - i]; symmetric for toeplitz(x, t, t)
+    toeplitz_product:  T(b) T(a) x with both symmetric, the form that SURM trains; itself no Toeplitz matrix
+
+An N x K Toeplitz matrix is a window of a circulant one of any length from N + K - 1 on, so that T x is a circular
+convolution of x padded with zeros. Source: SURM (Sehanobish et al. 2024), section 3. Gradients: dx is the product with
+the transposed matrix, toeplitz(dy, row, col); the vectors' are sums along the diagonals of dy^T x.
+"""
+
+import torch
+
+from . import engine
+from .engine import check_input
+
+
+def plain_toeplitz(x, col, tail, n):
+    """tail: the first row without its first entry, which is col[0]."""
+    length = col.shape[0] + tail.shape[0]
+    window = torch.cat([col, tail.flip(0)])
+    return torch.fft.irfft(torch.fft.rfft(x, n=length) * torch.fft.rfft(window), n=length)[..., :n]
+
+
+def _plain_product(x, a, b, n):
+    return plain_toeplitz(plain_toeplitz(x, a, a[1:], n), b, b[1:], n)
+
+
+engine.STRUCTURES["toeplitz"] = engine.Structure("toeplitz", ("col", "row"), plain_toeplitz)
+engine.STRUCTURES["toeplitz_product"] = engine.Structure("toeplitz_product", ("a", "b"), _plain_product)
+
+
+def toeplitz(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+    """add + scale * T(col, row) drop(x), differentiable in x, col, row and add.
+
+    x: [..., K]; col: [N], the first column; row: [K], the first row. Both hold the corner: col[0] wins, row[0] is not
+    read and its gradient is zero. Pass the same tensor twice for a symmetric matrix. Rectangular maps are native.
+    add: [..., N]. The rest: see `circulant`. transposed: x [..., N] gives [..., K].
+    """
+    n = _toeplitz_outputs(x, col, row, transposed)
+    return engine.run(
+        "toeplitz", x, col, row[1:], n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+    )
+
+
+def _toeplitz_outputs(x, col, row, transposed) -> int:
+    engine.check_parameter("col", col, (1,), "[N]")
+    engine.check_parameter("row", row, (1,), "[K]")
+    n, k = col.shape[0], row.shape[0]
+    check_input(x, n if transposed else k, f"the length of {'col' if transposed else 'row'}")
+    return k if transposed else n
+
+
+def toeplitz_reference(x, col, row, **options):
+    """`toeplitz` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    n = _toeplitz_outputs(x, col, row, options.get("transposed", False))
+    return engine.reference("toeplitz", x, col, row[1:], n, **options)
+
+
+def toeplitz_product(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+    """add + scale * T(b) T(a) drop(x), T(t) = toeplitz(., t, t), differentiable in x, a, b and add.
+
+    x: [..., n]; a, b: [n]. T(a) comes first. On Triton both products are one kernel, whose intermediate never leaves
+    the chip. The rest: see `circulant`.
+    """
+    n = _product_outputs(x, a, b)
+    return engine.run(
+        "toeplitz_product", x, a, b, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+    )
+
+
+def _product_outputs(x, a, b) -> int:
+    engine.check_parameter("a", a, (1,), "[n]")
+    engine.check_parameter("b", b, (1,), "[n]")
+    if a.shape != b.shape:
+        raise ValueError(f"b must have a's shape {list(a.shape)}, got {list(b.shape)}")
+    check_input(x, a.shape[0], "the length of a and b")
+    return a.shape[0]
+
+
+def toeplitz_product_reference(x, a, b, **options):
+    """`toeplitz_product` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    return engine.reference("toeplitz_product", x, a, b, _product_outputs(x, a, b), **options)
