@@ -3,7 +3,10 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "autograd/lowrank.h"
+#include "autograd/structured.h"
 #include "dropout.h"
+#include "fft_host.h"
+#include "kernels/fft_plan.h"
 
 namespace py = pybind11;
 using peft_fused::Control;
@@ -82,18 +85,60 @@ py::object lowrank(const py::object& x, const py::object& weight, const py::obje
   return y.defined() ? py::cast(y) : py::none();
 }
 
+at::Tensor structured(const std::string& structure, const std::string& method, const at::Tensor& x,
+                      const at::Tensor& p, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& add,
+                      int64_t n, int64_t length, const py::object& scale, int64_t threshold,
+                      const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& matrix) {
+  using peft_fused::Method;
+  using peft_fused::Structure;
+  peft_fused::StructuredArguments a;
+  a.structure = structure == "circulant" ? Structure::circulant
+                : structure == "toeplitz" ? Structure::toeplitz
+                                          : Structure::kronecker;
+  a.method = method == "fft" ? Method::fft : method == "dense" ? Method::dense : Method::gemm;
+  a.x = x, a.p = p, a.q = q.value_or(at::Tensor()), a.add = add.value_or(at::Tensor());
+  a.n = n, a.length = length, a.threshold = threshold;
+  a.seed = seed.value_or(at::Tensor()), a.matrix = matrix.value_or(at::Tensor());
+  TORCH_CHECK(read_control(scale, a.scale), "scale must be a number or a tensor");
+  const py::gil_scoped_release release;
+  return peft_fused::structured(a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Autograd functions of peft_fused in C++.";
   m.def("lowrank", &lowrank,
         "The op of ops/lowrank.py, or None where Python has to decide: bad arguments, autocast, another backend.");
+  m.def("structured", &structured, "A structured op of ops/structured/engine.py, whose arguments that has checked.");
   m.def("drop", [](const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
     py::gil_scoped_release release;
     return peft_fused::drop(x, seed, threshold, first_row);
   }, "Dropout of ops/dropout.py on a 2-D tensor, without a gradient.");
+  m.def("fft_length", &peft_fused::fft_length, py::arg("least"), "The next length of kernels/fft_plan.h, or 0.");
+  m.def("fft_radices", py::overload_cast<int64_t>(&peft_fused::fft_radices), py::arg("length"),
+        "Radices of the passes of kernels/fft_plan.h.");
+  m.def("fft_twiddles", py::overload_cast<int64_t>(&peft_fused::fft_twiddles), py::arg("length"),
+        "The twiddle table of kernels/fft_plan.h, complex64 on the CPU.");
+  m.def("fft_convolve_host", [](const at::Tensor& x, const at::Tensor& khat, const at::Tensor& twiddles, int64_t n_out,
+                                bool conjugate, const std::optional<at::Tensor>& add, double scale,
+                                const std::optional<at::Tensor>& seed, int64_t threshold, bool mask_output) {
+    py::gil_scoped_release release;
+    return peft_fused::fft_convolve_host(x, khat, twiddles, n_out, add, mask_output,
+                                         {seed, threshold, scale, conjugate});
+  }, py::arg("x"), py::arg("khat"), py::arg("twiddles"), py::arg("n_out"), py::arg("conjugate") = false,
+     py::arg("add") = py::none(), py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
+     py::arg("mask_output") = false, "The convolution kernel of kernels/fft.h, run by the CPU for tests.");
+  m.def("fft_correlate_host", [](const at::Tensor& x, const at::Tensor& dy, const at::Tensor& khat,
+                                 const at::Tensor& twiddles, int64_t blocks, bool conjugate, double scale,
+                                 const std::optional<at::Tensor>& seed, int64_t threshold) {
+    py::gil_scoped_release release;
+    return peft_fused::fft_correlate_host(x, dy, khat, twiddles, blocks, {seed, threshold, scale, conjugate});
+  }, py::arg("x"), py::arg("dy"), py::arg("khat"), py::arg("twiddles"), py::arg("blocks") = 1,
+     py::arg("conjugate") = false, py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
+     "(dx, partial) of the backward kernel of kernels/fft.h, run by the CPU for tests.");
   m.def("configure", [](bool onednn, int64_t onednn_least, double launch_bound) {
-    peft_fused::lowrank_settings() = {onednn, onednn_least, launch_bound};
+    peft_fused::settings() = {onednn, onednn_least, launch_bound};
   }, "What ops/dispatch.py decided for this machine.");
   m.def("has_cuda", [] {
 #ifdef PEFT_FUSED_CUDA

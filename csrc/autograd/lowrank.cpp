@@ -2,15 +2,13 @@
 // ATen calls without Python between them, and on CUDA the product with A is csrc/kernels/lowrank.cu.
 #include "lowrank.h"
 
-#include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
 
 #include "../dropout.h"
+
 #ifdef PEFT_FUSED_CUDA
 #include "../kernels/launch.h"
 #endif
@@ -22,20 +20,10 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kMaxRank = 256;
-// Elements converted or dropped out at a time: few enough for a CPU's caches, enough to split over its cores or fill a
-// GPU.
-constexpr int64_t kBlockElementsCpu = 1 << 20;
-constexpr int64_t kBlockElementsGpu = 1 << 24;
 // Below this size the two layouts of dB's product cost the same and the direct one saves a transposition.
 constexpr int64_t kSmallProduct = 1 << 16;
 
 // ------------------------------------------------------------------------------------------------ which calls to take
-
-bool plain(const Tensor& t) {
-  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized() &&
-         !t.is_nested();
-}
 
 bool same(const Tensor& t, const Tensor& like, at::ScalarType type) {
   return !t.defined() || (plain(t) && t.device() == like.device() && t.scalar_type() == type);
@@ -74,7 +62,7 @@ bool takes(LowRankArguments& a, const std::string& backend) {
     if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
   } else {
 #ifdef PEFT_FUSED_CUDA
-    const bool launch_bound = static_cast<double>(x.numel()) * n < lowrank_settings().launch_bound;
+    const bool launch_bound = static_cast<double>(x.numel()) * n < settings().launch_bound;
     const bool mixed = A.scalar_type() != type;
     if (!x.is_cuda() || !(backend == "cuda" || (backend.empty() && launch_bound && !mixed))) return false;
     if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
@@ -167,65 +155,6 @@ struct Adapter {
   Tensor outer() const { return v.defined() ? B * v.unsqueeze(1) : B; }
 };
 
-// The node differentiates as a whole: its pieces skip autograd's dispatch, and autocast, which may surround backward.
-struct BelowAutograd {
-  const at::AutoDispatchBelowADInplaceOrView autograd;
-  const c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
-};
-
-// Rows are worked on in blocks where x has to be converted or dropped out first, so that neither exists as a whole.
-struct Blocks {
-  int64_t rows, step, count;
-
-  Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), step(rows), count(1) {
-    if (!blocked || rows == 0) return;
-    step = std::max<int64_t>(1, (x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu) / std::max<int64_t>(1, columns));
-    count = (rows + step - 1) / step;
-  }
-  bool whole() const { return count == 1; }
-  Tensor of(const Tensor& t, int64_t i) const {
-    return whole() || !t.defined() ? t : t.narrow(0, i * step, std::min(step, rows - i * step));
-  }
-};
-
-// Row block i of x, converted and dropped out.
-Tensor load(const Tensor& x2, const Blocks& blocks, int64_t i, at::ScalarType type, const Call& c, const Device& d) {
-  const Tensor block = blocks.of(x2, i).to(type);
-  return c.threshold > 0 ? drop(block, d.seed, c.threshold, i * blocks.step) : block;
-}
-
-// Whether a b, with b [k, n], goes to oneDNN. Another layout of b than a dense one would run oneDNN's reference code,
-// thousands of times slower.
-bool uses_onednn(const Tensor& a, const Tensor& b) {
-  const auto& s = lowrank_settings();
-  return s.onednn && a.is_cpu() && a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
-         a.numel() * b.size(1) >= s.onednn_least && (b.is_contiguous() || b.t().is_contiguous());
-}
-
-Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias) {
-  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
-                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
-  return op.call(x2, weight, bias.defined() ? std::optional<Tensor>(bias) : std::nullopt, "none",
-                 c10::List<std::optional<at::Scalar>>(), "");
-}
-
-// alpha * a b. oneDNN adds up in one chain where BLAS takes partial sums: for a product of the adapter it serves short
-// sums only, which keeps the error BLAS has. The base product is worth more than that.
-Tensor product(const Tensor& a, const Tensor& b, double alpha) {
-  if (a.size(1) <= kMaxRank && uses_onednn(a, b)) {
-    const bool scale_a = alpha != 1 && a.numel() < b.numel(), scale_b = alpha != 1 && !scale_a;
-    return onednn_linear(scale_a ? a * alpha : a, (scale_b ? b * alpha : b).t(), Tensor());
-  }
-  if (alpha == 1) return a.mm(b);
-  Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
-  return out.addmm_(a, b, /*beta=*/0, alpha);
-}
-
-// sum += part, begun by the first part.
-void accumulate(Tensor& sum, const Tensor& part) { sum.defined() ? sum.add_(part) : sum = part; }
-
 #ifdef PEFT_FUSED_CUDA
 // S = keep_rank(A drop(x)) [m, width] by the CUDA kernel.
 Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
@@ -275,7 +204,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
   const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor part = have_S ? blocks.of(S, i) : product(load(x2, blocks, i, ad.A.scalar_type(), c, d), ad.A.t(), 1);
+    Tensor part = have_S ? blocks.of(S, i) : product(blocks.load(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
     if (!have_S) {
       part = ad.mask(part);
       if (blocks.whole()) {
@@ -322,17 +251,10 @@ Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& de
   return full;
 }
 
-Tensor rows_of(const Tensor& t) {
-  if (t.dim() == 2) return t;
-  return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
-}
-
 // -------------------------------------------------------------------------------------------------------------- node
 
 struct LowRank : torch::autograd::Function<LowRank> {
-  // Autograd takes an absent tensor as an empty optional, not as an undefined tensor.
   using Optional = std::optional<Tensor>;
-  static Optional optional(const Tensor& t) { return t.defined() ? Optional(t) : std::nullopt; }
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& weight_, const Optional& add_,
                         const Optional& bias_, const Tensor& A, const Tensor& B, const Optional& u_,
@@ -352,10 +274,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
                             keep(keeps_adapter, u), keep(keeps_adapter, v), keep(keeps_S, S), d.scale, d.rank,
                             d.expert_a, d.expert_b, d.seed});
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-    if (x.dim() == 2) return y;
-    auto shape = x.sizes().vec();
-    shape.back() = B.size(-2);
-    return at::_unsafe_view(y, shape);  // no view: an output of a node may be written in place later
+    return unflatten(y, x);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -401,7 +320,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
       dS = ad.mask(dS);
       if (need(kU)) accumulate(du, (dS * Si).sum(0));
       if (ad.u.defined()) dS = dS * ad.u;
-      if (need(kA)) accumulate(dA, product(dS.t(), load(x2, blocks, i, type, c, d), 1));
+      if (need(kA)) accumulate(dA, product(dS.t(), blocks.load(x2, i, type, c.threshold, d.seed), 1));
       if (need(kX)) {
         Tensor out_rows = blocks.of(dx, i);
         if (!blocked) {
@@ -439,11 +358,6 @@ struct LowRank : torch::autograd::Function<LowRank> {
 
 }  // namespace
 
-LowRankSettings& lowrank_settings() {
-  static LowRankSettings settings;
-  return settings;
-}
-
 Tensor lowrank(LowRankArguments a, const std::string& backend) {
   if (!takes(a, backend)) return Tensor();
   auto call = c10::make_intrusive<Call>();
@@ -464,7 +378,6 @@ Tensor lowrank(LowRankArguments a, const std::string& backend) {
   int edges = 0;
   const Tensor* inputs[kInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
   for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
-  const auto optional = LowRank::optional;
   return LowRank::apply(a.x, optional(a.weight), optional(a.add), optional(a.bias), a.A, a.B, optional(a.u),
                         optional(a.v), call, d);
 }

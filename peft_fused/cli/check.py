@@ -8,9 +8,18 @@ import torch
 import typer
 from rich.table import Table
 
-from peft_fused.ops import dispatch, lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference, native
+from peft_fused.ops import (
+    dispatch,
+    lowrank,
+    lowrank_linear,
+    lowrank_linear_reference,
+    lowrank_reference,
+    native,
+    structured,
+)
 from peft_fused.ops.accuracy import compare, compare_mutated
-from peft_fused.ops.cases import Case, lowrank_cases, make_case
+from peft_fused.ops.cases import Case, lowrank_cases, make_case, make_structured, structured_cases
+from peft_fused.ops.structured.engine import STRUCTURES
 
 from .output import out, print_json, torch_device
 
@@ -32,7 +41,7 @@ class OpCheck:
     reference: Callable
     cases: Callable[..., Iterator[Case]]
     control: Callable[..., Case]
-    problem: Callable[[Case], dispatch.Problem]
+    problem: Callable[[Case], "dispatch.Problem | structured.StructuredProblem"]
 
 
 def _lowrank_problem(case: Case) -> dispatch.Problem:
@@ -51,12 +60,31 @@ def _lowrank_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, de
     return make_case(op, 67, 96, 80, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
 
 
-# An op takes part by being listed here.
+def _structured_problem(case: Case) -> structured.StructuredProblem:
+    t, dropout = case.tensors, case.options.get("dropout_p", 0.0) > 0
+    first, second = (t.get(name) for name in STRUCTURES[case.op].names)
+    second = second[1:] if case.op == "toeplitz" else second
+    transposed = case.options.get("transposed", False)
+    return structured.problem_of(case.op, t["x"], first, second, case.outputs, dropout, transposed)
+
+
+def _structured_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
+    sizes = {"toeplitz": (80, 96), "kronecker": (8, 12, 10, 8), "ldr": (2, 96)}.get(op, (96,))
+    return make_structured(op, 67, *sizes, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+
+
+def _structured_check(op: str) -> OpCheck:
+    fn, reference = (getattr(structured, name) for name in (op, f"{op}_reference"))
+    return OpCheck(fn, reference, structured_cases, _structured_control, _structured_problem)
+
+
+# An op takes part by being listed here; the structured ones are, once they are in STRUCTURES.
 OPS = {
     "lowrank_linear": OpCheck(
         lowrank_linear, lowrank_linear_reference, _lowrank_cases, _lowrank_control, _lowrank_problem
     ),
     "lowrank": OpCheck(lowrank, lowrank_reference, _lowrank_cases, _lowrank_control, _lowrank_problem),
+    **{op: _structured_check(op) for op in STRUCTURES},
 }
 
 
@@ -68,10 +96,13 @@ class Path:
     backend: str
     native: bool
 
-    def why_not(self, problem: dispatch.Problem) -> list[str]:
+    def why_not(self, problem: "dispatch.Problem | structured.StructuredProblem") -> list[str]:
         reasons = dispatch.why_not(self.backend, problem)
-        if self.backend == "torch" and self.native and native.module is None:
-            reasons.append(f"C++ extension: {native.why_missing}")
+        if self.backend == "torch" and self.native:
+            if native.module is None:
+                reasons.append(f"C++ extension: {native.why_missing}")
+            elif not problem.has_native_node("torch"):
+                reasons.append("this map has no C++ node")
         return reasons
 
     def forced(self) -> AbstractContextManager:

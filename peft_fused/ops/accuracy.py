@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cases import Case
+from .structured.engine import STRUCTURES
 
 FACTOR = 2.0
 DRAWS = 4
@@ -70,7 +71,7 @@ def compare(fn: Callable, reference: Callable, case: Case) -> list[Verdict]:
     Several upstream gradients are drawn and judged together: for a vector of r numbers one draw is a coin toss.
     """
     x = case.tensors["x"]
-    shape = (*x.shape[:-1], case.tensors["B"].shape[-2])
+    shape = (*x.shape[:-1], case.outputs)
     generator = torch.Generator().manual_seed(99)
     dys = [torch.randn(shape, generator=generator).to(x) for _ in range(DRAWS)]
     exact = case.to(torch.float64)
@@ -82,9 +83,13 @@ def compare(fn: Callable, reference: Callable, case: Case) -> list[Verdict]:
 
 def mutations(case: Case) -> dict[str, Case]:
     """The same call with a typical defect: judged against the sound one, each must fail."""
-    scale, r = case.options["scale"], case.tensors["A"].shape[-2]
-    found = {"scale x 1.02": replace(case, options={**case.options, "scale": scale * 1.02})}
-    if r > 1 and case.options.get("rank") is None:
+    found = {"scale x 1.02": replace(case, options={**case.options, "scale": case.options["scale"] * 1.02})}
+    if case.op in STRUCTURES:
+        name = STRUCTURES[case.op].names[0]
+        wrong = case.tensors[name].detach().clone()
+        wrong.view(-1)[0] = 0
+        found["one entry zeroed"] = replace(case, tensors=case.tensors | {name: wrong.requires_grad_()})
+    elif (r := case.tensors["A"].shape[-2]) > 1 and case.options.get("rank") is None:
         found["one rank dropped"] = replace(case, options={**case.options, "rank": r - 1})
     return found
 

@@ -3,6 +3,7 @@
 from ...ops import flops as flops  # PEFT has imported Triton by now, if it is there
 from .dylora import DyLoraConfig, DyLoraModel
 from .export import export_lora
+from .surm import SurmConfig, SurmModel
 from .tuner import FusedPeftType
 
-__all__ = ["DyLoraConfig", "DyLoraModel", "FusedPeftType", "export_lora"]
+__all__ = ["DyLoraConfig", "DyLoraModel", "FusedPeftType", "SurmConfig", "SurmModel", "export_lora"]

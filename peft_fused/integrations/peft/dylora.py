@@ -1,23 +1,23 @@
 """DyLoRA as a PEFT method: `get_peft_model(model, DyLoraConfig(...))`."""
 
-import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ...layers.checks import check_alpha, check_choice, check_dropout, check_flag, check_rank
+from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
-from .loading import awaits_checkpoint, checkpoint_keys, remember_checkpoint
+from .config import FusedConfig
+from .loading import awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
 
 @dataclass
-class DyLoraConfig(PeftConfig):
+class DyLoraConfig(FusedConfig):
     """Configuration of DyLoRA (Valipour et al. 2023), eq. 5-7: y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x).
 
     The rank b is drawn per step by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, and set for evaluation,
@@ -26,36 +26,15 @@ class DyLoraConfig(PeftConfig):
     uses at most its own r. Raises TypeError or ValueError naming the field, the value and what is allowed.
     """
 
+    fused_type: ClassVar = FusedPeftType.DYLORA
+
     r: int = field(default=8, metadata={"help": "Largest rank, 1..256. Every rank from r_min to r is trained."})
     lora_alpha: float = field(
         default=16, metadata={"help": "Scale: lora_alpha / b at rank b, in training and in evaluation."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules not to adapt: names or a regular expression."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save whole, such as a classifier."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, with layers_to_transform."}
-    )
-    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'dylora_only'."})
     rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Largest rank by module name."})
     alpha_pattern: dict | None = field(default_factory=dict, metadata={"help": "lora_alpha by module name."})
-    init_weights: bool = field(default=True, metadata={"help": "True: B is zero. False: B is random too, for tests."})
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "As in LoraConfig; how a weight is stored is seen from its layer."}
-    )
-    trainable_token_indices: list[int] | dict | None = field(
-        default=None, metadata={"help": "Not supported: must be None."}
-    )
     r_min: int = field(default=1, metadata={"help": "Least rank drawn."})
     rank_distribution: str = field(
         default="uniform", metadata={"help": "Distribution of the rank: 'uniform' or 'geometric'."}
@@ -74,20 +53,9 @@ class DyLoraConfig(PeftConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.peft_type = FusedPeftType.DYLORA
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
-        check_choice("bias", self.bias, ("none", "all", "dylora_only"))
-        check_flag("init_weights", self.init_weights)
-        check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        if self.trainable_token_indices is not None:
-            raise ValueError("trainable_token_indices must be None: DyLoRA does not support it; use modules_to_save")
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(f"{name} must be None when target_modules is a str")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name) or {}, dict):
                 raise TypeError(f"{name} must be a dict or None, got {type(getattr(self, name)).__name__}")
@@ -97,9 +65,6 @@ class DyLoraConfig(PeftConfig):
         for name, alpha in self.alpha_pattern.items():
             check_alpha(f"alpha_pattern[{name!r}]", alpha)
         self.policy().check_r(min([self.r, *self.rank_pattern.values()]))
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
 
     def policy(self) -> RankPolicy:
         return RankPolicy(
@@ -112,14 +77,6 @@ class DyLoraConfig(PeftConfig):
             self.seed,
         )
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """As PeftConfig.from_pretrained; ValueError if the weights beside it are missing, cut short or damaged."""
-        keys = checkpoint_keys(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        remember_checkpoint(config, keys)
-        return config
-
 
 class DyLoraLinear(FusedLayer):
     """A linear layer with DyLoRA adapters: dylora_A [r, K] and dylora_B [N, r], used up to the rank set from
@@ -128,6 +85,7 @@ class DyLoraLinear(FusedLayer):
 
     adapter_layer_names = ("dylora_A", "dylora_B")
     other_param_names = ("dylora_ranks", "dylora_dropout")
+    linear_op = "lowrank_linear"
 
     def update_layer(
         self,
@@ -155,6 +113,12 @@ class DyLoraLinear(FusedLayer):
             RankMember(state, self.dylora_A[name].weight, self.dylora_B[name].weight, name in self.merged_adapters)
             for name, state in self.dylora_ranks.items()
         ]
+
+    def factor(self, adapter_name: str) -> torch.Tensor:
+        return self.dylora_A[adapter_name].weight
+
+    def delta_path(self, adapter_name: str) -> str:
+        return "lowrank added to it"
 
     def is_untouched(self, adapter_name: str) -> bool:
         """Whether the adapter is as it was made, and so changes nothing."""

@@ -1,7 +1,7 @@
 """What all our PEFT tuners share: registration, target checks, the forward pass, exact merging, strict loading.
 
-A method adds a config, a layer with `update_layer`, `fused_linear`, `add_delta` and `dense_delta`, and a tuner that
-names them; see `dylora.py`.
+A method adds a config on the base class in `config.py`, a layer with `update_layer`, `add_delta`, `dense_delta` and
+perhaps `fused_linear`, and a tuner that names them; see `dylora.py` and `surm.py`.
 """
 
 import copy
@@ -39,6 +39,7 @@ class FusedPeftType(str, Enum):
     """Our members of PEFT's mappings. PEFT compares types as strings, so its own closed enum need not be changed."""
 
     DYLORA = "DYLORA"
+    SURM = "SURM"
 
 
 def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> None:
@@ -111,15 +112,20 @@ def reasons_opaque(base: nn.Module) -> list[str]:
 
 class FusedLayer(nn.Module, BaseTunerLayer):
     """A linear layer with our adapters. Subclasses name their containers, which become ModuleDicts keyed by adapter
-    name, in `adapter_layer_names` (the first one holds a leaf with a `weight`) and `other_param_names`, and define:
+    name, in `adapter_layer_names` and `other_param_names`, and define:
 
     update_layer(adapter_name, **options): creates and initialises an adapter.
-    fused_linear(adapter_name, x, weight, bias): base and adapter in one op; weight as [N, K].
-    add_delta(adapter_name, x, result): result plus the adapter's contribution.
+    factor(adapter_name): one of the adapter's parameters, whose dtype and device all share.
+    linear_op, fused_linear(adapter_name, x, weight, bias): base and adapter in one op, and its name; weight as [N, K].
+        None if there is no such op: then the base layer is called, and `add_delta`.
+    add_delta(adapter_name, x, result): result plus the adapter's contribution; the contribution alone for None.
+    delta_path(adapter_name): what `add_delta` runs, as the end of "base layer, then ...".
     dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
     problem(adapter_name, x, has_weight): what the op of `fused_linear` (has_weight) or `add_delta` is given.
     is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
     """
+
+    linear_op: str | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
         super().__init__()
@@ -154,7 +160,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return self.base_layer(x, *args, **kwargs)
         base = self.base_layer
-        if args or kwargs or self.reasons_against_linear(names[0]):
+        if args or kwargs or self.linear_op is None or self.reasons_against_linear(names[0]):
             result = base(x, *args, **kwargs)
         else:
             weight = base.weight.t() if self.transposed else base.weight
@@ -162,9 +168,6 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         for name in names:
             result = self._add(name, x, result)
         return result
-
-    def _factor(self, adapter_name: str) -> torch.Tensor:
-        return getattr(self, self.adapter_layer_names[0])[adapter_name].weight
 
     def reasons_against_linear(self, adapter_name: str) -> list[str]:
         """Why the base layer and this adapter cannot run as one op; empty if they can."""
@@ -175,7 +178,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
 
     def _mixes(self, adapter_name: str, dtype: torch.dtype) -> bool:
         """Whether the ops combine this adapter with inputs of a dtype: it is the same one, or fp32 beside a half."""
-        factor = self._factor(adapter_name).dtype
+        factor = self.factor(adapter_name).dtype
         return factor == dtype or (factor == torch.float32 and dtype.itemsize == 2)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
@@ -184,7 +187,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             return self.add_delta(name, x, result)
         # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
         if not self._mixes(name, x.dtype):
-            x = x.to(self._factor(name).dtype)
+            x = x.to(self.factor(name).dtype)
         return (result + self.add_delta(name, x, None)).to(result.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -242,11 +245,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         """(path of a forward call, reasons against the fully fused one); see `peft_fused.explain`."""
         if self.disable_adapters or self.merged or not self.adapters_in_use():
             state = "disabled" if self.disable_adapters else "merged" if self.merged else "not active in this layer"
-            return "base layer", [f"lowrank_linear: the adapters are {state}"]
-        reasons = self.reasons_against_linear(self.adapters_in_use()[0])
-        if reasons:
-            return "base layer, then lowrank added to it", [f"lowrank_linear: {reason}" for reason in reasons]
-        return "lowrank_linear", []
+            return "base layer", [f"{self.linear_op or 'adapter op'}: the adapters are {state}"]
+        name = self.adapters_in_use()[0]
+        reasons = [] if self.linear_op is None else self.reasons_against_linear(name)
+        if self.linear_op is None or reasons:
+            path = f"base layer, then {self.delta_path(name)}"
+            return path, [f"{self.linear_op}: {reason}" for reason in reasons]
+        return self.linear_op, []
 
     def op_problem(self, rows: int) -> Problem | None:
         """What the first op of a forward pass on x [rows, K] is given; None if there is none."""
@@ -255,8 +260,9 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             return None
         weight = self.get_base_layer().weight
         dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantised weight does not tell
-        x = torch.empty(1, self.in_features, device=self._factor(names[0]).device, dtype=dtype).expand(rows, -1)
-        return self.problem(names[0], x, not self.reasons_against_linear(names[0]))
+        x = torch.empty(1, self.in_features, device=self.factor(names[0]).device, dtype=dtype).expand(rows, -1)
+        has_weight = self.linear_op is not None and not self.reasons_against_linear(names[0])
+        return self.problem(names[0], x, has_weight)
 
 
 class FusedTuner(BaseTuner):
@@ -293,12 +299,16 @@ class FusedTuner(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         options = self.layer_options(peft_config, current_key)
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, **options)
-            return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        check_target(base, current_key)
-        layer = self.tuner_layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+        wrapped = isinstance(target, self.tuner_layer_cls)
+        if not wrapped:
+            check_target(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, current_key)
+        try:
+            if wrapped:
+                target.update_layer(adapter_name, **options)
+                return
+            layer = self.tuner_layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+        except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
+            raise ValueError(f"target module {current_key!r}: {error}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

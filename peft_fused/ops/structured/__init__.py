@@ -10,7 +10,7 @@ from .engine import problem_of
 from .kronecker import kronecker, kronecker_reference
 from .ldr import ldr, ldr_reference
 from .plan import StructuredPlan, StructuredProblem, plan
-from .toeplitz import toeplitz, toeplitz_product, toeplitz_product_reference, toeplitz_reference
+from .toeplitz import toeplitz, toeplitz_product, toeplitz_product_reference, toeplitz_reference, toeplitz_tail
 
 __all__ = [
     "StructuredPlan",
@@ -30,6 +30,7 @@ __all__ = [
     "toeplitz_product",
     "toeplitz_product_reference",
     "toeplitz_reference",
+    "toeplitz_tail",
 ]
 
 

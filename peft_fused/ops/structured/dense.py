@@ -38,7 +38,7 @@ def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Ten
     return made
 
 
-def _work_dtype(x, p):
+def work_dtype(x, p):
     """On a CPU the dtype of the parameters, at least fp32; on a GPU x's own, whose GEMM runs on tensor cores."""
     return x.dtype if x.is_cuda else torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
 
@@ -49,7 +49,7 @@ def _product(a, b, product):
 
 def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed, product) -> torch.Tensor:
     """y [m, n] in x2's type. product: fp32 matrix product to use on a CPU."""
-    k, dtype = x2.shape[1], _work_dtype(x2, p)
+    k, dtype = x2.shape[1], work_dtype(x2, p)
     M = matrix(kind, p, q, *((k, n) if transposed else (n, k)), dtype)
     xd = load(x2, dtype, seed, threshold)
     right = M if transposed else M.t()
@@ -67,7 +67,7 @@ def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, 
     """Gradients (dx, dp, dq). correlate(): the gradients of the vectors alone by FFT, for a GPU's 16-bit types, whose
     GEMM would round the gradient of the matrix before it is summed along the diagonals."""
     need_x, need_p, need_q = needs
-    n, dtype = dy2.shape[1], _work_dtype(dy2, p)
+    n, dtype = dy2.shape[1], work_dtype(dy2, p)
     gd = dy2.to(dtype)
     if not (isinstance(scale, float) and scale == 1.0):
         gd = gd * scale

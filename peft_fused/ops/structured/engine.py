@@ -29,10 +29,6 @@ from ..lowrank_torch import product, rows, unflatten
 from . import dense, fft, gemm, kernels, maps
 from .plan import StructuredProblem
 
-# Kinds that csrc/autograd/structured.cpp takes.
-NATIVE_KINDS = ("circulant", "toeplitz", "kronecker")
-
-
 @dataclass(frozen=True)
 class Structure:
     """One kind of map. names: of its parameters, q's None where it has none or it is optional. plain(x, p, q, n): the
@@ -48,15 +44,6 @@ STRUCTURES: dict[str, Structure] = {}
 
 def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * M drop(x), or M^T, on parameters whose shapes fit: [..., K] -> [..., n] in x's dtype."""
-    compiling = torch.compiler.is_compiling()
-    if dispatch.state.native_serves and not compiling and kind in NATIVE_KINDS:
-        # None says that something is unusual: bad arguments, autocast, a tensor subclass, a dispatch mode, another
-        # backend. The checks and the choice are made below, once, in Python.
-        y = native.module.structured(
-            kind, x, p, q, add, n, scale, dropout_p, seed, transposed, dispatch.state.backend
-        )
-        if y is not None:
-            return y
     _check(STRUCTURES[kind].names, x, p, q, add, n, scale, dropout_p, seed, transposed)
     if autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -71,8 +58,14 @@ def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
     threshold = dropout_threshold(dropout_p)
     seed = seed_tensor(seed, x.device) if threshold else None
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
-    traced = compiling or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
-    backend = (dispatch.forced() or "auto") if traced else dispatch.choose(problem_of(kind, x, p, q, n, threshold > 0, transposed))
+    traced = torch.compiler.is_compiling() or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
+    if traced:
+        backend = dispatch.forced() or "auto"
+    else:
+        problem = problem_of(kind, x, p, q, n, threshold > 0, transposed)
+        backend = dispatch.choose(problem)
+        if backend in ("torch", "cuda") and dispatch.native_allowed() and problem.has_native_node(backend):
+            return _native(problem, backend, x, p, q, add, scale, threshold, seed)
     if backend == "reference":
         return reference(
             kind, x, p, q, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
@@ -85,6 +78,19 @@ def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
     if traced:
         return torch.ops.peft_fused.structured_fwd(x, p, q, add, *flat)
     return _Structured.apply(x, p, q, add, *flat)
+
+
+def _native(problem, backend, x, p, q, add, scale, threshold, seed):
+    """The op in the C++ node."""
+    method, length = problem.plan.method, problem.plan.length
+    if backend == "cuda" and method != "gemm":
+        method, length = "fft", problem.lengths.cuda
+    matrix = None
+    if method == "dense":
+        matrix = dense.matrix(problem.kind, p, q, problem.n, problem.k, dense.work_dtype(x, p))
+    return native.module.structured(
+        problem.kind, method, x, p, q, add, problem.n, length, scale, threshold, seed, matrix
+    )  # fmt: skip
 
 
 def reference(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):

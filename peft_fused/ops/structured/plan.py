@@ -95,6 +95,8 @@ class StructuredProblem:
 
     def limits(self, backend: str) -> list[str]:
         """What keeps the kernels of a backend from this problem, whatever the machine."""
+        if backend == "cuda" and self.transposed:
+            return ["a transposed map has no C++ node"]
         if self.kind == "kronecker":
             return kronecker_plan.limits(*self.sizes) if backend == "triton" else []
         if self.blocks:
@@ -103,8 +105,6 @@ class StructuredProblem:
             return _too_long(self.lengths.triton, fft_plan.MAX_LENGTH)
         if self.kind not in ("circulant", "toeplitz"):
             return [f"{self.kind} has no CUDA C++ kernel"]
-        if self.transposed:
-            return ["a transposed map has no C++ node"]
         return _too_long(self.lengths.cuda, MAX_CUDA_LENGTH)
 
     def preference(self, launch_bound: float) -> tuple[str, ...]:
@@ -117,9 +117,9 @@ class StructuredProblem:
         return ("triton", "cuda", "torch")
 
     def has_native_node(self, backend: str) -> bool:
-        return backend in ("torch", "cuda") and self.kind in ("circulant", "toeplitz", "kronecker") and not (
-            self.blocks or self.transposed
-        )  # fmt: skip
+        if self.kind not in ("circulant", "toeplitz", "kronecker") or self.blocks or self.transposed:
+            return False
+        return backend == "cuda" or (backend == "torch" and self.device == "cpu")
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""

@@ -1,0 +1,85 @@
+#include "common.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "../dropout.h"
+
+namespace peft_fused {
+
+using at::Tensor;
+
+namespace {
+// Elements of a block of rows: few enough for a CPU's caches, enough to split over its cores or fill a GPU.
+constexpr int64_t kBlockElementsCpu = 1 << 20;
+constexpr int64_t kBlockElementsGpu = 1 << 24;
+}  // namespace
+
+Settings& settings() {
+  static Settings settings;
+  return settings;
+}
+
+bool plain(const Tensor& t) {
+  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized() &&
+         !t.is_nested();
+}
+
+Tensor rows_of(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});
+}
+
+Tensor unflatten(const Tensor& y, const Tensor& x) {
+  if (x.dim() == 2) return y;
+  auto shape = x.sizes().vec();
+  shape.back() = y.size(1);
+  return at::_unsafe_view(y, shape);
+}
+
+Blocks::Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), step(rows), count(1) {
+  if (!blocked || rows == 0) return;
+  step = std::max<int64_t>(1, (x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu) / std::max<int64_t>(1, columns));
+  count = (rows + step - 1) / step;
+}
+
+Tensor Blocks::of(const Tensor& t, int64_t i) const {
+  return whole() || !t.defined() ? t : t.narrow(0, i * step, std::min(step, rows - i * step));
+}
+
+Tensor Blocks::load(const Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold, const Tensor& seed) const {
+  const Tensor block = of(x2, i).to(type);
+  return threshold > 0 ? drop(block, seed, threshold, i * step) : block;
+}
+
+// Another layout of b than a dense one would run oneDNN's reference code, thousands of times slower.
+bool uses_onednn(const Tensor& a, const Tensor& b) {
+  const auto& s = settings();
+  return s.onednn && a.is_cpu() && a.scalar_type() == at::kFloat && at::globalContext().userEnabledMkldnn() &&
+         a.numel() * b.size(1) >= s.onednn_least && (b.is_contiguous() || b.t().is_contiguous());
+}
+
+Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias) {
+  using Signature = Tensor(const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view,
+                           c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
+  return op.call(x2, weight, optional(bias), "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// oneDNN adds up in one chain where BLAS takes partial sums: for a product of the adapter it serves short sums only,
+// which keeps the error BLAS has. The base product is worth more than that.
+Tensor product(const Tensor& a, const Tensor& b, double alpha) {
+  if (a.size(1) <= kMaxRank && uses_onednn(a, b)) {
+    const bool scale_a = alpha != 1 && a.numel() < b.numel(), scale_b = alpha != 1 && !scale_a;
+    return onednn_linear(scale_a ? a * alpha : a, (scale_b ? b * alpha : b).t(), Tensor());
+  }
+  if (alpha == 1) return a.mm(b);
+  Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
+  return out.addmm_(a, b, /*beta=*/0, alpha);
+}
+
+void accumulate(Tensor& sum, const Tensor& part) { sum.defined() ? sum.add_(part) : sum = part; }
+
+std::optional<Tensor> optional(const Tensor& t) { return t.defined() ? std::optional<Tensor>(t) : std::nullopt; }
+
+}  // namespace peft_fused

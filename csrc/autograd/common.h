@@ -1,0 +1,67 @@
+// What the autograd nodes share: which tensors they take, work on blocks of rows, and the choice of a matrix product.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+
+namespace peft_fused {
+
+// A runtime value of an op: a number, or a 0-d tensor.
+struct Control {
+  at::Tensor tensor;
+  double number = 0;
+};
+
+// What Python's dispatch knows about this machine and tells once.
+struct Settings {
+  bool onednn = false;       // fp32 base products go to oneDNN
+  int64_t onednn_least = 0;  // from this many multiply-adds on
+  double launch_bound = 0;   // on CUDA, without a forced backend, lowrank only below this many multiply-adds
+};
+Settings& settings();
+
+constexpr int64_t kMaxRank = 256;
+
+// An ordinary dense tensor, no subclass.
+bool plain(const at::Tensor& t);
+
+// A node differentiates as a whole: its pieces skip autograd's dispatch, and autocast, which may surround backward.
+struct BelowAutograd {
+  const at::AutoDispatchBelowADInplaceOrView autograd;
+  const c10::impl::ExcludeDispatchKeyGuard autocast{c10::autocast_dispatch_keyset};
+};
+
+// [..., K] -> [M, K]
+at::Tensor rows_of(const at::Tensor& t);
+
+// y [M, N] in the leading dimensions of x. No view: an output of a node may be written in place later.
+at::Tensor unflatten(const at::Tensor& y, const at::Tensor& x);
+
+// Rows are worked on in blocks where something is made of them that is not to exist as a whole: x converted or dropped
+// out, a spectrum.
+struct Blocks {
+  int64_t rows, step, count;
+
+  Blocks(const at::Tensor& x2, int64_t columns, bool blocked);
+  bool whole() const { return count == 1; }
+  at::Tensor of(const at::Tensor& t, int64_t i) const;
+  // Row block i of x2, converted and, with a threshold, dropped out.
+  at::Tensor load(const at::Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold, const at::Tensor& seed) const;
+};
+
+// Whether a b, with b [k, n], goes to oneDNN.
+bool uses_onednn(const at::Tensor& a, const at::Tensor& b);
+
+// x2 weight^T + bias by oneDNN.
+at::Tensor onednn_linear(const at::Tensor& x2, const at::Tensor& weight, const at::Tensor& bias);
+
+// alpha * a b, a product of the adapter.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b, double alpha);
+
+// sum += part, begun by the first part.
+void accumulate(at::Tensor& sum, const at::Tensor& part);
+
+// Autograd takes an absent tensor as an empty optional, not as an undefined tensor.
+std::optional<at::Tensor> optional(const at::Tensor& t);
+
+}  // namespace peft_fused

@@ -1,0 +1,367 @@
+// FFT convolution and correlation of pairs of real rows, one complex row per team of threads.
+//
+// Everything is written as phases: what each thread of the team does between two barriers. On the device a Team is a
+// block, each thread runs its own part of a phase and a barrier follows; on the host one thread runs the parts of all
+// in turn, so that the same arithmetic, index maps and division of work are tested without a GPU.
+//
+// The transform is Stockham's autosort: natural order in and out, no bit reversal. Each thread keeps its butterflies in
+// registers between reading and writing, so that one buffer holds the row: half the shared memory of the usual two, for
+// one barrier more per pass. There are as many threads as make one radix-8 butterfly each.
+//
+// Two real rows x0, x1 travel as z = x0 + i x1. A real kernel maps re to re and im to im, so nothing is ever taken
+// apart. An inverse transform is conj(FFT(conj(.))) / length; the last conj and the division happen on the way out.
+#pragma once
+#include "fft_plan.h"
+#include "rows.h"
+
+#ifdef __CUDACC__
+#define PEFT_FUSED_TEAM __device__ __forceinline__
+#else
+#include <vector>
+#define PEFT_FUSED_TEAM inline
+#endif
+
+namespace peft_fused {
+
+static_assert(kFftPoints == kVector, "a thread loads its points as one block of rows.h");
+
+struct alignas(8) Complex {
+  float re, im;
+};
+
+PEFT_FUSED_HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+PEFT_FUSED_HD Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+PEFT_FUSED_HD Complex operator*(float s, Complex a) { return {s * a.re, s * a.im}; }
+PEFT_FUSED_HD Complex operator*(Complex a, Complex b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+PEFT_FUSED_HD Complex conj(Complex a) { return {a.re, -a.im}; }
+PEFT_FUSED_HD Complex minus_i(Complex a) { return {a.im, -a.re}; }  // -i a
+
+// From a table that no kernel writes.
+PEFT_FUSED_HD Complex read_table(const Complex* p) {
+#ifdef __CUDA_ARCH__
+  const float2 v = __ldg(reinterpret_cast<const float2*>(p));
+  return {v.x, v.y};
+#else
+  return *p;
+#endif
+}
+
+// Forward transforms of R points in place, natural order in and out.
+PEFT_FUSED_HD void butterfly(Complex (&v)[2]) {
+  const Complex a = v[0], b = v[1];
+  v[0] = a + b;
+  v[1] = a - b;
+}
+
+PEFT_FUSED_HD void butterfly(Complex (&v)[3]) {
+  constexpr float sin60 = 0.866025403784438647f;
+  const Complex sum = v[1] + v[2], turned = sin60 * minus_i(v[1] - v[2]), middle = v[0] - 0.5f * sum;
+  v[0] = v[0] + sum;
+  v[1] = middle + turned;
+  v[2] = middle - turned;
+}
+
+PEFT_FUSED_HD void butterfly(Complex (&v)[4]) {
+  const Complex a = v[0] + v[2], b = v[0] - v[2], c = v[1] + v[3], d = minus_i(v[1] - v[3]);
+  v[0] = a + c;
+  v[1] = b + d;
+  v[2] = a - c;
+  v[3] = b - d;
+}
+
+PEFT_FUSED_HD void butterfly(Complex (&v)[5]) {
+  constexpr float cos72 = 0.309016994374947424f, cos144 = -0.809016994374947424f;
+  constexpr float sin72 = 0.951056516295153572f, sin144 = 0.587785252292473129f;
+  const Complex outer = v[1] + v[4], inner = v[2] + v[3];
+  const Complex outer_i = minus_i(v[1] - v[4]), inner_i = minus_i(v[2] - v[3]);
+  const Complex even1 = v[0] + cos72 * outer + cos144 * inner, even2 = v[0] + cos144 * outer + cos72 * inner;
+  const Complex odd1 = sin72 * outer_i + sin144 * inner_i, odd2 = sin144 * outer_i - sin72 * inner_i;
+  v[0] = v[0] + outer + inner;
+  v[1] = even1 + odd1;
+  v[2] = even2 + odd2;
+  v[3] = even2 - odd2;
+  v[4] = even1 - odd1;
+}
+
+PEFT_FUSED_HD void butterfly(Complex (&v)[8]) {
+  constexpr float sin45 = 0.707106781186547524f;
+  Complex even[4] = {v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]};
+  const Complex d1 = v[1] - v[5], d3 = v[3] - v[7];
+  Complex odd[4] = {v[0] - v[4], sin45 * (d1 + minus_i(d1)), minus_i(v[2] - v[6]), sin45 * (minus_i(d3) - d3)};
+  butterfly(even);
+  butterfly(odd);
+  PEFT_FUSED_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = even[i];
+    v[2 * i + 1] = odd[i];
+  }
+}
+
+// Where point i lies in the buffer. Of the accesses of one half warp (64-bit ones are served by halves) no two meet in
+// a bank, be their stride 1 (reads), 8 (rows in and out, first pass) or runs of 8 at stride 64 (second pass); odd
+// radices and lengths keep a few conflicts. A map within blocks of 16, of which fft_buffer is a multiple.
+PEFT_FUSED_HD int place(int i) { return i ^ ((i >> 3) & 15); }
+
+// index / span by the reciprocal of the plan.
+PEFT_FUSED_HD int fft_quotient(int index, uint32_t reciprocal) {
+  return static_cast<int>((static_cast<uint64_t>(index) * reciprocal) >> 31);
+}
+
+// Butterflies of radix R that a thread may have to do in one pass.
+constexpr int fft_turns(int radix) { return (kFftPoints + radix - 1) / radix; }
+
+// What a thread keeps from one phase to the next: its butterflies, of which radix 5 has the most points.
+struct Registers {
+  Complex held[fft_turns(5) * 5];
+};
+
+#ifdef __CUDACC__
+class Team {
+ public:
+  PEFT_FUSED_TEAM int size() const { return static_cast<int>(blockDim.x); }
+  template <typename Phase>
+  PEFT_FUSED_TEAM void run(const Phase& phase) {
+    int thread = static_cast<int>(threadIdx.x);
+    // Hides that all phases see the same number: their addresses would be computed once for all and fill registers.
+    asm volatile("" : "+r"(thread));
+    phase(thread, registers_);
+    __syncthreads();
+  }
+
+ private:
+  Registers registers_;
+};
+#else
+class Team {
+ public:
+  explicit Team(int size) : registers_(size) {}
+  int size() const { return static_cast<int>(registers_.size()); }
+  template <typename Phase>
+  void run(const Phase& phase) {
+    for (int thread = 0; thread < size(); ++thread) phase(thread, registers_[thread]);
+  }
+
+ private:
+  std::vector<Registers> registers_;
+};
+#endif
+
+// One pass over z. read(i) is point i of the row before the first pass.
+template <int R, typename Read>
+PEFT_FUSED_TEAM void run_pass(Team& team, int length, const FftPass& pass, const Complex* twiddles, Complex* z,
+                              const Read& read) {
+  const int butterflies = length / R, span = pass.span;
+  team.run([&](int thread, Registers& own) {
+    PEFT_FUSED_UNROLL
+    for (int turn = 0; turn < fft_turns(R); ++turn) {
+      const int j = thread + turn * team.size();
+      if (j >= butterflies) continue;
+      Complex v[R];
+      if (span == 1) {
+        PEFT_FUSED_UNROLL
+        for (int r = 0; r < R; ++r) v[r] = read(j + r * butterflies);
+      } else {
+        const Complex* w = twiddles + (j - fft_quotient(j, pass.reciprocal) * span);
+        v[0] = z[place(j)];
+        PEFT_FUSED_UNROLL
+        for (int r = 1; r < R; ++r) v[r] = read_table(w + span * r) * z[place(j + r * butterflies)];
+      }
+      butterfly(v);
+      PEFT_FUSED_UNROLL
+      for (int r = 0; r < R; ++r) own.held[turn * R + r] = v[r];
+    }
+  });
+  team.run([&](int thread, Registers& own) {
+    PEFT_FUSED_UNROLL
+    for (int turn = 0; turn < fft_turns(R); ++turn) {
+      const int j = thread + turn * team.size();
+      if (j >= butterflies) continue;
+      const int first = j + fft_quotient(j, pass.reciprocal) * span * (R - 1);
+      PEFT_FUSED_UNROLL
+      for (int r = 0; r < R; ++r) z[place(first + r * span)] = own.held[turn * R + r];
+    }
+  });
+}
+
+struct FftTables {
+  const FftPlan& plan;
+  const Complex* twiddles;
+  const Complex* spectrum;
+};
+
+// z = FFT(read(0), read(1), ...); read may read z, each point being read before any is written.
+template <typename Read>
+PEFT_FUSED_TEAM void transform(Team& team, const FftTables& tables, Complex* z, const Read& read) {
+  const FftPlan& plan = tables.plan;
+  for (int i = 0; i < plan.count; ++i) {
+    const FftPass& pass = plan.passes[i];
+    switch (pass.radix) {
+      case 8: run_pass<8>(team, plan.length, pass, tables.twiddles, z, read); break;
+      case 5: run_pass<5>(team, plan.length, pass, tables.twiddles, z, read); break;
+      case 4: run_pass<4>(team, plan.length, pass, tables.twiddles, z, read); break;
+      case 3: run_pass<3>(team, plan.length, pass, tables.twiddles, z, read); break;
+      default: run_pass<2>(team, plan.length, pass, tables.twiddles, z, read);
+    }
+  }
+  // A row of one point is its own transform.
+  if (plan.count == 0) team.run([&](int thread, Registers&) { if (thread == 0) z[0] = read(0); });
+}
+
+PEFT_FUSED_TEAM void forward(Team& team, const FftTables& tables, Complex* z) {
+  transform(team, tables, z, [&](int i) { return z[place(i)]; });
+}
+
+// z = length * conj(IFFT(spectrum . z)), or with the spectrum's conjugate.
+PEFT_FUSED_TEAM void multiply_and_return(Team& team, const FftTables& tables, bool conjugate, Complex* z) {
+  transform(team, tables, z, [&](int i) {
+    const Complex k = read_table(tables.spectrum + i);
+    return conj((conjugate ? conj(k) : k) * z[place(i)]);
+  });
+}
+
+// The two rows of a pair, kVector columns of each.
+struct PairBlock {
+  float row[2][kVector];
+};
+
+// z = the pair that load(column, block) brings.
+template <typename Load>
+PEFT_FUSED_TEAM void take_pair(Team& team, int length, Complex* z, const Load& load) {
+  team.run([&](int thread, Registers&) {
+    const int column = thread * kVector;
+    if (column >= length) return;
+    PairBlock block;
+    load(column, block);
+    PEFT_FUSED_UNROLL
+    for (int j = 0; j < kVector; ++j) z[place(column + j)] = {block.row[0][j], block.row[1][j]};
+  });
+}
+
+// store(column, block) of factor * conj(z).
+template <typename Store>
+PEFT_FUSED_TEAM void give_pair(Team& team, int length, float factor, const Complex* z, const Store& store) {
+  team.run([&](int thread, Registers&) {
+    const int column = thread * kVector;
+    if (column >= length) return;
+    PairBlock block;
+    PEFT_FUSED_UNROLL
+    for (int j = 0; j < kVector; ++j) {
+      const Complex point = factor * conj(z[place(column + j)]);
+      block.row[0][j] = point.re;
+      block.row[1][j] = point.im;
+    }
+    store(column, block);
+  });
+}
+
+// One pair of rows of fft_convolve (fft.h).
+template <typename Load, typename Store>
+PEFT_FUSED_TEAM void convolve_pair(Team& team, const FftTables& tables, bool conjugate, float scale, Complex* z,
+                                   const Load& load, const Store& store) {
+  const int length = tables.plan.length;
+  take_pair(team, length, z, load);
+  forward(team, tables, z);
+  multiply_and_return(team, tables, conjugate, z);
+  give_pair(team, length, scale / static_cast<float>(length), z, store);
+}
+
+// The buffers of correlate_rows. FFT(x) waits in one for FFT(dy) in another. Of conj(FFT(x)) . FFT(dy) only that part
+// counts whose inverse transform is real, so that half a spectrum holds the sum: all three then fit a block of every
+// supported GPU at the longest length, where registers would spill with 1024 threads.
+struct CorrelateBuffers {
+  Complex *x, *dy, *sum;
+};
+
+PEFT_FUSED_HD CorrelateBuffers correlate_buffers(Complex* shared, int length) {
+  return {shared, shared + fft_buffer(length), shared + 2 * fft_buffer(length)};
+}
+
+// point(k) for those of the points 0 .. length / 2 that are this thread's.
+template <typename Point>
+PEFT_FUSED_TEAM void half_spectrum(const Team& team, int length, int thread, const Point& point) {
+  for (int k = thread; k < fft_half(length); k += team.size()) point(k);
+}
+
+// Rows begin .. end - 1, begin even, of fft_correlate (fft.h), into one partial sum.
+template <typename LoadX, typename LoadDy, typename StoreDx>
+PEFT_FUSED_TEAM void correlate_rows(Team& team, const FftTables& tables, bool conjugate, float scale, bool want_dx,
+                                    int64_t begin, int64_t end, const CorrelateBuffers& buffers, Complex* partial,
+                                    const LoadX& load_x, const LoadDy& load_dy, const StoreDx& store_dx) {
+  const int length = tables.plan.length;
+  Complex *const x = buffers.x, *const dy = buffers.dy, *const sum = buffers.sum;
+  team.run([&](int thread, Registers&) {
+    half_spectrum(team, length, thread, [&](int k) { sum[k] = {0.f, 0.f}; });
+  });
+  for (int64_t row = begin; row < end; row += 2) {
+    take_pair(team, length, x, [&](int column, PairBlock& block) { load_x(row, column, block); });
+    take_pair(team, length, dy, [&](int column, PairBlock& block) { load_dy(row, column, block); });
+    forward(team, tables, x);
+    forward(team, tables, dy);
+    team.run([&](int thread, Registers&) {
+      half_spectrum(team, length, thread, [&](int k) {
+        const int here = place(k), mirror = place(k == 0 ? 0 : length - k);
+        sum[k] = sum[k] + conj(x[here]) * dy[here] + x[mirror] * conj(dy[mirror]);
+      });
+    });
+    if (want_dx) {
+      multiply_and_return(team, tables, !conjugate, dy);
+      give_pair(team, length, scale / static_cast<float>(length), dy,
+                [&](int column, PairBlock& block) { store_dx(row, column, block); });
+    }
+  }
+  team.run([&](int thread, Registers&) {
+    half_spectrum(team, length, thread, [&](int k) { partial[k] = 0.5f * (conjugate ? conj(sum[k]) : sum[k]); });
+  });
+}
+
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, stride;  // stride of a row, unit column stride
+};
+
+struct Keep {
+  const int64_t* seed;  // null: keep everything
+  uint32_t threshold;
+  float scale;
+};
+
+PEFT_FUSED_HD void keep_pair(const Keep& keep, int64_t row, int column, PairBlock& block) {
+  if (!keep.seed) return;
+  PEFT_FUSED_UNROLL
+  for (int i = 0; i < 2; ++i)
+    apply_keep(block.row[i], static_cast<uint64_t>(*keep.seed), column, row + i, keep.threshold, keep.scale);
+}
+
+// Rows row and row + 1, zero where the matrix ends.
+template <typename T>
+PEFT_FUSED_HD void load_pair(const Matrix<const T>& m, int64_t row, int column, PairBlock& block) {
+  PEFT_FUSED_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const T* source = m.data + (row + i) * m.stride;
+    load_row(source, column, row + i < m.rows ? m.columns : 0, vector_aligned(source), block.row[i]);
+  }
+}
+
+// The same for writing, added to the rows of `add` where there are such.
+template <typename T>
+PEFT_FUSED_HD void store_pair(const Matrix<T>& m, const Matrix<const T>& add, int64_t row, int column,
+                              PairBlock& block) {
+  if (add.data) {
+    PairBlock base;
+    load_pair(add, row, column, base);
+    PEFT_FUSED_UNROLL
+    for (int i = 0; i < 2; ++i)
+      PEFT_FUSED_UNROLL
+      for (int j = 0; j < kVector; ++j) block.row[i][j] += base.row[i][j];
+  }
+  PEFT_FUSED_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    T* target = m.data + (row + i) * m.stride;
+    if (row + i < m.rows) store_row(target, column, m.columns, vector_aligned(target), block.row[i]);
+  }
+}
+
+}  // namespace peft_fused

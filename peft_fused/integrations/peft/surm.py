@@ -1,0 +1,208 @@
+"""SURM as a PEFT method: `get_peft_model(model, SurmConfig(...))`."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from ...layers.checks import check_alpha, check_dropout
+from ...layers.structured import StructuredDelta
+from ...layers.structured_maps import MapSpec
+from ...layers.surm_adapter import NO_DELTA, SurmAdapter, make_activation
+from ...ops.structured import StructuredProblem
+from .config import FusedConfig
+from .loading import awaits_checkpoint
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+
+_BERT, _LLAMA = ["output.dense"], ["o_proj", "down_proj"]
+# Where the adapter kind goes by default: outputs of the attention and of the feed-forward block, by model type.
+ADAPTER_TARGETS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"), _BERT),
+    "vit": [*_BERT, "o_proj", "mlp.fc2"],  # before and after transformers renamed them
+    "distilbert": ["out_lin", "lin2"],
+    "gpt2": ["c_proj"],
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+}
+
+
+@dataclass
+class SurmConfig(FusedConfig):
+    """Configuration of SURM (Sehanobish et al. 2024): structured matrices M in place of low-rank ones.
+
+    kind="lora": y = W x + bias + scale * M drop(x), which merges into W. kind="adapter": h' = h + act(scale * M
+    drop(h)) + beta on the output h of a target, which does not. Structures of M, and parameters per N x K matrix:
+
+    "circulant": C(a . b), 2 max(N, K), or with product=False half of that; with rectangular="block" 2 N K / block_size.
+    "toeplitz": any Toeplitz matrix, N + K - 1. "symmetric_toeplitz": T(b) T(a), 2 n. "kronecker": B (x) A, N + K,
+    whatever r. "ldr": sum of q products circulant x skew-circulant, 2 q n. N = K = n where n stands.
+
+    scale: 1 if surm_alpha is None; else surm_alpha, which "kronecker" divides by r. Structured parameters are few, and
+    weight decay on them is seldom meant: see `peft_fused.decay_groups`. Raises TypeError or ValueError naming the
+    field, the value and what is allowed; for options that do not fit a layer, also the target module.
+    """
+
+    fused_type: ClassVar = FusedPeftType.SURM
+
+    structure: str = field(
+        default="circulant",
+        metadata={"help": "'circulant', 'toeplitz', 'symmetric_toeplitz', 'kronecker' or 'ldr'."},
+    )
+    kind: str = field(default="lora", metadata={"help": "'lora': beside a weight. 'adapter': on a layer's output."})
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Of 'kronecker': must divide both sizes of every target; None takes that of highest rank."},
+    )
+    q: int = field(default=1, metadata={"help": "Of 'ldr': number of terms."})
+    product: bool = field(default=True, metadata={"help": "Of 'circulant': two vectors multiplied, or one."})
+    rectangular: str = field(
+        default="pad", metadata={"help": "Of 'circulant': 'pad' to the larger size, or 'block' circulant."}
+    )
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Of 'circulant' with 'block': must divide both sizes; None takes their common divisor."},
+    )
+    surm_alpha: float | None = field(
+        default=None, metadata={"help": "None: scale 1. A number: the scale, for 'kronecker' divided by r."}
+    )
+    surm_dropout: float = field(default=0.0, metadata={"help": "Dropout on the map's input, in [0, 1)."})
+    activation: str = field(
+        default="gelu", metadata={"help": "Of the adapter kind: 'gelu', 'relu', 'silu', 'tanh', 'identity', ..."}
+    )
+    allow_nonidentity: bool = field(
+        default=False, metadata={"help": "Of the adapter kind: accept an activation that is not 0 at 0."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        MapSpec(kind=self.kind, **self.map_options())
+        if self.surm_alpha is not None:
+            check_alpha("surm_alpha", self.surm_alpha)
+        check_dropout("surm_dropout", self.surm_dropout)
+        if not isinstance(self.activation, str):
+            raise TypeError(f"activation must be the name of one, got {self.activation!r}")
+        make_activation(self.activation, self.allow_nonidentity)
+        for name in ("activation", "allow_nonidentity"):
+            if self.kind != "adapter" and getattr(self, name) != getattr(SurmConfig, name):
+                raise ValueError(f"{name} is an option of kind='adapter', got {getattr(self, name)!r}")
+
+    def map_options(self) -> dict:
+        names = ("structure", "r", "q", "product", "rectangular", "block_size")
+        return {name: getattr(self, name) for name in names}
+
+
+class SurmLinear(FusedLayer):
+    """A linear layer with SURM adapters of either kind, applied in the order in which they are active."""
+
+    adapter_layer_names = ("surm_block",)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        kind: str,
+        map_options: dict,
+        alpha: float | None,
+        dropout: float,
+        activation: str,
+        allow_nonidentity: bool,
+        init_weights: bool,
+        inference_mode: bool,
+    ) -> None:
+        if kind == "adapter":
+            block = SurmAdapter(
+                self.out_features, activation=activation, allow_nonidentity=allow_nonidentity, alpha=alpha,
+                dropout=dropout, **map_options,
+            )  # fmt: skip
+        else:
+            spec = MapSpec(kind=kind, **map_options)
+            block = StructuredDelta(spec.make(self.in_features, self.out_features), alpha, dropout)
+        if not init_weights:
+            block.randomize()
+        self.surm_block[adapter_name] = block
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def on_output(self, name: str) -> bool:
+        """Whether an adapter is of the kind that reads the layer's output rather than its input."""
+        return isinstance(self.surm_block[name], SurmAdapter)
+
+    def factor(self, name: str) -> torch.Tensor:
+        return self.surm_block[name].factor()
+
+    def is_untouched(self, name: str) -> bool:
+        return name not in self.surm_block or self.surm_block[name].is_zero()
+
+    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        return super()._add(name, result if self.on_output(name) else x, result)
+
+    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        block = self.surm_block[name]
+        if self.on_output(name):  # x is the result, or a copy of it in the dtype of the adapter
+            return block.change(x) if result is None else block(x)
+        return block(x, add=result)
+
+    def delta_path(self, name: str) -> str:
+        op = self.surm_block[name].map.op_name
+        return f"{op}, activation and bias on its output" if self.on_output(name) else f"{op} added to it"
+
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> StructuredProblem:
+        block = self.surm_block[name]
+        return block.problem(x[..., :1].expand(*x.shape[:-1], block.map.in_features))
+
+    def dense_delta(self, name: str) -> torch.Tensor:
+        if self.on_output(name):
+            raise ValueError(f"adapter {name!r} is of kind 'adapter' and cannot be merged: {NO_DELTA}")
+        return self.surm_block[name].delta()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return adapter_name not in self.surm_block or not self.on_output(adapter_name)
+
+
+class SurmModel(FusedTuner):
+    """The SURM tuner, made by `get_peft_model` and PEFT's loaders."""
+
+    prefix = "surm_"
+    tuner_layer_cls = SurmLinear
+
+    def layer_options(self, config: SurmConfig, key: str) -> dict:
+        return dict(
+            kind=config.kind,
+            map_options=config.map_options(),
+            alpha=config.surm_alpha,
+            dropout=config.surm_dropout,
+            activation=config.activation,
+            allow_nonidentity=config.allow_nonidentity,
+            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
+            init_weights=config.init_weights or awaits_checkpoint(config),
+            inference_mode=config.inference_mode,
+        )
+
+    def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:
+        if peft_config.kind != "adapter" or peft_config.target_modules is not None:
+            return super()._prepare_adapter_config(peft_config, model_config)
+        model_type = model_config.get("model_type")
+        if model_type not in ADAPTER_TARGETS:
+            known = ", ".join(sorted(ADAPTER_TARGETS))
+            raise ValueError(
+                f"target_modules must be given for kind='adapter' on a model of type {model_type!r}; known are {known}"
+            )
+        peft_config.target_modules = set(ADAPTER_TARGETS[model_type])
+        return peft_config
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_additive(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._check_additive(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_additive(self, adapter_names: list[str] | None) -> None:
+        """ValueError, before any layer is merged, if an adapter to merge is of the other kind."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if name in self.peft_config and self.peft_config[name].kind == "adapter":
+                raise ValueError(f"adapter {name!r} is of kind 'adapter' and cannot be merged: {NO_DELTA}")
+
+
+register(FusedPeftType.SURM, SurmConfig, SurmModel)

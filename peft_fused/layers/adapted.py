@@ -1,0 +1,89 @@
+"""What all adapted linear layers share: a frozen weight taken from a base layer, merging into it, and explaining."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checks import check_linear, is_conv1d
+
+
+class AdaptedLinear(nn.Module):
+    """A linear map with W and bias frozen, and an adapter beside it. Subclasses define `adapted`, `delta`, `op_name`,
+    `op_problem` and, where it is more than that op, `path`.
+
+    weight, bias: the Parameters of the layer it was made from, shared, not copied.
+    """
+
+    # The op that the adapter runs on, as `explain` names it.
+    op_name: str
+
+    def __init__(self, base: nn.Module):
+        check_linear("base", base)
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.transposed = is_conv1d(base)
+        self.out_features, self.in_features = self.weight_nk().shape
+        self._unmerged_weight = None
+
+    def weight_nk(self) -> torch.Tensor:
+        """The base weight as [N, K]; a transposed view where the layer stores [K, N]."""
+        return self.weight.t() if self.transposed else self.weight
+
+    @property
+    def merged(self) -> bool:
+        return self._unmerged_weight is not None
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 adapters)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds `delta()` to the base weight, computed in fp32 and rounded once to the weight's dtype.
+
+        The forward pass then uses the base weight alone. The old weight is kept on the host, so merging needs no
+        further device memory. Raises RuntimeError if the layer is merged already.
+        """
+        if self.merged:
+            raise RuntimeError("merge: this layer is merged already; call unmerge() first")
+        delta = self.delta()
+        merged = self.weight_nk().to(delta.dtype) + delta
+        self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
+        self.weight_nk().copy_(merged)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts back the weight that `merge` replaced, bit for bit. Raises RuntimeError if the layer is not merged."""
+        if not self.merged:
+            raise RuntimeError("unmerge: this layer is not merged")
+        self.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., K] in the base weight's dtype. Returns [..., N]."""
+        return self.base(x) if self.merged else self.adapted(x)
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """The frozen map alone on x: [..., K] -> [..., N]."""
+        return F.linear(x, self.weight_nk(), self.bias)
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        """Base and adapter on x: [..., K] -> [..., N]."""
+        raise NotImplementedError
+
+    def path(self) -> str:
+        """What a forward call runs while the adapter is not merged."""
+        return self.op_name
+
+    def explain_path(self) -> tuple[str, list[str]]:
+        """(path of a forward call, reasons against a shorter one)."""
+        if self.merged:
+            return "F.linear", [f"{self.op_name}: the adapter is merged into the base weight"]
+        return self.path(), []
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
+        return text + (", merged" if self.merged else "")

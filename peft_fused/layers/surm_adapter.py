@@ -1,0 +1,141 @@
+"""SURM's adapter block: one structured square map and a bias in place of a bottleneck's two projections."""
+
+import torch
+from torch import nn
+
+from ..ops.structured import StructuredProblem
+from .adapted import AdaptedLinear
+from .checks import check_adapter_dtype, check_flag, check_int, check_linear, is_conv1d
+from .structured import StructuredDelta
+from .structured_maps import MapSpec
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "mish": nn.Mish,
+    "tanh": nn.Tanh,
+    "identity": nn.Identity,
+    "sigmoid": nn.Sigmoid,
+    "softplus": nn.Softplus,
+}
+NO_DELTA = "its non-linear block on the layer's output is no change of the weight"
+
+
+def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False, features: int = 1) -> nn.Module:
+    """The activation of that name, or the module given, which must keep the shape [..., features].
+
+    Raises TypeError or ValueError naming the argument; ValueError for one that is not zero at zero, with which an
+    adapter does not start as the identity, unless allow_nonidentity.
+    """
+    check_flag("allow_nonidentity", allow_nonidentity)
+    names = ", ".join(map(repr, ACTIVATIONS))
+    if isinstance(activation, str):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {names} or a torch.nn.Module, got {activation!r}")
+        module = ACTIVATIONS[activation]()
+    elif isinstance(activation, nn.Module):
+        module = activation
+    else:
+        raise TypeError(f"activation must be one of {names} or a torch.nn.Module, got {activation!r}")
+    like = next(module.parameters(), torch.empty(0, device="cpu"))
+    with torch.no_grad():
+        at_zero = module(like.new_zeros(1, features))
+    if at_zero.shape != (1, features):
+        raise ValueError(f"activation must keep the shape of its input, got {activation!r}")
+    if not allow_nonidentity and not at_zero.is_meta and at_zero.any():
+        raise ValueError(
+            f"activation must be 0 at 0, so that the adapter starts as the identity, got {activation!r}; "
+            "allow_nonidentity=True accepts it"
+        )
+    return module
+
+
+class SurmAdapter(StructuredDelta):
+    """h' = h + act(scale * M drop(h)) + beta on h [..., n], for a structured M [n, n] and a trained beta [n].
+
+    Source: SURM (Sehanobish et al. 2024), adapters: on the output of a layer, before what is added to it; the bias
+    comes after the activation. With beta = 0, M = 0 and act(0) = 0 it starts as the identity.
+
+    structure, and r, q, product, rectangular, block_size: of M, see `MapSpec`. activation: "gelu", "relu", "silu",
+    "tanh", "identity", ... or a torch.nn.Module; one that is not 0 at 0 needs allow_nonidentity=True. alpha: the scale;
+    None means 1, for "kronecker" it is alpha / r. dropout: in [0, 1), on h, in training only. dtype, device: of the
+    parameters. Raises TypeError or ValueError naming the argument, the value and what is allowed.
+    """
+
+    def __init__(
+        self, n: int, structure: str = "circulant", *, activation: str | nn.Module = "gelu",
+        allow_nonidentity: bool = False, alpha: float | None = None, dropout: float = 0.0, dtype=None, device=None,
+        **options,
+    ):  # fmt: skip
+        check_int("n", n, 1)
+        spec = MapSpec(structure, "adapter", **options)
+        activation = make_activation(activation, allow_nonidentity, n)
+        super().__init__(spec.make(n, n, dtype=dtype, device=device), alpha, dropout)
+        self.activation = activation
+        self.beta = nn.Parameter(torch.zeros(n, dtype=dtype, device=device))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """h: [..., n] in the parameters' dtype, or half beside fp32 parameters. Returns the same shape and dtype."""
+        return h + self.change(h)
+
+    def change(self, h: torch.Tensor) -> torch.Tensor:
+        """act(scale * M drop(h)) + beta, what is added to h, in h's dtype."""
+        change = self.activation(super().forward(h))
+        # As biases are everywhere: rounded to the activations' type rather than widening them to its own.
+        return (change + self.beta.to(change.dtype)).to(h.dtype)
+
+    def delta(self) -> torch.Tensor:
+        """Raises ValueError: there is none."""
+        raise ValueError(f"a SurmAdapter has no dense delta: {NO_DELTA}")
+
+    def is_zero(self) -> bool:
+        return super().is_zero() and (self.beta.is_meta or not self.beta.any())
+
+    def randomize(self) -> None:
+        super().randomize()
+        nn.init.normal_(self.beta, std=self.beta.shape[0] ** -0.5)
+
+
+class SurmAdapterLinear(AdaptedLinear):
+    """A linear map with W and bias frozen, and a `SurmAdapter` on its output. Made by `from_linear`.
+
+    `merge` raises ValueError: the adapter is not linear in the layer's weight.
+    """
+
+    def __init__(self, base: nn.Module, adapter: SurmAdapter):
+        super().__init__(base)
+        self.adapter = adapter
+
+    @classmethod
+    def from_linear(cls, base: nn.Module, structure: str = "circulant", *, dtype=None, **options):
+        """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
+
+        base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. dtype: of the adapter, by
+        default fp32. The rest: see `SurmAdapter`. Raises TypeError or ValueError naming the argument.
+        """
+        check_linear("base", base)
+        n = base.weight.shape[1 if is_conv1d(base) else 0]
+        dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
+        return cls(base, SurmAdapter(n, structure, dtype=dtype, device=base.weight.device, **options))
+
+    @property
+    def op_name(self) -> str:
+        return self.adapter.map.op_name
+
+    def delta(self) -> torch.Tensor:
+        """Raises ValueError: there is none."""
+        return self.adapter.delta()
+
+    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapter(self.base(x))
+
+    def path(self) -> str:
+        return f"F.linear, then {self.op_name}, activation and bias on its output"
+
+    def op_problem(self, rows: int) -> StructuredProblem:
+        """What a forward pass on x [rows, K] gives the structured op."""
+        return self.adapter.problem(self.weight.new_empty(1, self.out_features).expand(rows, -1))
