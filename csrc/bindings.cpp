@@ -122,21 +122,24 @@ PYBIND11_MODULE(_C, m) {
         "The twiddle table of kernels/fft_plan.h, complex64 on the CPU.");
   m.def("fft_convolve_host", [](const at::Tensor& x, const at::Tensor& khat, const at::Tensor& twiddles, int64_t n_out,
                                 bool conjugate, const std::optional<at::Tensor>& add, double scale,
-                                const std::optional<at::Tensor>& seed, int64_t threshold, bool mask_output) {
+                                const std::optional<at::Tensor>& seed, int64_t threshold, bool mask_output,
+                                bool backwards) {
     py::gil_scoped_release release;
     return peft_fused::fft_convolve_host(x, khat, twiddles, n_out, add, mask_output,
-                                         {seed, threshold, scale, conjugate});
+                                         {seed, threshold, scale, conjugate, backwards});
   }, py::arg("x"), py::arg("khat"), py::arg("twiddles"), py::arg("n_out"), py::arg("conjugate") = false,
      py::arg("add") = py::none(), py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
-     py::arg("mask_output") = false, "The convolution kernel of kernels/fft.h, run by the CPU for tests.");
+     py::arg("mask_output") = false, py::arg("backwards") = false,
+     "The convolution kernel of kernels/fft.h, run by the CPU for tests.");
   m.def("fft_correlate_host", [](const at::Tensor& x, const at::Tensor& dy, const at::Tensor& khat,
                                  const at::Tensor& twiddles, int64_t blocks, bool conjugate, double scale,
-                                 const std::optional<at::Tensor>& seed, int64_t threshold) {
+                                 const std::optional<at::Tensor>& seed, int64_t threshold, bool backwards) {
     py::gil_scoped_release release;
-    return peft_fused::fft_correlate_host(x, dy, khat, twiddles, blocks, {seed, threshold, scale, conjugate});
+    return peft_fused::fft_correlate_host(x, dy, khat, twiddles, blocks,
+                                          {seed, threshold, scale, conjugate, backwards});
   }, py::arg("x"), py::arg("dy"), py::arg("khat"), py::arg("twiddles"), py::arg("blocks") = 1,
      py::arg("conjugate") = false, py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
-     "(dx, partial) of the backward kernel of kernels/fft.h, run by the CPU for tests.");
+     py::arg("backwards") = false, "(dx, partial) of the backward kernel of kernels/fft.h, run by the CPU for tests.");
   m.def("configure", [](bool onednn, int64_t onednn_least, double launch_bound) {
     peft_fused::settings() = {onednn, onednn_least, launch_bound};
   }, "What ops/dispatch.py decided for this machine.");

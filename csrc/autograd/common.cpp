@@ -9,9 +9,7 @@ namespace peft_fused {
 using at::Tensor;
 
 namespace {
-// Elements of a block of rows: few enough for a CPU's caches, enough to split over its cores or fill a GPU.
-constexpr int64_t kBlockElementsCpu = 1 << 20;
-constexpr int64_t kBlockElementsGpu = 1 << 24;
+constexpr int64_t kBlockElementsGpu = 1 << 24;  // enough to fill a GPU
 }  // namespace
 
 Settings& settings() {
@@ -36,9 +34,10 @@ Tensor unflatten(const Tensor& y, const Tensor& x) {
   return at::_unsafe_view(y, shape);
 }
 
-Blocks::Blocks(const Tensor& x2, int64_t columns, bool blocked) : rows(x2.size(0)), step(rows), count(1) {
+Blocks::Blocks(const Tensor& x2, int64_t columns, bool blocked, int64_t cpu_elements)
+    : rows(x2.size(0)), step(rows), count(1) {
   if (!blocked || rows == 0) return;
-  step = std::max<int64_t>(1, (x2.is_cpu() ? kBlockElementsCpu : kBlockElementsGpu) / std::max<int64_t>(1, columns));
+  step = std::max<int64_t>(1, (x2.is_cpu() ? cpu_elements : kBlockElementsGpu) / std::max<int64_t>(1, columns));
   count = (rows + step - 1) / step;
 }
 

@@ -40,9 +40,12 @@ at::Tensor unflatten(const at::Tensor& y, const at::Tensor& x);
 // Rows are worked on in blocks where something is made of them that is not to exist as a whole: x converted or dropped
 // out, a spectrum.
 struct Blocks {
+  // Elements of a block on a CPU: few enough for its caches, enough to split over its cores.
+  static constexpr int64_t kElementsCpu = 1 << 20;
+
   int64_t rows, step, count;
 
-  Blocks(const at::Tensor& x2, int64_t columns, bool blocked);
+  Blocks(const at::Tensor& x2, int64_t columns, bool blocked, int64_t cpu_elements = kElementsCpu);
   bool whole() const { return count == 1; }
   at::Tensor of(const at::Tensor& t, int64_t i) const;
   // Row block i of x2, converted and, with a threshold, dropped out.

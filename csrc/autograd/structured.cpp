@@ -87,50 +87,69 @@ Tensor diagonal_sums(const Call& c, const Tensor& gradient, const Tensor& p) {
 
 // ---------------------------------------------------------------------------------------------------- transforms, CPU
 
+// A call of torch's FFT costs tens of microseconds, so its blocks are larger.
+constexpr int64_t kFftElementsCpu = 1 << 21;
+
 Tensor transform(const Tensor& x, int64_t length) { return at::fft_rfft(x, length); }
 
-// Adds conj(X) . Y, summed over the rows, to `sum` (double, [F]), and multiplies Y by `factor` if there is one: both
-// from one visit of Y. Partial sums of a few rows are added up in double: the result does not depend on the number of
-// threads and is more exact than the transforms.
+constexpr int64_t kColumns = 128, kRows = 8;  // real numbers of a row, and rows, that are summed in fp32 first
+
+// Adds conj(x) . y, summed over the rows, to s. x, y: [rows, stride] complex as interleaved real numbers, of which `width`
+// from the first on count. re = x0 y0 + x1 y1 and im = x0 y1 - x1 y0 are kept apart until the end, elementwise.
 template <typename real>
-void correlate_rows(const Tensor& X, Tensor& Y, const Tensor& sum, const Tensor& factor) {
-  constexpr int64_t kColumns = 64, kRows = 8;
-  const int64_t m = X.size(0), columns = X.size(1);
-  const real* x = reinterpret_cast<const real*>(X.const_data_ptr());
-  real* y = reinterpret_cast<real*>(Y.mutable_data_ptr());
-  const real* f = factor.defined() ? reinterpret_cast<const real*>(factor.const_data_ptr()) : nullptr;
-  double* s = reinterpret_cast<double*>(sum.mutable_data_ptr());
-  const int64_t blocks = (columns + kColumns - 1) / kColumns;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kColumns, width = std::min(kColumns, columns - first);
-      for (int64_t row = 0; row < m; row += kRows) {
-        real re[kColumns] = {}, im[kColumns] = {};
-        for (int64_t i = row; i < std::min(m, row + kRows); ++i) {
-          const real* a = x + 2 * (i * columns + first);
-          real* b = y + 2 * (i * columns + first);
-          for (int64_t j = 0; j < width; ++j) {
-            const real ar = a[2 * j], ai = a[2 * j + 1], br = b[2 * j], bi = b[2 * j + 1];
-            re[j] += ar * br + ai * bi;
-            im[j] += ar * bi - ai * br;
-            if (f != nullptr) {
-              const real fr = f[2 * (first + j)], fi = f[2 * (first + j) + 1];
-              b[2 * j] = br * fr - bi * fi;
-              b[2 * j + 1] = br * fi + bi * fr;
-            }
-          }
-        }
-        for (int64_t j = 0; j < width; ++j) {
-          s[2 * (first + j)] += re[j];
-          s[2 * (first + j) + 1] += im[j];
-        }
+inline __attribute__((always_inline)) void correlate_columns(const real* x, const real* y, int64_t rows, int64_t stride,
+                                                             int64_t width, double* s) {
+  for (int64_t first = 0; first < rows; first += kRows) {
+    real straight[kColumns] = {}, crossed[kColumns] = {};
+    for (int64_t i = first; i < std::min(rows, first + kRows); ++i) {
+      const real *a = x + i * stride, *b = y + i * stride;
+      for (int64_t j = 0; j < width; ++j) straight[j] += a[j] * b[j];
+      for (int64_t j = 0; j < width; j += 2) {
+        crossed[j] += a[j] * b[j + 1];
+        crossed[j + 1] += a[j + 1] * b[j];
       }
     }
+    for (int64_t j = 0; j < width; j += 2) {
+      s[j] += straight[j] + straight[j + 1];
+      s[j + 1] += crossed[j] - crossed[j + 1];
+    }
+  }
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PEFT_FUSED_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define PEFT_FUSED_CLONES
+#endif
+PEFT_FUSED_CLONES void correlate_columns_of(const float* x, const float* y, int64_t rows, int64_t stride, int64_t width,
+                                            double* s) {
+  correlate_columns(x, y, rows, stride, width, s);
+}
+PEFT_FUSED_CLONES void correlate_columns_of(const double* x, const double* y, int64_t rows, int64_t stride,
+                                            int64_t width, double* s) {
+  correlate_columns(x, y, rows, stride, width, s);
+}
+
+// Adds conj(X) . Y, summed over the rows, to `sum` (double, [F]). Sums of a few rows are added up in double: the result
+// does not depend on the number of threads and is more exact than the transforms.
+template <typename real>
+void correlate_rows(const Tensor& X, const Tensor& Y, const Tensor& sum) {
+  const int64_t m = X.size(0), stride = 2 * X.size(1);
+  const real* x = static_cast<const real*>(X.const_data_ptr());
+  const real* y = static_cast<const real*>(Y.const_data_ptr());
+  double* s = static_cast<double*>(sum.mutable_data_ptr());
+  at::parallel_for(0, (stride + kColumns - 1) / kColumns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kColumns; first < std::min(stride, end * kColumns); first += kColumns)
+      correlate_columns_of(x + first, y + first, m, stride, std::min(kColumns, stride - first), s + first);
   });
 }
 
-// y2 rows of block i = add + delta, in y's type.
-void store(const Blocks& blocks, int64_t i, const Tensor& delta, const Tensor& add2, const Tensor& y2) {
+// y2 rows of block i = add + delta, in y's type. A delta that is the whole of y takes its place.
+void store(const Blocks& blocks, int64_t i, const Tensor& delta, const Tensor& add2, Tensor& y2) {
+  if (!add2.defined() && blocks.whole() && delta.is_contiguous() && delta.scalar_type() == y2.scalar_type()) {
+    y2 = delta;
+    return;
+  }
   Tensor out = blocks.of(y2, i);
   if (!add2.defined()) {
     out.copy_(delta);
@@ -142,9 +161,9 @@ void store(const Blocks& blocks, int64_t i, const Tensor& delta, const Tensor& a
 }
 
 // The first `width` columns of the circular convolution of the rows of x2, dropped out, with a spectrum.
-void convolve_cpu(const Call& c, const Tensor& x2, const Tensor& spectrum, const Tensor& add2, const Tensor& y2,
+void convolve_cpu(const Call& c, const Tensor& x2, const Tensor& spectrum, const Tensor& add2, Tensor& y2,
                   at::ScalarType type, const Tensor& seed) {
-  const Blocks blocks(x2, c.length, true);
+  const Blocks blocks(x2, c.length, true, kFftElementsCpu);
   for (int64_t i = 0; i < blocks.count; ++i) {
     Tensor X = transform(blocks.load(x2, i, type, c.threshold, seed), c.length);
     X.mul_(spectrum);
@@ -153,24 +172,23 @@ void convolve_cpu(const Call& c, const Tensor& x2, const Tensor& spectrum, const
 }
 
 // dx (if defined) and the gradient of the kernel (if x2 is defined), without the scale in the latter.
-Tensor correlate_cpu(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& spectrum, const Tensor& dx,
+Tensor correlate_cpu(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& spectrum, Tensor& dx,
                      at::ScalarType type, const Tensor& seed) {
-  const Tensor back = dx.defined() ? spectrum.conj().resolve_conj() : Tensor();
+  const bool need_dx = dx.defined();
+  const Tensor back = need_dx ? spectrum.conj().resolve_conj() : Tensor();
   Tensor sum;
   if (x2.defined()) sum = at::zeros({c.length / 2 + 1}, dy2.options().dtype(at::kComplexDouble));
-  const Blocks blocks(dy2, c.length, true);
+  const Blocks blocks(dy2, c.length, true, kFftElementsCpu);
   for (int64_t i = 0; i < blocks.count; ++i) {
     Tensor Y = transform(blocks.of(dy2, i).to(type), c.length);
     if (x2.defined()) {
       const Tensor X = transform(blocks.load(x2, i, type, c.threshold, seed), c.length);
-      type == at::kDouble ? correlate_rows<double>(X, Y, sum, back) : correlate_rows<float>(X, Y, sum, back);
-    } else {
-      Y.mul_(back);
+      type == at::kDouble ? correlate_rows<double>(X, Y, sum) : correlate_rows<float>(X, Y, sum);
     }
-    if (!dx.defined()) continue;
-    Tensor block = at::fft_irfft(Y, c.length).narrow(1, 0, c.k);
+    if (!need_dx) continue;
+    Tensor block = at::fft_irfft(Y.mul_(back), c.length).narrow(1, 0, c.k);
     if (c.threshold > 0) block = drop(block, seed, c.threshold, i * blocks.step);
-    blocks.of(dx, i).copy_(block);
+    store(blocks, i, block, Tensor(), dx);
   }
   return sum.defined() ? at::fft_irfft(sum, c.length).to(type) : Tensor();
 }
@@ -396,7 +414,7 @@ struct Structured : torch::autograd::Function<Structured> {
   }
 
   // Fills dx if it is defined and returns the gradient of the kernel if x2 is.
-  static Tensor correlate(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, const Tensor& dx,
+  static Tensor correlate(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, Tensor& dx,
                           at::ScalarType type, const Tensor& device_scale, const Tensor& seed) {
     Tensor dk;
 #ifdef PEFT_FUSED_CUDA

@@ -15,7 +15,7 @@ from . import maps
 
 # Elements of a block of rows: few enough to bound the temporary memory and to stay near a CPU's caches, enough for
 # torch's FFT, which costs tens of microseconds a call, and to fill a GPU.
-BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 21}
 BLOCK_ELEMENTS_GPU = 1 << 25
 
 
