@@ -20,7 +20,12 @@ TARGET = "linear"
 
 
 class Layer:
-    """A callable on x with the leaves whose gradients it fills; a timing.Variant."""
+    """A callable on x with the leaves whose gradients it fills; a timing.Variant.
+
+    unchecked: results that are known to be wrong in a baseline and are therefore not compared.
+    """
+
+    unchecked: tuple[str, ...] = ()
 
     def __init__(self, call: Callable, x: torch.Tensor, dy: torch.Tensor, parameters, path: str = ""):
         self.call, self.x, self.dy, self.path = call, x, dy, path

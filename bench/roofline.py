@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from .shapes import Shape
+from .shapes import Shape, StructuredShape
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,12 @@ def measure(device: torch.device, dtypes: tuple[torch.dtype, ...], repeats: int 
     return Ceilings(copy, rates)
 
 
-def floor_ms(shape: Shape, mode: str, ceilings: Ceilings) -> float:
-    """Least time of a LoRA linear: the larger of its arithmetic at the GEMM rate and its compulsory traffic at copy
-    bandwidth. Backward is dX, dA and dB with the base weight frozen."""
-    m, n, k, r = shape.m, shape.n, shape.k, shape.r
+def floor_ms(shape: Shape | StructuredShape, mode: str, ceilings: Ceilings) -> float:
+    """Least time of a layer or map: the larger of its arithmetic at the GEMM rate and its compulsory traffic at copy
+    bandwidth."""
     item = torch.empty(0, dtype=shape.dtype).element_size()
-    flops = {"forward": 2 * m * (n * k + r * k + n * r), "backward": 2 * m * (n * k + 2 * r * k + 2 * n * r)}
-    moved = {"forward": m * k + n * k + m * n, "backward": m * n + n * k + 2 * m * k}
-    flops["both"], moved["both"] = flops["forward"] + flops["backward"], moved["forward"] + moved["backward"]
     rate = ceilings.gemm_gflop_s[str(shape.dtype).removeprefix("torch.")]
-    return max(flops[mode] / rate, moved[mode] * item / ceilings.copy_gb_s) / 1e6
+    return max(shape.flops(mode) / rate, shape.moved(mode) * item / ceilings.copy_gb_s) / 1e6
 
 
 def main() -> None:

@@ -13,13 +13,14 @@ import transformers
 
 import peft_fused
 
-from . import baselines, roofline
-from .shapes import Shape, grid
+from . import baselines, roofline, structured
+from .shapes import Shape, StructuredShape, grid
 from .timing import MODES, CpuClock, CudaClock, Times, interleave, ratio, wall_ms
 from .verify import verify
 
 # Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
 ROUND_SECONDS = {"tiny": 0.2, "default": 6.0, "all": 15.0}
+STRUCTURED_SECONDS = {"tiny": 0.05, "default": 2.0, "all": 6.0}
 COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
 # op: (our variant, its frozen layer, PEFT's counterpart, the three lines, compiled PEFT); PEFT has no DyLoRA.
 OPS = {"lora": ("fused", "peft", "addmm", "compiled"), "dylora": ("dylora", None, "dylora_addmm", None)}
@@ -119,23 +120,30 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float, compile_budg
 
 
 def run(
-    device: torch.device, name: str = "default", progress: Callable[[str, int, int], None] | None = None
+    device: torch.device,
+    name: str = "default",
+    progress: Callable[[str, int, int], None] | None = None,
+    op: str = "all",
 ) -> Iterator[dict]:
-    """Rows of the grid `name` ("tiny", "default" or "all") as they are measured.
+    """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of shapes.OPS, or "all".
 
     progress(shape, done, total) is told before each shape. Raises verify.WrongResult before timing a wrong layer.
     """
-    shapes = grid(device.type, name)
+    shapes = grid(device.type, name, op)
     dtypes = tuple({shape.dtype: None for shape in shapes})
     ceilings = roofline.measure(device, dtypes, repeats=1 if name == "tiny" else 5)
     about = {"versions": versions(), "commit": commit(), "device": device_name(device), "ceilings": ceilings.as_dict()}
     budget = COMPILE_SECONDS[name]
     for index, shape in enumerate(shapes):
         if progress:
-            progress(f"{shape.name} r{shape.r} {shape.dtype_name}", index, len(shapes))
-        compiling = shape.compiled or name == "all" or device.type == "cuda"
-        rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=budget if compiling else None)
-        budget -= spent
+            progress(f"{shape.name} {shape.dtype_name}", index, len(shapes))
+        if isinstance(shape, StructuredShape):
+            rows = structured.run_case(shape, device, seconds=STRUCTURED_SECONDS[name])
+        else:
+            compiling = shape.compiled or name == "all" or device.type == "cuda"
+            limit = budget if compiling else None
+            rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=limit)
+            budget -= spent
         for row in rows:
             yield row | {"floor_ms": roofline.floor_ms(shape, row["mode"], ceilings)} | about
 

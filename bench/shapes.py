@@ -4,6 +4,15 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_fused.ops.cases import structured_features
+from peft_fused.ops.structured.engine import STRUCTURES
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _types(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+    return SHORT[dtype] if dtype == adapter_dtype else f"{SHORT[dtype]}+{SHORT[adapter_dtype]}"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -24,15 +33,65 @@ class Shape:
 
     @property
     def dtype_name(self) -> str:
-        short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        base, adapter = short[self.dtype], short[self.adapter_dtype]
-        return base if base == adapter else f"{base}+{adapter}"
+        return _types(self.dtype, self.adapter_dtype)
 
     @property
     def calls(self) -> int:
         """Calls per sample on a CPU: layers this small measure host overhead, not arithmetic."""
         work = self.m * self.n * self.k
         return 100 if work < 1 << 14 else 10 if work < 1 << 22 else 1
+
+    def flops(self, mode: str) -> int:
+        """Of the layer; backward is dX, dA and dB with the base weight frozen."""
+        m, n, k, r = self.m, self.n, self.k, self.r
+        each = {"forward": 2 * m * (n * k + r * k + n * r), "backward": 2 * m * (n * k + 2 * r * k + 2 * n * r)}
+        return each.get(mode) or sum(each.values())
+
+    def moved(self, mode: str) -> int:
+        """Elements that have to be read or written."""
+        m, n, k = self.m, self.n, self.k
+        each = {"forward": m * k + n * k + m * n, "backward": m * n + n * k + 2 * m * k}
+        return each.get(mode) or sum(each.values())
+
+
+@dataclass(frozen=True)
+class StructuredShape:
+    """m rows through a structured map alone. sizes: as in `ops.structured.StructuredProblem`."""
+
+    op: str
+    m: int
+    sizes: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype = torch.float32
+
+    @property
+    def k(self) -> int:
+        return structured_features(self.op, self.sizes)[0]
+
+    @property
+    def n(self) -> int:
+        return structured_features(self.op, self.sizes)[1]
+
+    @property
+    def name(self) -> str:
+        parts = {"kronecker": " ({0}x{1}, {2}x{3})", "ldr": " ({0} terms)"}.get(self.op, "")
+        return f"{self.m}x{self.k}x{self.n}{parts.format(*self.sizes)}"
+
+    @property
+    def dtype_name(self) -> str:
+        return _types(self.dtype, self.adapter_dtype)
+
+    @property
+    def calls(self) -> int:
+        return 20 if self.m * max(self.n, self.k) < 1 << 16 else 1
+
+    def flops(self, mode: str) -> int:
+        """None are counted: how few will do is not known, and they are few beside the traffic."""
+        return 0
+
+    def moved(self, mode: str) -> int:
+        m, n, k = self.m, self.n, self.k
+        return {"forward": m * (k + n), "backward": m * (n + 2 * k), "both": m * (2 * n + 3 * k)}[mode]
 
 
 BF16 = torch.bfloat16
@@ -87,10 +146,66 @@ CUDA = (
 )
 
 
-def grid(device: str, name: str) -> tuple[Shape, ...]:
-    """Shapes of a named grid: "tiny" (a smoke test), "default" or "all"."""
+def _structured(m: int, op: str, *sizes: tuple[int, ...], dtype=torch.float32) -> tuple[StructuredShape, ...]:
+    return tuple(StructuredShape(op, m, each, dtype) for each in sizes)
+
+
+STRUCTURED_TINY = tuple(
+    StructuredShape(op, 33, sizes)
+    for op, sizes in (
+        ("circulant", (48,)), ("skew_circulant", (48,)), ("toeplitz", (40, 48)), ("toeplitz_product", (48,)),
+        ("kronecker", (6, 8, 8, 6)), ("ldr", (2, 48)),
+    )
+)  # fmt: skip
+
+STRUCTURED_CPU = (
+    *_structured(2048, "circulant", (384,), (768,), (1024,), (1536,), (3072,), (4096,), (8192,)),
+    *_structured(2048, "circulant", (768,), (3072,), dtype=BF16),
+    *_structured(2048, "toeplitz", (768, 768), (3072, 768)),
+    *_structured(2048, "kronecker", (24, 32, 32, 24), (64, 64, 48, 48)),
+    *_structured(2048, "skew_circulant", (768,)),
+    *_structured(2048, "toeplitz_product", (768,)),
+    *_structured(2048, "ldr", (1, 768)),
+)
+
+STRUCTURED_CPU_ALL = (
+    *STRUCTURED_CPU,
+    *_structured(2048, "circulant", (8192,), dtype=BF16),
+    *_structured(32, "circulant", (768,), (3072,)),
+    *_structured(2048, "toeplitz", (3072, 3072), (768, 3072)),
+    *_structured(2048, "toeplitz", (768, 768), dtype=BF16),
+    *_structured(2048, "kronecker", (24, 32, 32, 24), dtype=BF16),
+    *_structured(2048, "skew_circulant", (3072,)),
+    *_structured(2048, "toeplitz_product", (3072,)),
+    *_structured(2048, "ldr", (4, 768), (1, 3072)),
+)
+
+STRUCTURED_CUDA = (
+    *_structured(4096, "circulant", (4096,), (768,), (1024,), (3072,), (8192,), dtype=BF16),
+    *_structured(4096, "circulant", (4096,), (768,), (1024,), (3072,), (8192,)),
+    *_structured(4096, "toeplitz", (4096, 4096), (768, 768), (3072, 768), dtype=BF16),
+    *_structured(4096, "kronecker", (64, 64, 64, 64), (24, 32, 32, 24), dtype=BF16),
+    *_structured(4096, "toeplitz", (4096, 4096), (768, 768)),
+    *_structured(4096, "toeplitz_product", (768,), (4096,), dtype=BF16),
+    *_structured(4096, "ldr", (1, 4096), (4, 768), dtype=BF16),
+    *_structured(4096, "skew_circulant", (4096,), dtype=BF16),
+    *_structured(4096, "kronecker", (64, 64, 64, 64)),
+)
+
+OPS = ("lowrank", *STRUCTURES)
+# Low-rank layers that a GPU's grid starts with, before the structured maps: all of it may not be reached.
+CUDA_FIRST = 8
+
+
+def grid(device: str, name: str, op: str = "all") -> tuple[Shape | StructuredShape, ...]:
+    """Shapes of a named grid, "tiny" (a smoke test), "default" or "all", for one of OPS or all of them."""
     if name == "tiny":
-        return TINY
-    if device == "cuda":
-        return CUDA
-    return CPU_ALL if name == "all" else CPU
+        layers, maps = TINY, STRUCTURED_TINY
+    elif device == "cuda":
+        layers, maps = CUDA, STRUCTURED_CUDA
+    else:
+        layers, maps = (CPU_ALL, STRUCTURED_CPU_ALL) if name == "all" else (CPU, STRUCTURED_CPU)
+    if op == "all":
+        first = CUDA_FIRST if device == "cuda" else len(layers)
+        return (*layers[:first], *maps, *layers[first:])
+    return layers if op == "lowrank" else tuple(shape for shape in maps if shape.op == op)

@@ -65,7 +65,7 @@ at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const 
   const Matrix<float> out = result_of(y);
   const Keep keep = keep_of(options);
   std::vector<Complex> z(fft_buffer(plan.length));
-  Team team(fft_threads(plan.length));
+  Team team(fft_threads(plan.length), options.backwards);
   for (int64_t row = 0; row < m; row += 2) {
     const auto load = [&](int column, PairBlock& block) {
       load_pair(in, row, column, block);
@@ -93,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> fft_correlate_host(const at::Tensor& x, const
   const Matrix<float> out = result_of(dx);
   const Keep keep = keep_of(options);
   std::vector<Complex> shared(fft_correlate_shared(plan.length) / sizeof(Complex));
-  Team team(fft_threads(plan.length));
+  Team team(fft_threads(plan.length), options.backwards);
   const int64_t stripe = fft_stripe(m, blocks);
   for (int64_t block = 0; block < blocks; ++block) {
     const auto load_x = [&](int64_t row, int column, PairBlock& pair) {

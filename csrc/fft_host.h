@@ -18,6 +18,7 @@ struct FftHostOptions {
   int64_t threshold = 0;
   double scale = 1;
   bool conjugate = false;
+  bool backwards = false;  // the order of threads within a phase: without influence where there is no race
 };
 at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const at::Tensor& twiddles, int64_t n_out,
                              const std::optional<at::Tensor>& add, bool mask_output, const FftHostOptions& options);

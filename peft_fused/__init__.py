@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 
 from . import layers, methods, ops
-from .methods import evaluate_ranks, on_step, set_rank
+from .methods import decay_groups, evaluate_ranks, on_step, set_rank
 from .ops.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
@@ -20,17 +20,19 @@ __version__ = "0.1.0"
 # Names that need PEFT or transformers, and where they are. PEFT's are imported below, so that the methods are known to
 # PEFT's loaders; the Trainer callback, which pulls in the whole Trainer, on first use.
 _LAZY = {"PeftFusedCallback": ".integrations.transformers"}
-_PEFT = ("DyLoraConfig", "accelerate", "export_lora", "restore")
+_PEFT = ("DyLoraConfig", "SurmConfig", "accelerate", "export_lora", "restore")
 
 if importlib.util.find_spec("peft") is not None:
-    from .integrations.peft import DyLoraConfig, export_lora
+    from .integrations.peft import DyLoraConfig, SurmConfig, export_lora
     from .integrations.peft.accelerate import accelerate, restore
 
 __all__ = [
     "DyLoraConfig",
     "PeftFusedCallback",
+    "SurmConfig",
     "accelerate",
     "build_info",
+    "decay_groups",
     "evaluate_ranks",
     "explain",
     "export_lora",

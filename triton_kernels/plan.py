@@ -36,6 +36,32 @@ class Problem:
     dropout: bool
     has_weight: bool
 
+    def describe(self) -> str:
+        op = "lowrank_linear" if self.has_weight else "lowrank"
+        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} A, B"
+        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], r={self.r}"
+        return f"{op} {sizes}, {types}{', dropout' if self.dropout else ''} on {self.device}"
+
+    def limits(self, backend: str) -> list[str]:
+        """What keeps the kernels of a backend from this problem, whatever the machine."""
+        return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
+
+    def preference(self, launch_bound: float) -> tuple[str, ...]:
+        """Backends on CUDA, the best first. launch_bound: multiply-adds that take less time than launching Triton."""
+        small = self.m * self.n * self.k < launch_bound
+        return ("cuda", "triton", "torch") if small else ("triton", "cuda", "torch")
+
+    def has_native_node(self, backend: str) -> bool:
+        return backend in ("torch", "cuda")
+
+    def words(self, backend: str, onednn: bool) -> str:
+        """What the backend runs, as the end of a sentence."""
+        if backend == "triton":
+            return f", {plan(self).forward}"
+        if backend == "cuda":
+            return ", CUDA shrink kernel" + (", adapter first, base GEMM last with beta=1" if self.has_weight else "")
+        return f", {'oneDNN' if onednn else 'BLAS'} base GEMM" if self.has_weight else ""
+
 
 @dataclass(frozen=True)
 class Launch:

@@ -274,7 +274,8 @@ Tensor correlate_cuda(const Call& c, const Tensor& dy2, const Tensor& x2, const 
   }
   int blocks = 1;
   check_launch(fft_correlate_blocks(dy.size(0), static_cast<int>(c.length), &blocks), "fft_correlate");
-  const Tensor partial = at::empty({blocks, c.length}, dy.options().dtype(at::kComplexFloat));
+  const Tensor partial =
+      at::empty({blocks, fft_half(static_cast<int>(c.length))}, dy.options().dtype(at::kComplexFloat));
   FftCorrelateParams p{};
   p.x = x.const_data_ptr();
   p.dy = dy.const_data_ptr();
@@ -297,13 +298,14 @@ Tensor correlate_cuda(const Call& c, const Tensor& dy2, const Tensor& x2, const 
   p.x_type = type_of(x);
   p.dy_type = type_of(dy);
   check_launch(fft_correlate(p, stream), "fft_correlate");
-  return at::real(at::fft_ifft(partial.sum(0)));
+  return at::fft_irfft(partial.sum(0), c.length);
 }
 #endif
 
 // --------------------------------------------------------------------------------------------------- the Kronecker map
 
-// [m, a2 b2] -> [m, a1 b1]; the product that leaves less to the other one comes first.
+// [m, a2 b2] -> [m, a1 b1]; the product that leaves less to the other one comes first. A and B come detached: at::matmul
+// takes another order of operations for what requires a gradient.
 Tensor kronecker_apply(const Tensor& x2, const Tensor& A, const Tensor& B) {
   const int64_t a1 = A.size(0), a2 = A.size(1), b1 = B.size(0), b2 = B.size(1), m = x2.size(0);
   if (b2 * a1 * (a2 + b1) <= b1 * a2 * (b2 + a1))
@@ -351,7 +353,7 @@ struct Structured : torch::autograd::Function<Structured> {
     } else {
       const Tensor xd = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed);
       Tensor delta = c.method == Method::dense ? scaled(product(xd, matrix.t(), 1), c, device_scale)
-                                               : kronecker_apply(xd, scaled(p, c, device_scale), q);
+                                               : kronecker_apply(xd, scaled(p, c, device_scale).detach(), q.detach());
       if (add2.defined()) delta.add_(add2);
       y = delta.to(x2.scalar_type());
     }
@@ -428,9 +430,10 @@ struct Structured : torch::autograd::Function<Structured> {
   }
 
   static std::tuple<Tensor, Tensor, Tensor> kronecker_backward(const Call& c, const Tensor& dy2, const Tensor& x2,
-                                                               const Tensor& A, const Tensor& B, const Tensor& scale,
+                                                               const Tensor& p, const Tensor& q, const Tensor& scale,
                                                                const Tensor& seed, bool need_x, bool need_A,
                                                                bool need_B) {
+    const Tensor A = p.detach(), B = q.detach();
     const int64_t a1 = A.size(0), a2 = A.size(1), b1 = B.size(0), b2 = B.size(1), m = dy2.size(0);
     const auto type = A.scalar_type();
     const Tensor Y = dy2.to(type).reshape({m * b1, a1});

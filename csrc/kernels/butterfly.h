@@ -118,7 +118,7 @@ struct Registers {
 };
 
 #ifdef __CUDACC__
-class Team {
+class BlockTeam {
  public:
   PEFT_FUSED_TEAM int size() const { return static_cast<int>(blockDim.x); }
   template <typename Phase>
@@ -133,19 +133,26 @@ class Team {
  private:
   Registers registers_;
 };
+using Team = BlockTeam;
 #else
-class Team {
+// A phase whose result depends on the order of its threads is a race on the device; `backwards` brings such to light.
+class HostTeam {
  public:
-  explicit Team(int size) : registers_(size) {}
+  HostTeam(int size, bool backwards) : registers_(size), backwards_(backwards) {}
   int size() const { return static_cast<int>(registers_.size()); }
   template <typename Phase>
   void run(const Phase& phase) {
-    for (int thread = 0; thread < size(); ++thread) phase(thread, registers_[thread]);
+    for (int i = 0; i < size(); ++i) {
+      const int thread = backwards_ ? size() - 1 - i : i;
+      phase(thread, registers_[thread]);
+    }
   }
 
  private:
   std::vector<Registers> registers_;
+  bool backwards_;
 };
+using Team = HostTeam;
 #endif
 
 // One pass over z. read(i) is point i of the row before the first pass.

@@ -3,65 +3,14 @@
 // each of its elements among several rows keeps that traffic below the one that counts, reading x once. Philox runs once
 // per 8 elements of x whatever the rank.
 #include "lowrank.h"
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "philox.h"
+#include "rows.h"
 
 namespace peft_fused {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kProducts = 32;  // sums held by a thread: enough reuse of x and A, few enough registers
-constexpr int kVector = kElementsPerBlock;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ __forceinline__ float widen(float v) { return v; }
-__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
-__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-template <typename T>
-__device__ __forceinline__ T narrow(float v);
-template <>
-__device__ __forceinline__ float narrow<float>(float v) { return v; }
-template <>
-__device__ __forceinline__ __half narrow<__half>(float v) { return __float2half_rn(v); }
-template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-
-template <typename T>
-struct alignas(16) Packed {
-  T v[16 / sizeof(T)];
-};
-
-// kVector elements of a row from `column` on, zero past its end; 16-byte loads where the row's alignment allows.
-template <typename T>
-__device__ __forceinline__ void load_row(const T* row, int64_t column, int64_t columns, bool aligned, float (&out)[kVector]) {
-  if (aligned && column + kVector <= columns) {
-    constexpr int per = 16 / sizeof(T);
-#pragma unroll
-    for (int i = 0; i < kVector / per; ++i) {
-      const Packed<T> p = *reinterpret_cast<const Packed<T>*>(row + column + i * per);
-#pragma unroll
-      for (int j = 0; j < per; ++j) out[i * per + j] = widen(p.v[j]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) out[j] = column + j < columns ? widen(row[column + j]) : 0.f;
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ bool vector_aligned(const T* row) {
-  return reinterpret_cast<uintptr_t>(row) % 16 == 0;
-}
-
-__device__ __forceinline__ void apply_keep(float (&v)[kVector], uint64_t seed, int64_t column, int64_t row,
-                                           uint32_t threshold, float keep_scale) {
-  const PhiloxBlock block = philox(seed, static_cast<uint32_t>(column / kVector), static_cast<uint32_t>(row));
-#pragma unroll
-  for (int j = 0; j < kVector; ++j) v[j] = element_bits(block, j) >= threshold ? v[j] * keep_scale : 0.f;
-}
 
 template <typename X, typename F, int R>
 __global__ void __launch_bounds__(kWarps * 32, 1) shrink_kernel(const ShrinkParams p) {

@@ -7,27 +7,37 @@ from rich.table import Table
 
 from .output import err, fail, out, plots, print_json, result_folder, torch_device
 
-HEADINGS = {
+LAYER_HEADINGS = {
     "/ base": "ratio_to_base",
     "/ PEFT": "ratio_to_peft",
     "/ addmm_": "ratio_to_addmm",
     "/ compiled": "ratio_to_compiled",
 }
+MAP_HEADINGS = {
+    "/ plain lines": "ratio_to_chain",
+    "/ PEFT C3A": "ratio_to_c3a",
+    "/ dense": "ratio_to_dense",
+    "fft / dense": "fft_over_dense",
+}
 
 
-def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_json: bool) -> None:
+def run(device_name: str, *, op: str, everything: bool, tiny: bool, out: Path | None, as_json: bool) -> None:
     """Runs the grid, prints it, and writes results.jsonl and results.png. Exit code 1 when a result is wrong.
 
-    Without `out` it writes to bench/results/<device> of the repository that it is run from; tiny grids, nowhere.
+    Without `out` it writes to bench/results/<device> of the repository that it is run from; tiny grids and those of one
+    op, nowhere: they would replace the results of all.
     """
     if everything and tiny:
         fail("--all and --tiny exclude each other")
     device = torch_device(device_name)
     from peft_fused.bench import run as runner
+    from peft_fused.bench import shapes
     from peft_fused.bench.plot import plot
     from peft_fused.bench.verify import WrongResult
 
-    folder = result_folder(out) or (None if tiny else runner.default_folder(device))
+    if op not in ("all", *shapes.OPS):
+        fail(f"--op must be all or one of {', '.join(shapes.OPS)}, got {op!r}")
+    folder = result_folder(out) or (None if tiny or op != "all" else runner.default_folder(device))
     rows = []
     with Progress(console=err(), disable=as_json, transient=True) as progress:
         task = progress.add_task("")
@@ -36,7 +46,7 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
             progress.update(task, description=shape, completed=done, total=total)
 
         try:
-            for row in runner.run(device, "tiny" if tiny else "all" if everything else "default", tell):
+            for row in runner.run(device, "tiny" if tiny else "all" if everything else "default", tell, op):
                 rows.append(row)
                 if folder:
                     written = [runner.write(row, folder, first=len(rows) == 1)]
@@ -47,7 +57,7 @@ def run(device_name: str, *, everything: bool, tiny: bool, out: Path | None, as_
     if not as_json:
         _print(rows)
     if folder is None:
-        err().print("nothing written: give --out, or run from the repository root")
+        err().print("nothing written: give --out, or run every op from the repository root")
         return
     if plots():
         written.append(plot(rows, folder / "results.png"))
@@ -60,25 +70,66 @@ def _print(rows: list[dict]) -> None:
     ceilings = rows[0]["ceilings"]
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceilings["gemm_gflop_s"].items())
     console.print(f"measured ceilings: copy {ceilings['copy_gb_s']:.1f} GB/s; GEMM, GFLOP/s: {rates}")
-    table = Table(caption="ratios are time of ours / reference, median of per-round ratios: below 1 is faster")
-    for name in ("op", "layer", "dtype", "mode"):
-        table.add_column(name, no_wrap=True)
-    for name in ("rank", "drop", "ms (IQR)", *HEADINGS, "saved, ours", "saved, PEFT", "of floor"):
-        table.add_column(name, no_wrap=True, justify="right")
-    for row in rows:
-        ms, iqr = row["ms_median"]["ours"], row["ms_iqr"]["ours"]
-        rank = str(row["r"]) if row["active_rank"] == row["r"] else f"{row['active_rank']} of {row['r']}"
-        table.add_row(
-            row["op"], row["shape"], row["dtype"], row["mode"], rank, f"{row['dropout']:g}", f"{ms:.3g} ({iqr:.2g})",
-            *("-" if row[key] is None else f"{row[key]:.2f}" for key in HEADINGS.values()),
-            *(_size(row["saved_bytes"][who]) for who in ("ours", "peft")), f"{row['floor_ms'] / ms:.0%}",
-            end_section=row["mode"] == "both",
-        )  # fmt: skip
-    console.print(table)
+    layers = [row for row in rows if "ratio_to_peft" in row]
+    maps = [row for row in rows if "ratio_to_chain" in row]
+    if layers:
+        console.print(_layer_table(layers))
+    if maps:
+        console.print(_map_table(maps))
     for path in dict.fromkeys(row["path"] for row in rows):
         console.print(f"path: {path}", markup=False)
-    for reason in dict.fromkeys(reason for row in rows for reason in row["skipped"].values()):
-        console.print(f"compiled PEFT left out for some shapes: {reason}", markup=False)
+    for what, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
+        console.print(f"{what} left out for some shapes: {reason}", markup=False)
+
+
+def _table(title: str, headings: tuple[str, ...]) -> Table:
+    table = Table(
+        title=title, caption="ratios are time of ours / reference, median of per-round ratios: below 1 is faster"
+    )
+    for name in ("op", "layer", "dtype", "mode"):
+        table.add_column(name, no_wrap=True)
+    for name in headings:
+        table.add_column(name, no_wrap=True, justify="right")
+    return table
+
+
+def _ratios(row: dict, headings: dict[str, str]) -> list[str]:
+    return ["-" if row[key] is None else f"{row[key]:.2f}" for key in headings.values()]
+
+
+def _time(row: dict) -> str:
+    return f"{row['ms_median']['ours']:.3g} ({row['ms_iqr']['ours']:.2g})"
+
+
+def _of_floor(row: dict) -> str:
+    return f"{row['floor_ms'] / row['ms_median']['ours']:.0%}"
+
+
+def _layer_table(rows: list[dict]) -> Table:
+    shown = ("rank", "drop", "ms (IQR)", *LAYER_HEADINGS, "saved, ours", "saved, PEFT", "of floor")
+    table = _table("adapted layers", shown)
+    for row in rows:
+        rank = str(row["r"]) if row["active_rank"] == row["r"] else f"{row['active_rank']} of {row['r']}"
+        table.add_row(
+            row["op"], row["shape"], row["dtype"], row["mode"], rank, f"{row['dropout']:g}", _time(row),
+            *_ratios(row, LAYER_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "peft")),
+            _of_floor(row), end_section=row["mode"] == "both",
+        )  # fmt: skip
+    return table
+
+
+def _map_table(rows: list[dict]) -> Table:
+    shown = ("plan", "ms (IQR)", *MAP_HEADINGS, "saved, ours", "saved, lines", "of floor")
+    table = _table("structured maps, no base layer", shown)
+    for row in rows:
+        plan = row["plan"]
+        table.add_row(
+            row["op"], row["shape"], row["dtype"], row["mode"],
+            f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"], _time(row),
+            *_ratios(row, MAP_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "chain")),
+            _of_floor(row), end_section=row["mode"] == "both",
+        )  # fmt: skip
+    return table
 
 
 def _size(size: int | None) -> str:

@@ -1,4 +1,4 @@
-"""`peft-fused demo`: PEFT LoRA, the accelerated LoRA and DyLoRA trained side by side, and their comparison."""
+"""`peft-fused demo`: PEFT LoRA, the accelerated LoRA, DyLoRA and SURM trained side by side, and their comparison."""
 
 import math
 import random
@@ -10,13 +10,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import demo_data
-from .demo_train import ModelError, Settings, default_model, run_seed
+from .demo_train import LORA, ModelError, Settings, default_model, run_seed
 from .output import err, fail, plots, print_json, result_folder, to_json, torch_device
 from .output import out as out_console
 
 __all__ = ["Settings", "run"]
 
-TITLES = {"peft": "PEFT LoRA", "fused": "accelerated LoRA", "dylora": "DyLoRA"}
+TITLES = {"peft": "PEFT LoRA", "fused": "accelerated LoRA", "dylora": "DyLoRA", "surm": "SURM, circulant"}
 
 
 def run(
@@ -88,7 +88,9 @@ def _summary(results: list[dict]) -> dict:
             for key in ("accuracy", "final_loss", "final_loss_difference", "step_ratio_to_peft", "step_ms_median")
         } | {
             "trainable_parameters": found[0]["trainable_parameters"],
-            "max_relative_gradient_error": max(method["max_relative_gradient_error"] for method in found),
+            "max_relative_gradient_error": max(
+                (method["max_relative_gradient_error"] for method in found if name in LORA), default=None
+            ),
             "path": found[0]["path"],
         }
     ranks = [
@@ -123,19 +125,18 @@ def _print(result: dict) -> None:
     table.add_column("path", overflow="fold")
     for name, title in TITLES.items():
         method = summary["methods"][name]
-        error, difference = (
-            f"{method['max_relative_gradient_error']:.1e}",
-            _cell(method["final_loss_difference"], "+.1e"),
-        )
+        error, difference = method["max_relative_gradient_error"], _cell(method["final_loss_difference"], "+.1e")
         if name == "peft":
-            error = difference = "-"
+            error, difference = None, "-"
         table.add_row(
-            title, f"{method['trainable_parameters']:,}", _cell(method["accuracy"], ".3f"), error,
+            title, f"{method['trainable_parameters']:,}", _cell(method["accuracy"], ".3f"),
+            "-" if error is None else f"{error:.1e}",
             _cell(method["final_loss"], ".4f"), difference,
             _cell(method["step_ms_median"], ".0f"), _cell(method["step_ratio_to_peft"], ".2f"), method["path"],
         )  # fmt: skip
     console.print(table)
     console.print("gradient error: largest relative difference from PEFT at the start, B filled; DyLoRA at full rank")
+    console.print("SURM trains other parameters than LoRA: a circulant matrix, two vectors, beside each weight")
     ranks = Table(title="accuracy when only the first b ranks are kept")
     ranks.add_column("b", justify="right")
     for title in ("DyLoRA", "trained LoRA, cut"):

@@ -1,4 +1,4 @@
-"""The demo's models and training: three methods from one start on one order of data, one step of each in turn."""
+"""The demo's models and training: four methods from one start on one order of data, one step of each in turn."""
 
 import contextlib
 import copy
@@ -27,6 +27,8 @@ from .demo_data import Batches, Data
 
 # Names of the query and value projections in the usual encoders and decoders.
 QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("query_proj", "value_proj"), ("q", "v"))
+# The methods that train the same factors, so that gradients can be compared; SURM trains other parameters.
+LORA = ("peft", "fused", "dylora")
 WARM_UP_STEPS = 3
 LAST_STEPS = 10
 
@@ -112,33 +114,35 @@ def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
 
 
 def lora_factors(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """(A, B) of every adapted layer of a LoRA or DyLoRA model, in the order of the layers."""
+    """(A, B) of every adapted layer of a model of one of LORA, in the order of the layers."""
     if members := members_of(model).get("dylora"):
         return [(member.A, member.B) for member in members]
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(model)]
 
 
 def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Trainable parameters that are no adapter factors: the classification head."""
-    factors = {id(p) for pair in lora_factors(model) for p in pair}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in factors]
+    """The trained copy of the classification head, where PEFT keeps what it trains beside adapters."""
+    return [p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." in name]
 
 
 def build(base, settings: Settings, names: list[str], seed: int) -> dict[str, torch.nn.Module]:
-    """The three models with equal heads and factors. `base` itself is left alone."""
-    shared = dict(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, task_type="SEQ_CLS")
+    """The models with equal heads, those of LORA with equal factors. `base` itself is left alone."""
+    where = dict(target_modules=names, task_type="SEQ_CLS")
+    shared = dict(r=settings.rank, lora_alpha=settings.alpha, **where)
     torch.manual_seed(seed)
     peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(**shared))
     fused = copy.deepcopy(peft_model)
     peft_fused.accelerate(fused)
     dylora = get_peft_model(copy.deepcopy(base), peft_fused.DyLoraConfig(**shared, seed=seed))
+    surm = get_peft_model(copy.deepcopy(base), peft_fused.SurmConfig(structure="circulant", **where))
     with torch.no_grad():
         for mine, theirs in zip(lora_factors(dylora), lora_factors(peft_model), strict=True):
             for target, value in zip(mine, theirs, strict=True):
                 target.copy_(value)
-        for target, value in zip(head_parameters(dylora), head_parameters(peft_model), strict=True):
-            target.copy_(value)
-    return {"peft": peft_model, "fused": fused, "dylora": dylora}
+        for model in (dylora, surm):
+            for target, value in zip(head_parameters(model), head_parameters(peft_model), strict=True):
+                target.copy_(value)
+    return {"peft": peft_model, "fused": fused, "dylora": dylora, "surm": surm}
 
 
 class Encoder:
@@ -165,13 +169,14 @@ def gradients(model: torch.nn.Module, batch: dict) -> list[torch.Tensor]:
 
 
 def gradient_errors(models: dict[str, torch.nn.Module], batch: dict, seed: int) -> dict[str, float]:
-    """Largest relative gradient error against PEFT over all trained tensors, DyLoRA at its full rank, with non-zero B.
+    """Largest relative gradient error of those of LORA against PEFT over all trained tensors, DyLoRA at its full rank,
+    with non-zero B.
 
     B starts at zero, where the gradient of A vanishes whatever a kernel does, so B is filled for the comparison only.
     """
     found = {}
-    for name, model in models.items():
-        model.eval()
+    for name in LORA:
+        model = models[name].eval()
         generator = torch.Generator().manual_seed(seed)
         up = [B for _, B in lora_factors(model)]
         before = [B.detach().clone() for B in up]
@@ -298,7 +303,7 @@ def rank_accuracies(models: dict[str, torch.nn.Module], batches: list[dict], ran
 
 
 def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Callable[[], None]) -> dict:
-    """Trains and evaluates the three methods from one seed. `rows`: what to evaluate on."""
+    """Trains and evaluates the methods from one seed. `rows`: what to evaluate on."""
     torch.manual_seed(seed)
     base, tokenizer = load(settings, len(data.classes))
     names = targets(base, settings.target_modules)
@@ -313,13 +318,14 @@ def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Cal
         "peft": ranks[-1]["lora_truncated"],
         "fused": accuracy(models["fused"], batches),
         "dylora": ranks[-1]["dylora"],
+        "surm": accuracy(models["surm"], batches),
     }
     methods = {}
     for name, model in models.items():
         methods[name] = {
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "accuracy": accuracies[name],
-            "max_relative_gradient_error": errors[name],
+            "max_relative_gradient_error": errors.get(name),
             "final_loss": trained[name].final_loss,
             "final_loss_difference": trained[name].final_loss - trained["peft"].final_loss,
             "step_ms_median": trained[name].times.median,

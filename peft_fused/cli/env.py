@@ -7,9 +7,16 @@ from rich.table import Table
 
 from .output import out, print_json
 
+TYPES = ("float32", "bfloat16")
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "peft-fused")
 # The layer whose path is shown: a query projection of a base-size encoder, 32 texts of 128 tokens.
-LAYER = dict(m=4096, n=768, k=768, r=8)
+LAYER = dict(m=4096, n=768, k=768)
+RANK = 8
+# Sizes of the structured maps on it, see ops.structured.StructuredProblem.
+SIZES = {
+    "circulant": (768,), "skew_circulant": (768,), "toeplitz": (768, 768), "toeplitz_product": (768,),
+    "kronecker": (24, 32, 32, 24), "ldr": (1, 768),
+}  # fmt: skip
 
 
 def version(package: str) -> str | None:
@@ -56,22 +63,24 @@ def _paths(device: str) -> list[dict]:
     """The path of each op for the common types on a device, with the reasons against the other backends."""
     import torch
 
-    from peft_fused.ops import dispatch
+    from peft_fused.ops import dispatch, structured
 
     gpu, sm_count = "", 1
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         gpu, sm_count = found.name, found.multi_processor_count
-    paths = []
-    for has_weight in (True, False):
-        for dtype in ("float32", "bfloat16"):
-            problem = dispatch.Problem(
-                **LAYER, dtype=dtype, adapter_dtype="float32", device=device, gpu=gpu, sm_count=sm_count,
-                dropout=False, has_weight=has_weight,
-            )  # fmt: skip
-            (line,) = dispatch.explain(problem).lines
-            paths.append(dict(zip(("op", "path", "against"), line, strict=True)))
-    return paths
+    where = LAYER | dict(adapter_dtype="float32", device=device, gpu=gpu, sm_count=sm_count, dropout=False)
+    problems = [
+        dispatch.Problem(**where, r=RANK, dtype=dtype, has_weight=has_weight)
+        for has_weight in (True, False)
+        for dtype in TYPES
+    ] + [
+        structured.StructuredProblem(kind, **where, sizes=sizes, dtype=dtype)
+        for kind, sizes in SIZES.items()
+        for dtype in TYPES
+    ]
+    lines = [line for problem in problems for line in dispatch.explain(problem).lines]
+    return [dict(zip(("op", "path", "against"), line, strict=True)) for line in lines]
 
 
 def _missing(versions: dict, extension: dict, gpus: list, torch_cuda: str | None) -> list[dict]:
@@ -118,8 +127,12 @@ def run(as_json: bool) -> None:
     table = Table(title="paths", show_lines=True)
     for name in ("op", "path", "why not the others"):
         table.add_column(name, overflow="fold")
+    # Ops that take the same path for the same reasons share a row.
+    rows: dict[tuple, list[str]] = {}
     for entry in found["paths"]:
-        table.add_row(entry["op"], entry["path"], "\n".join(entry["against"]))
+        rows.setdefault((entry["path"], "\n".join(entry["against"])), []).append(entry["op"])
+    for (path, against), ops in rows.items():
+        table.add_row("\n".join(ops), path, against)
     console.print(table)
     if found["missing"]:
         table = Table(title="missing", show_lines=True)

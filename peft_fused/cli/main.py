@@ -37,17 +37,25 @@ def check(device: Device = "cpu", as_json: AsJson = False) -> None:
 @app.command()
 def bench(
     device: Device = "cpu",
-    everything: Annotated[bool, typer.Option("--all", help="More shapes, and torch.compile for each of them.")] = False,
+    op: Annotated[
+        str,
+        typer.Option(
+            help="lowrank (LoRA and DyLoRA layers), circulant, skew_circulant, toeplitz, toeplitz_product, kronecker, "
+            "ldr, or all. One op alone is written with --out only."
+        ),
+    ] = "all",
+    everything: Annotated[bool, typer.Option("--all", help="More shapes, and torch.compile for each layer.")] = False,
     tiny: Annotated[
-        bool, typer.Option(help="Two tiny layers: a smoke test, not a measurement; written with --out only.")
+        bool, typer.Option(help="A few tiny shapes: a smoke test, not a measurement; written with --out only.")
     ] = False,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time adapted layers against the frozen layer, PEFT, three plain lines, and compiled PEFT."""
+    """Time adapted layers against the frozen layer, PEFT, three plain lines, and compiled PEFT; and structured maps
+    against the plain lines, PEFT's C3A, the dense matrix, and themselves by each method."""
     from . import bench as command
 
-    command.run(device, everything=everything, tiny=tiny, out=out, as_json=as_json)
+    command.run(device, op=op, everything=everything, tiny=tiny, out=out, as_json=as_json)
 
 
 @app.command()
@@ -74,7 +82,7 @@ def demo(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train PEFT LoRA, the same LoRA accelerated, and DyLoRA side by side on real text, and compare them."""
+    """Train PEFT LoRA, the same LoRA accelerated, DyLoRA and SURM side by side on real text, and compare them."""
     from . import demo as command
 
     settings = command.Settings(

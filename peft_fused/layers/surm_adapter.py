@@ -9,10 +9,18 @@ from .checks import check_adapter_dtype, check_flag, check_int, check_linear, is
 from .structured import StructuredDelta
 from .structured_maps import MapSpec
 
+
+class LiveReLU(nn.Module):
+    """max(x, 0) whose derivative at 0 is 1. torch's is 0, with which a map that starts at zero never trains."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(min=0)
+
+
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "relu": nn.ReLU,
+    "relu": LiveReLU,
     "leaky_relu": nn.LeakyReLU,
     "silu": nn.SiLU,
     "elu": nn.ELU,
@@ -29,7 +37,8 @@ def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False
     """The activation of that name, or the module given, which must keep the shape [..., features].
 
     Raises TypeError or ValueError naming the argument; ValueError for one that is not zero at zero, with which an
-    adapter does not start as the identity, unless allow_nonidentity.
+    adapter does not start as the identity, unless allow_nonidentity, and for one that is flat there, such as
+    torch.nn.ReLU(), with which the map would never leave its start.
     """
     check_flag("allow_nonidentity", allow_nonidentity)
     names = ", ".join(map(repr, ACTIVATIONS))
@@ -42,14 +51,23 @@ def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False
     else:
         raise TypeError(f"activation must be one of {names} or a torch.nn.Module, got {activation!r}")
     like = next(module.parameters(), torch.empty(0, device="cpu"))
-    with torch.no_grad():
-        at_zero = module(like.new_zeros(1, features))
-    if at_zero.shape != (1, features):
-        raise ValueError(f"activation must keep the shape of its input, got {activation!r}")
-    if not allow_nonidentity and not at_zero.is_meta and at_zero.any():
+    with torch.inference_mode(False), torch.enable_grad():
+        zero = torch.zeros(1, features, dtype=like.dtype, device=like.device, requires_grad=True)
+        value = module(zero)
+        if value.shape != zero.shape:
+            raise ValueError(f"activation must keep the shape of its input, got {activation!r}")
+        (slope,) = torch.autograd.grad(value.sum(), zero)
+    if value.is_meta:
+        return module
+    if not allow_nonidentity and value.any():
         raise ValueError(
             f"activation must be 0 at 0, so that the adapter starts as the identity, got {activation!r}; "
             "allow_nonidentity=True accepts it"
+        )
+    if not slope.any():
+        raise ValueError(
+            f"activation must not have derivative 0 at 0, which would keep the map at its start, got {activation!r}; "
+            "that of the name 'relu' is 1"
         )
     return module
 

@@ -118,9 +118,14 @@ def rows(t):
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
+def unview(t, *shape):
+    """t in another shape, and not as a view: what a custom function returns may be changed in place later."""
+    return torch.ops.aten._unsafe_view(t, shape)
+
+
 def unflatten(y, x):
-    """y [M, N] in x's leading dimensions. Not a view: what a custom function returns may be changed in place later."""
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    """y [M, N] in x's leading dimensions."""
+    return y if x.dim() == 2 else unview(y, *x.shape[:-1], y.shape[1])
 
 
 def forward(x, weight, add, bias, A, B, u, v, controls: Controls):

@@ -5,24 +5,23 @@ import json
 import pytest
 import torch
 from peft_fused.bench import run as runner
+from peft_fused.bench import shapes
 from peft_fused.bench.verify import WrongResult
 
 
 @pytest.fixture
 def one_shape(monkeypatch):
-    """The first of the tiny shapes, with no time for more than the least number of rounds."""
-    monkeypatch.setattr(runner, "grid", lambda device, name: runner_grid(device, name)[:1])
+    """The first tiny layer and the first tiny map, with no time for more than the least number of rounds."""
+    monkeypatch.setattr(shapes, "TINY", shapes.TINY[:1])
+    monkeypatch.setattr(shapes, "STRUCTURED_TINY", shapes.STRUCTURED_TINY[:1])
     monkeypatch.setitem(runner.ROUND_SECONDS, "tiny", 0.0)
-
-
-runner_grid = runner.grid
 
 
 def test_json_lines_equal_the_file_that_is_written(cli, one_shape, tmp_path):
     result = cli("bench", "--tiny", "--json", "--out", tmp_path / "results")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {(row["op"], row["mode"]) for row in rows} == {
-        (op, mode) for op in ("lora", "dylora") for mode in ("forward", "backward", "both")
+        (op, mode) for op in ("lora", "dylora", "circulant") for mode in ("forward", "backward", "both")
     }
     written = (tmp_path / "results" / "results.jsonl").read_text()
     assert [json.loads(line) for line in written.splitlines()] == rows
@@ -35,9 +34,36 @@ def test_the_table_shows_every_row_and_why_something_is_left_out(cli, one_shape,
     (tmp_path / "bench" / "run.py").touch()  # a smoke test does not replace the results of a repository
     monkeypatch.chdir(tmp_path)
     result = cli("bench", "--tiny")
-    for word in ("lora", "dylora", "forward", "backward", "both", "/ PEFT", "compiled PEFT left out"):
+    words = (
+        "lora",
+        "dylora",
+        "circulant",
+        "forward",
+        "backward",
+        "both",
+        "/ PEFT",
+        "/ plain lines",
+        "compiled left out",
+    )
+    for word in words:
         assert word in result.stdout
     assert "nothing written" in result.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
+
+
+def test_one_op_alone(cli, one_shape, tmp_path):
+    rows = [json.loads(line) for line in cli("bench", "--tiny", "--op", "circulant", "--json").stdout.splitlines()]
+    assert {row["op"] for row in rows} == {"circulant"}
+    assert "adapted layers" not in cli("bench", "--tiny", "--op", "circulant").stdout
+
+
+def test_one_op_alone_does_not_replace_the_results_of_all(cli, monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "run.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shapes, "STRUCTURED_CPU", shapes.STRUCTURED_TINY)
+    monkeypatch.setitem(runner.STRUCTURED_SECONDS, "default", 0.0)
+    assert "nothing written" in cli("bench", "--op", "ldr").stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
 
 
@@ -53,7 +79,11 @@ def test_a_wrong_result_ends_it_without_times(cli, one_shape, monkeypatch, tmp_p
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("--device", "tpu"), "must be cpu or cuda, got 'tpu'"), (("--all", "--tiny"), "exclude each other")],
+    [
+        (("--device", "tpu"), "must be cpu or cuda, got 'tpu'"),
+        (("--all", "--tiny"), "exclude each other"),
+        (("--op", "hadamard"), "--op must be all or one of lowrank, "),
+    ],
 )
 def test_bad_options(cli, arguments, message):
     assert message in cli("bench", *arguments, code=2).stderr

@@ -6,19 +6,25 @@ import pytest
 import torch
 
 from peft_fused.cli import check
-from peft_fused.ops import lowrank_linear, native
-from peft_fused.ops.cases import make_case
+from peft_fused.ops import dispatch, lowrank_linear, native, structured
+from peft_fused.ops.cases import make_case, make_structured
+from peft_fused.ops.structured.engine import STRUCTURES
 
 
 def few_cases(op, dtype, adapter_dtype, device):
-    make = dict(dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
-    yield make_case(op, 67, 96, 80, 8, **make)
-    yield make_case(op, 53, 40, 24, 6, uv=True, rank=4, **make)
+    make = dict(dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    if op in STRUCTURES:
+        sizes = {"toeplitz": (12, 9), "kronecker": (3, 2, 4, 5), "ldr": (2, 12)}.get(op, (12,))
+        yield make_structured(op, 67, *sizes, **make)
+        yield make_structured(op, 53, *sizes, dropout_p=0.3, seed=5, add=True, **make)
+    else:
+        yield make_case(op, 67, 96, 80, 8, base=False, **make)
+        yield make_case(op, 53, 40, 24, 6, uv=True, rank=4, base=False, **make)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Both ops with two cases in fp32 and bf16 + fp32."""
+    """Every op with two cases in fp32 and bf16 + fp32."""
     monkeypatch.setattr(check, "DTYPES", check.DTYPES[:2])
     for name, entry in check.OPS.items():
         monkeypatch.setitem(check.OPS, name, replace(entry, cases=few_cases))
@@ -34,13 +40,18 @@ def by_status(rows):
 def test_every_combination_is_listed_and_what_ran_is_right(cli, small):
     result = cli.json("check")
     rows = result["rows"]
-    assert len({(row["op"], row["path"], row["dtype"]) for row in rows}) == len(rows) == 2 * len(check.PATHS) * 2
+    assert (
+        len({(row["op"], row["path"], row["dtype"]) for row in rows})
+        == len(rows)
+        == 2 * len(check.PATHS) * len(check.OPS)
+    )
     found = by_status(rows)
     assert "wrong" not in found and result["ok"] == len(found["ok"]) and result["wrong"] == 0
     assert {row["path"] for row in found["ok"]} >= {"reference", "torch, Python node"}
     for row in found["ok"]:
         assert row["cases"] == 2 and row["worst"]["ratio"] <= 1
-        assert row["controls"] == {"scale x 1.02": True, "one rank dropped": True}
+        defect = "one entry zeroed" if row["op"] in STRUCTURES else "one rank dropped"
+        assert row["controls"] == {"scale x 1.02": True, defect: True}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -57,7 +68,7 @@ def test_without_the_extension_its_node_cannot_run(cli, small, monkeypatch):
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "why_missing", "taken away")
     rows = [row for row in cli.json("check")["rows"] if row["path"] == "torch, C++ node"]
-    assert len(rows) == 4
+    assert len(rows) == 2 * len(check.OPS)
     assert all(row["status"] == "cannot run" and "C++ extension: taken away" in row["reasons"] for row in rows)
 
 
@@ -105,6 +116,22 @@ def test_a_wrong_op_is_caught(cli, small, monkeypatch, fn, reason):
     assert not [row for row in result["rows"] if row["op"] == "lowrank" and row["status"] == "wrong"]
 
 
+def test_a_structured_map_off_by_one_entry_is_caught(cli, small, monkeypatch):
+    def rolled(x, c, **options):
+        return structured.circulant(x, c.roll(1), **options)
+
+    monkeypatch.setitem(check.OPS, "circulant", replace(check.OPS["circulant"], fn=rolled))
+    rows = [row for row in cli.json("check", code=1)["rows"] if row["status"] == "wrong"]
+    assert rows and {row["op"] for row in rows} == {"circulant"}
+
+
+def test_a_map_without_a_cpp_node_does_not_count_as_run_by_it():
+    """The Python node would be checked twice under two names."""
+    problem = check.OPS["ldr"].problem(next(few_cases("ldr", torch.float32, torch.float32, "cpu")))
+    by_name = {path.name: path.why_not(problem) for path in check.PATHS}
+    assert by_name["torch, C++ node"] and not by_name["torch, Python node"]
+
+
 def test_a_control_that_passes_fails_the_check(cli, small, monkeypatch):
     """A judgement that accepts everything must not come out green."""
     blind = check.compare
@@ -126,9 +153,22 @@ def test_the_table_merges_types_that_cannot_run_and_keeps_the_others_apart():
 
 def test_the_full_set_reaches_every_base_product():
     """The small cases stay below the size at which the base product changes hands."""
-    from peft_fused.ops import dispatch
-
     cases = list(check.OPS["lowrank_linear"].cases("lowrank_linear", torch.float32, torch.float32, "cpu"))
     sizes = [case.tensors["x"].numel() * case.tensors["B"].shape[-2] for case in cases]
     assert min(sizes) < dispatch.ONEDNN_LEAST < max(sizes)
     assert any(case.tensors["weight"].any() for case in cases), "a zero base weight hides a wrong base product"
+
+
+@pytest.mark.parametrize("op", STRUCTURES)
+def test_the_structured_cases_reach_every_method_and_option(op):
+    entry = check.OPS[op]
+    cases = list(entry.cases(op, torch.float32, torch.float32, "cpu"))
+    assert len({case.name for case in cases}) == len(cases), "a verdict names its case"
+    problems = [entry.problem(case) for case in cases]
+    methods = {"kronecker": {"gemm"}, "toeplitz_product": {"fft"}, "ldr": {"fft"}}.get(op, {"dense", "fft"})
+    assert {problem.plan.method for problem in problems} == methods
+    options = {name for case in cases for name in (*case.options, *case.tensors)}
+    assert options >= {"scale", "dropout_p", "seed", "transposed", "add"}
+    assert any(not case.tensors["x"].is_contiguous() for case in cases)
+    for case in cases:
+        assert case.call(entry.reference).shape[-1] == case.outputs

@@ -49,13 +49,17 @@ def built(model_path, data):
     return models, encode, encode(data.train[:8])
 
 
-def test_json_compares_the_three_methods(cli, model_path, tmp_path):
+def test_json_compares_the_methods(cli, model_path, tmp_path):
     found = cli.json(
         "demo", "--model", model_path, "--steps", 4, "--rank", 3, "--batch-size", 8, "--seeds", 2, "--out", tmp_path
     )
     methods = found["summary"]["methods"]
-    assert set(methods) == {"peft", "fused", "dylora"}
-    assert len({method["trainable_parameters"] for method in methods.values()}) == 1
+    assert set(methods) == {"peft", "fused", "dylora", "surm"}
+    assert len({methods[name]["trainable_parameters"] for name in demo_train.LORA}) == 1
+    # Two layers, query and value, two vectors of 32 beside the head; of the three ranks of LoRA each has 2 * 32.
+    counts = [methods[name]["trainable_parameters"] for name in ("peft", "surm")]
+    assert counts[0] - counts[1] == 4 * (3 - 1) * 64
+    assert methods["surm"]["max_relative_gradient_error"] is None and "circulant" in methods["surm"]["path"]
     assert methods["fused"]["max_relative_gradient_error"] < 1e-3
     assert methods["dylora"]["max_relative_gradient_error"] < 1e-3
     assert abs(methods["fused"]["final_loss_difference"]["mean"]) < 1e-3
@@ -78,7 +82,7 @@ def test_table_on_a_file_of_ones_own(cli, model_path, tmp_path):
     columns = ("--text-column", "remark", "--label-column", "verdict")
     result = cli("demo", "--model", model_path, "--data", path, *columns, "--steps", 2, "--rank", 2, "--batch-size", 4)
     assert "16 rows, 4 of 4 evaluated, 2 classes" in result.stdout
-    for word in ("PEFT LoRA", "accelerated LoRA", "DyLoRA", "lowrank_linear", "alpha / b"):
+    for word in ("PEFT LoRA", "accelerated LoRA", "DyLoRA", "SURM", "lowrank_linear", "alpha / b"):
         assert word in result.stdout
 
 
@@ -119,9 +123,9 @@ def test_models_start_equal(built):
     for model in models.values():
         model.eval()
     logits = [model(**batch).logits for model in models.values()]
-    torch.testing.assert_close(logits[1], logits[0])
-    torch.testing.assert_close(logits[2], logits[0])
-    factors = [demo_train.lora_factors(model) for model in models.values()]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0])
+    factors = [demo_train.lora_factors(models[name]) for name in demo_train.LORA]
     assert len(factors[0]) == 4
     for pairs in zip(*factors, strict=True):
         assert all(torch.equal(A, pairs[0][0]) and torch.equal(B, pairs[0][1]) for A, B in pairs)
@@ -131,7 +135,7 @@ def test_gradient_errors_see_a_wrong_layer_and_leave_the_factors_alone(built):
     models, _, batch = built
     right = demo_train.gradient_errors(models, batch, seed=0)
     assert right["peft"] == 0.0 and right["fused"] < 1e-4 and right["dylora"] < 1e-4
-    assert all(not B.any() for model in models.values() for _, B in demo_train.lora_factors(model))
+    assert all(not B.any() for name in demo_train.LORA for _, B in demo_train.lora_factors(models[name]))
     for layer in demo_train.lora_layers(models["fused"]):
         layer.scaling["default"] *= 1.02
     assert demo_train.gradient_errors(models, batch, seed=0)["fused"] > 5e-3
@@ -147,9 +151,11 @@ def test_training_gives_every_method_the_same_batches_and_moves_only_what_trains
     # while B is zero.
     assert trained["fused"].losses[0] == pytest.approx(trained["peft"].losses[0], abs=1e-6)
     assert trained["dylora"].losses[0] == pytest.approx(trained["peft"].losses[0], abs=1e-6)
+    assert trained["surm"].losses[0] == pytest.approx(trained["peft"].losses[0], abs=1e-6)
     assert trained["fused"].losses == pytest.approx(trained["peft"].losses, abs=1e-3)
-    for model in models.values():
-        assert all(B.abs().max() > 0 for _, B in demo_train.lora_factors(model))
+    for name in demo_train.LORA:
+        assert all(B.abs().max() > 0 for _, B in demo_train.lora_factors(models[name]))
+    assert all(p.any() for p in models["surm"].parameters() if p.requires_grad and p.dim() == 1)
     assert all(torch.equal(p, frozen[name]) for name, p in models["fused"].named_parameters() if name in frozen)
 
 

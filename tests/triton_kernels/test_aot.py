@@ -4,24 +4,12 @@ report: no register spills, shared memory within the limit, tensor-core instruct
 It prints a table by kernel; `pytest -s` shows every configuration.
 """
 
-import re
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-import triton
+from aot import TRITON_TYPES, compile_all, launch_source, table
 from peft_fused.triton_kernels import lowrank_kernels
 from peft_fused.triton_kernels.plan import configurations
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 pytestmark = pytest.mark.aot
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 ACTIVATIONS = {"x_ptr", "w_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr", "dbias_ptr"}
 ADAPTER = {"a_ptr", "b_ptr", "u_ptr", "v_ptr", "s_ptr", "dsu_ptr", "dv_ptr", "du_ptr"}
@@ -42,49 +30,30 @@ RANK_SIZED = {kernel: {"r", "stride_bn"} for kernel in UNIT_STRIDES} | {
 }
 
 
-@dataclass
-class Report:
-    config: object
-    target: int
-    aligned_rank: bool
-    registers: int
-    stack: int
-    shared: int
-    wgmma: int
-    mma: int
-    copies: int  # asynchronous copies of 16 bytes
+def describe(config, aligned_rank):
+    types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
+    flags = "-".join(name for name, value in config.constexprs if value is True)
+    blocks = "x".join(f"{name[6:]}{value}" for name, value in config.constexprs if name.startswith("BLOCK_"))
+    rank = "r%16=0" if aligned_rank else "r%16>0"
+    return f"{config.kernel[:-7]:7} {types:16} {blocks:24} {flags:28} {rank} warps {config.num_warps}"
 
-    def __str__(self):
-        c = self.config
-        types = c.dtype if c.dtype == c.adapter_dtype else f"{c.dtype}+{c.adapter_dtype}"
-        flags = "-".join(name for name, value in c.constexprs if value is True)
-        blocks = "x".join(f"{name[6:]}{value}" for name, value in c.constexprs if name.startswith("BLOCK_"))
-        rank = "r%16=0" if self.aligned_rank else "r%16>0"
-        return (
-            f"{c.kernel[:-7]:7} {types:16} sm_{self.target} {blocks:24} {flags:28} {rank} warps {c.num_warps} "
-            f"registers {self.registers:3} stack {self.stack} shared {self.shared:6} wgmma {self.wgmma:3} "
-            f"mma {self.mma:3} copies {self.copies:2}"
-        )
 
-    def problems(self):
-        found = []
-        if self.stack:
-            found.append("spills")
-        if self.shared > SHARED_LIMIT[self.target]:
-            found.append("shared memory")
-        rows = rows_of_products(self.config)
-        if rows and self.target == 80 and (self.wgmma or not self.mma):
-            found.append("expected mma.sync")
-        # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
-        if self.target == 90 and bool(self.wgmma) != any(m >= 64 for m in rows):
-            found.append("expected wgmma")
-        if self.target == 90 and bool(self.mma) != any(m < 64 for m in rows):
-            found.append("expected no mma.sync")
-        # A pointer whose alignment the compiler cannot see is loaded by the element and never pipelined.
-        reads_activations = self.config.kernel in ("shrink_kernel", "linear_kernel", "grad_b_kernel")
-        if self.target == 90 and (reads_activations or dict(self.config.constexprs).get("NEED_DA")) and not self.copies:
-            found.append("expected pipelined loads")
-        return found
+def problems(config, resources):
+    found = resources.problems()
+    rows = rows_of_products(config)
+    if rows and resources.target == 80 and (resources.wgmma or not resources.mma):
+        found.append("expected mma.sync")
+    # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
+    if resources.target == 90 and bool(resources.wgmma) != any(m >= 64 for m in rows):
+        found.append("expected wgmma")
+    if resources.target == 90 and bool(resources.mma) != any(m < 64 for m in rows):
+        found.append("expected no mma.sync")
+    # A pointer whose alignment the compiler cannot see is loaded by the element and never pipelined.
+    reads_activations = config.kernel in ("shrink_kernel", "linear_kernel", "grad_b_kernel")
+    pipelined = reads_activations or dict(config.constexprs).get("NEED_DA")
+    if resources.target == 90 and pipelined and not resources.copies:
+        found.append("expected pipelined loads")
+    return found
 
 
 def rows_of_products(config):
@@ -102,73 +71,40 @@ def rows_of_products(config):
 def source(config, aligned_rank):
     """The kernel with every optional operand present, contiguous, M free and N and K multiples of 16, r too or not."""
     kernel = getattr(lowrank_kernels, config.kernel)
-    constants = dict(config.constexprs)
-    signature, attributes = {}, {}
-    for index, parameter in enumerate(kernel.params):
+    constants = dict(config.constexprs) | dict.fromkeys(UNIT_STRIDES[config.kernel], 1)
+    if constants.get("NEED_DX"):
+        constants["sums_ptr"] = None  # column sums belong to dY, which has no dx
+    types = {}
+    for parameter in kernel.params:
         name = parameter.name
-        if name in UNIT_STRIDES[config.kernel]:
-            constants[name] = 1
-        if name == "sums_ptr" and constants.get("NEED_DX"):
-            constants[name] = None  # column sums belong to dY, which has no dx
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
         if name in ACTIVATIONS or (name == "out_ptr" and config.kernel == "expand_kernel"):
-            signature[name] = "*" + TRITON_TYPES[config.dtype]
+            types[name] = "*" + TRITON_TYPES[config.dtype]
         elif name in ADAPTER or name == "out_ptr":
-            signature[name] = "*" + TRITON_TYPES[config.adapter_dtype]
+            types[name] = "*" + TRITON_TYPES[config.adapter_dtype]
         elif name in PARTIAL_SUMS or name == "scale_ptr":
-            signature[name] = "*fp32"
+            types[name] = "*fp32"
         elif name in INTEGERS:
-            signature[name] = "*i64"
+            types[name] = "*i64"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-        if name in RANK_SIZED[config.kernel] and not aligned_rank:
-            continue
-        if not parameter.do_not_specialize and not parameter.do_not_specialize_on_alignment:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def compile_for(config, target, aligned_rank, folder):
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source(config, aligned_rank), target=GPUTarget("cuda", target, 32), options=options)
-    cubin = folder / f"{compiled.hash}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    ptx = compiled.asm["ptx"]
-    counts = (len(re.findall(pattern, ptx)) for pattern in (r"wgmma\.mma_async", r"\bmma\.sync", r"cp\.async\.cg"))
-    return Report(config, target, aligned_rank, registers, stack + local, compiled.metadata.shared, *counts)
-
-
-def table(reports):
-    """One line per kernel: how many configurations, and the worst of each resource among them."""
-    lines = [
-        f"sm_{reports[0].target}, r {'a multiple of 16' if reports[0].aligned_rank else 'of any size'}",
-        "kernel   configurations  registers  spilled bytes  shared KiB  with wgmma  with mma.sync",
-    ]
-    for kernel in sorted({report.config.kernel for report in reports}):
-        of = [report for report in reports if report.config.kernel == kernel]
-        registers, stack, shared = (max(getattr(r, name) for r in of) for name in ("registers", "stack", "shared"))
-        wgmma, mma = (sum(getattr(r, name) > 0 for r in of) for name in ("wgmma", "mma"))
-        lines.append(
-            f"{kernel[:-7]:8} {len(of):14} {registers:10} {stack:14} {shared / 1024:11.1f} {wgmma:11} {mma:14}"
-        )
-    return "\n".join(lines)
+            types[name] = "fp32" if name == "scale" else "i32"
+    return launch_source(kernel, types, constants, frozenset() if aligned_rank else RANK_SIZED[config.kernel])
 
 
 @pytest.mark.parametrize("aligned_rank", [True, False])
 @pytest.mark.parametrize("target", [80, 90])
-def test_every_configuration_fits(target, aligned_rank, tmp_path, capsys):
+def test_every_configuration_fits(target, aligned_rank, capsys):
     configs = configurations()
     if target == 80 or not aligned_rank:
         # One full pass is enough: fp16 differs from bf16 in the name of its instructions only.
         configs = [c for c in configs if c.dtype != "float16" or (aligned_rank and c.adapter_dtype == "float32")]
-    with ThreadPoolExecutor(2) as pool:  # most of a compilation runs outside Python
-        reports = list(pool.map(lambda config: compile_for(config, target, aligned_rank, tmp_path), configs))
-    print("", *reports, sep="\n")
+    found = list(zip(configs, compile_all(configs, lambda config: source(config, aligned_rank), target), strict=True))
+    print("", *(f"{describe(config, aligned_rank)} {resources}" for config, resources in found), sep="\n")
+    title = f"sm_{target}, r {'a multiple of 16' if aligned_rank else 'of any size'}"
     with capsys.disabled():
-        print("", table(reports), sep="\n")
-    bad = [f"{report}: {', '.join(report.problems())}" for report in reports if report.problems()]
+        print("", table(title, [(config.kernel[:-7], resources) for config, resources in found]), sep="\n")
+    bad = [
+        f"{describe(config, aligned_rank)} {resources}: {', '.join(problems(config, resources))}"
+        for config, resources in found
+        if problems(config, resources)
+    ]
     assert not bad, "\n" + "\n".join(bad)

@@ -8,6 +8,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ...layers.checks import check_rank
+from ...layers.surm_adapter import NO_DELTA
 from .config import FusedConfig
 from .dylora import DyLoraConfig, DyLoraLinear
 from .loading import WRAPPER
@@ -33,10 +34,10 @@ def export_lora(
     scale alpha / r is DyLoRA's alpha / b. With parameters sharded by FSDP2 all processes call it, and the first of them
     writes. Returns None.
 
-    SURM, kind "lora": the closest of that rank, by singular value decomposition of each layer's scaled dense matrix; its
-    rank is as a rule full, so that rank, which must be given, decides on the error. A layer whose smaller size is less
-    than rank gets that one, and is exact. Returns the largest relative error of a layer, ||delta - B A|| / ||delta|| in
-    the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
+    SURM, kind "lora": the closest of that rank, by singular value decomposition of each layer's scaled dense matrix.
+    Those matrices are of full rank as a rule, so that the rank, which must be given, decides on the error; a layer
+    whose smaller size is less than rank gets that one and is exact. Returns the largest relative error of a layer,
+    ||delta - B A|| / ||delta|| in the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -56,19 +57,17 @@ def export_lora(
     if type(config) not in _EXPORTS:
         raise ValueError(f"adapter_name must be one of {sorted(model.peft_config)}, got {adapter_name!r}")
     containers = {name for layer in layers.values() for name in layer.adapter_layer_names}
-    layers = {name: layer for name, layer in layers.items() if adapter_name in getattr(layer, layer.adapter_layer_names[0])}
+    layers = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters_here()}
     factors, lora_config, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
 
-    tensors, sharded = {}, False
-    # Saved biases and modules_to_save go along as they are, beside the factors.
+    # Saved biases and modules_to_save go along as they are.
     others = get_peft_model_state_dict(model, adapter_name=adapter_name)
     others = {key: value for key, value in others.items() if containers.isdisjoint(key.split("."))}
+    tensors = {}
     for key, value in (others | factors).items():
-        if hasattr(value, "full_tensor"):
-            sharded, value = True, value.full_tensor()
         key = key if key.startswith(WRAPPER) else WRAPPER + key
-        tensors[key] = value.detach().to("cpu", copy=True).contiguous()
-    if sharded and torch.distributed.get_rank() != 0:
+        tensors[key] = _whole(value).detach().to("cpu", copy=True).contiguous()
+    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return error
     os.makedirs(path, exist_ok=True)
     lora_config.save_pretrained(path)
@@ -76,8 +75,16 @@ def export_lora(
     return error
 
 
+def _is_sharded(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
 def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name: str, rank: int | None):
-    """(factors by state-dict key, LoRA configuration, None) of a DyLoRA adapter cut to a rank."""
+    """(factors by key, LoRA configuration, None) of a DyLoRA adapter cut to a rank."""
     states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
     rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
     factors = {}
@@ -91,3 +98,45 @@ def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name:
         alpha_pattern=config.alpha_pattern,
     )  # fmt: skip
     return factors, lora_config, None
+
+
+@torch.no_grad()
+def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, rank: int | None):
+    """(factors by key, LoRA configuration, largest relative error) of a SURM adapter's best approximation of a rank."""
+    if config.kind != "lora":
+        raise ValueError(f"adapter {adapter_name!r} is of kind {config.kind!r}, which LoRA cannot express: {NO_DELTA}")
+    most = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    if rank is None:
+        raise ValueError(f"rank must be given for a SURM adapter, 1..{max(most.values())}")
+    check_rank("rank", rank, max(most.values()))
+    if any(_is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
+        raise ValueError("export_lora: sharded parameters (FSDP2) are not supported for SURM; gather the model first")
+    factors, errors = {}, []
+    for name, layer in layers.items():
+        delta = layer.dense_delta(adapter_name)
+        U, S, V = torch.linalg.svd(delta, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank].sqrt(), V[:rank]
+        A, B = S[:, None] * V, U * S
+        factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        size = delta.norm()
+        errors.append(((delta - B @ A).norm() / size).item() if size > 0 else 0.0)
+    # alpha = rank makes LoRA's scale 1.
+    less = {name.removeprefix(WRAPPER): least for name, least in most.items() if least < rank}
+    lora_config = _lora_config(
+        config, layers, r=rank, lora_alpha=rank, lora_dropout=config.surm_dropout, rank_pattern=less, alpha_pattern=less
+    )
+    return factors, lora_config, max(errors)
+
+
+_EXPORTS = {DyLoraConfig: _dylora, SurmConfig: _surm}
+
+
+def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], **options) -> LoraConfig:
+    method = config.fused_type.value.lower()
+    return LoraConfig(
+        bias=config.bias.replace(method, "lora"),
+        fan_in_fan_out=any(layer.transposed for layer in layers.values()),
+        inference_mode=True,
+        **{name: getattr(config, name) for name in SHARED_FIELDS},
+        **options,
+    )

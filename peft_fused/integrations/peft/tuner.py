@@ -146,9 +146,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **options)
 
+    def adapters_here(self) -> nn.ModuleDict:
+        """The first container, whose keys are the names of the adapters that this layer has."""
+        return self._modules[self.adapter_layer_names[0]]
+
     def adapters_in_use(self) -> list[str]:
         """The active adapters that this layer has."""
-        here = getattr(self, self.adapter_layer_names[0])
+        here = self.adapters_here()
         return [name for name in self.active_adapters if name in here]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -196,7 +200,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         What `unmerge` puts back is kept: the weight, on the host, or for a quantised layer the whole layer. safe_merge:
         ValueError, and an unchanged weight, if the result is not finite. adapter_names: None means the active ones.
         """
-        here = getattr(self, self.adapter_layer_names[0])
+        here = self.adapters_here()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
         if not names:
             return
@@ -321,6 +325,15 @@ class FusedTuner(BaseTuner):
                 "export the adapters to LoRA"
             )
         yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's looks for it in the last two places only; an adapter may be a module of modules.
+        for container in cls.tuner_layer_cls.adapter_layer_names:
+            layer, found, name = key.rpartition(f".{container}.{adapter_name}.")
+            if found:
+                return f"{layer}.{container}.{name}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

@@ -33,9 +33,7 @@ engine.STRUCTURES["circulant"] = engine.Structure("circulant", ("c", "factor"), 
 engine.STRUCTURES["skew_circulant"] = engine.Structure("skew_circulant", ("h", None), _plain_skew_circulant)
 
 
-def circulant(
-    x, c, *, factor=None, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False
-):
+def circulant(x, c, *, factor=None, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * C(c) drop(x), differentiable in x, c, factor and add.
 
     x: [..., n]; fp32, fp16, bf16, or fp64 on the torch and reference backends; any strides. c: [n] for any n >= 1, odd

@@ -1,8 +1,8 @@
 """What the structured ops share: checks, the choice of a backend, one registered operation and its autograd node.
 
 Saved for backward: x itself and the parameters, each only where a gradient reads it; spectra and intermediates are
-recomputed. Implementations: `fft.py`, `dense.py` and `gemm.py` here, between which `plan.py` chooses, the Triton kernels
-behind `kernels.py`, and `csrc/autograd/structured.cpp` with `csrc/kernels/fft.cu`.
+recomputed. Implementations: `fft.py`, `materialized.py` and `gemm.py` here, between which `plan.py` chooses, the Triton
+kernels behind `kernels.py`, and `csrc/autograd/structured.cpp` with `csrc/kernels/fft.cu`.
 """
 
 import math
@@ -24,10 +24,11 @@ from ..arguments import (
     seed_tensor,
     split,
 )
-from ..dropout import drop, dropout_threshold, keep_mask, keep_scale
+from ..dropout import drop, dropout_threshold, keep_mask, keep_scale, load
 from ..lowrank_torch import product, rows, unflatten
-from . import dense, fft, gemm, kernels, maps
+from . import fft, gemm, kernels, maps, materialized
 from .plan import StructuredProblem
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -87,7 +88,7 @@ def _native(problem, backend, x, p, q, add, scale, threshold, seed):
         method, length = "fft", problem.lengths.cuda
     matrix = None
     if method == "dense":
-        matrix = dense.matrix(problem.kind, p, q, problem.n, problem.k, dense.work_dtype(x, p))
+        matrix = materialized.matrix(problem.kind, p, q, problem.n, problem.k, materialized.work_dtype(x, p))
     return native.module.structured(
         problem.kind, method, x, p, q, add, problem.n, length, scale, threshold, seed, matrix
     )  # fmt: skip
@@ -96,7 +97,9 @@ def _native(problem, backend, x, p, q, add, scale, threshold, seed):
 def reference(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """`run` in plain PyTorch, differentiated by autograd."""
     # No FFT library has bf16: convolutions are computed in fp32 at least and rounded once.
-    dtype = p.dtype if kind == "kronecker" else torch.promote_types(p.dtype, torch.promote_types(x.dtype, torch.float32))
+    dtype = p.dtype
+    if kind != "kronecker":
+        dtype = torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
     xd, pd, qd = (t if t is None else t.to(dtype) for t in (x, p, q))
     if dropout_p > 0:
         threshold = dropout_threshold(dropout_p)
@@ -215,7 +218,7 @@ def _forward(x, p, q, add, kind, n, scale, scale_t, threshold, seed, transposed,
         del options["kind"], options["n"]
         y = gemm.forward(x2, p, q, add2, **options)
     elif plan.method == "dense":
-        y = dense.forward(x2, p, q, add2, **options, product=product)
+        y = materialized.forward(x2, p, q, add2, **options, product=product)
     else:
         y = fft.forward(x2, p, q, add2, **options, length=plan.length)
     return unflatten(y, x)
@@ -236,7 +239,8 @@ def _backward(dy, x, p, q, kind, k, scale, scale_t, threshold, seed, transposed,
             dx = drop(dx, seed, threshold) if threshold else dx
         parts = [None, None, None]
         if needs[1] or needs[2]:
-            x2 = drop(x2, seed, threshold) if threshold else x2
+            # A dropped-out x keeps its digits: the parameters' gradients may be fp32 beside half-precision rows.
+            x2 = load(x2, p.dtype, seed, threshold) if threshold else x2
             parts = _gradients(x2, dy2, p, q, kind, dy2.shape[1], number, 0, None, backend, (False, *needs[1:]))
         grads = (dx, *parts[1:])
     else:
@@ -259,10 +263,12 @@ def _gradients(dy2, x2, p, q, kind, k, scale, threshold, seed, backend, needs):
         del options["kind"], options["k"]
         return gemm.backward(dy2, x2, p, q, **options)
     if plan.method == "dense":
-        by_fft = lambda: fft.backward(  # noqa: E731
-            dy2, x2, p, q, **(options | {"needs": (False, *needs[1:])}), length=plan.length
-        )[1:]
-        return dense.backward(dy2, x2, p, q, **options, product=product, correlate=by_fft)
+        by_fft = (
+            lambda: fft.backward(  # noqa: E731
+                dy2, x2, p, q, **(options | {"needs": (False, *needs[1:])}), length=plan.length
+            )[1:]
+        )
+        return materialized.backward(dy2, x2, p, q, **options, product=product, correlate=by_fft)
     return fft.backward(dy2, x2, p, q, **options, length=plan.length)
 
 
@@ -296,7 +302,7 @@ def _backward_fake(dy, x, p, q, kind, k, *flat):
 
 
 def _setup(ctx, inputs, output):
-    x, p, q, _, kind, n, scale, scale_t, threshold, seed, transposed, backend = inputs
+    x, p, q, _, kind, _, scale, scale_t, threshold, seed, transposed, backend = inputs
     needs = [bool(need) for need in ctx.needs_input_grad[:3]]
     ctx.call = kind, x.shape[-1], scale, threshold, transposed, backend
     ctx.needs = needs
@@ -304,7 +310,7 @@ def _setup(ctx, inputs, output):
 
 
 def _grads(ctx, dy, backward=None):
-    """Gradients for every input of structured_fwd. Traced, they come from the registered op; eager skips its dispatch."""
+    """Gradients for every input of structured_fwd, traced by the registered op; eager mode skips its dispatch."""
     out = [None] * 12
     if dy is None:
         return tuple(out)

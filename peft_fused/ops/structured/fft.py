@@ -54,7 +54,7 @@ class Negacyclic:
             x = torch.fft.irfft(X, n=self.length)
             return x * _turn(self.length, x.dtype, X.device)
         z = torch.fft.ifft(X)
-        z = z * _turn(self.length, z.real.dtype, X.device).conj()
+        z = z * _turn(self.length, z.real.dtype, X.device).conj_physical()
         return torch.cat([z.real, z.imag], -1)
 
 
@@ -76,7 +76,8 @@ class Stage:
     width: int
 
     def transposed(self, width: int) -> "Stage":
-        spectra = self.spectra.conj()
+        # Not lazily: an op that runs below the conjugate key, as in a compiled function, would not see it.
+        spectra = self.spectra.conj_physical()
         return replace(self, spectra=spectra.transpose(0, 1) if spectra.dim() == 3 else spectra, width=width)
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,8 +96,8 @@ class Stage:
     def correlate(self, X: torch.Tensor, Y: torch.Tensor) -> torch.Tensor:
         """Spectrum of the gradient of the kernel: input times upstream gradient, summed over the rows."""
         if self.spectra.dim() == 3:
-            return torch.einsum("mif,mof->oif", X.conj(), Y)
-        return (X.conj() * Y).sum(0)
+            return torch.einsum("mif,mof->oif", X.conj_physical(), Y)
+        return (X.conj_physical() * Y).sum(0)
 
 
 def stages(kind, p, q, n: int, k: int, length: int, scale) -> list[Stage]:

@@ -8,6 +8,7 @@ With X [b2, a2] a row of x and Y [b1, a1] one of dy: y = B X A^T and, summed ove
 import torch
 
 from ..dropout import load
+from ..lowrank_torch import unview
 
 
 def _apply(x2: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -15,13 +16,15 @@ def _apply(x2: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     (a1, a2), (b1, b2), m = A.shape, B.shape, x2.shape[0]
     if b2 * a1 * (a2 + b1) <= b1 * a2 * (b2 + a1):
         right = (x2.reshape(m * b2, a2) @ A.t()).view(m, b2, a1)
-        return torch.matmul(B, right).view(m, b1 * a1)
+        return unview(torch.matmul(B, right), m, b1 * a1)
     left = torch.matmul(B, x2.reshape(m, b2, a2)).view(m * b1, a2)
-    return (left @ A.t()).view(m, b1 * a1)
+    return unview(left @ A.t(), m, b1 * a1)
 
 
 def forward(x2, A, B, add2, *, scale, threshold, seed, transposed) -> torch.Tensor:
     """y [m, n] in x2's type."""
+    # Detached, because torch.matmul takes another order of operations for what requires a gradient.
+    A, B = A.detach(), B.detach()
     A, B = (A.t(), B.t()) if transposed else (A, B)
     delta = _apply(load(x2, A.dtype, seed, threshold), A * scale, B)
     if add2 is not None:
@@ -32,6 +35,7 @@ def forward(x2, A, B, add2, *, scale, threshold, seed, transposed) -> torch.Tens
 def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
     """Gradients (dx, dA, dB) of the map that is not transposed, None where not needed; x2 as for the parameters."""
     need_x, need_A, need_B = needs
+    A, B = A.detach(), B.detach()
     (a1, a2), (b1, b2), m = A.shape, B.shape, dy2.shape[0]
     Y = dy2.to(A.dtype).reshape(m * b1, a1)
     dx = dA = dB = None

@@ -1,4 +1,4 @@
-"""Structured maps on the Triton kernels: every one but the Kronecker map as cyclic convolutions of one padded length."""
+"""Structured maps on the Triton kernels: all but the Kronecker map are cyclic convolutions of one padded length."""
 
 from functools import reduce
 

@@ -21,8 +21,8 @@ engine.STRUCTURES["kronecker"] = engine.Structure("kronecker", ("A", "B"), _plai
 def kronecker(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * (B (x) A) drop(x), differentiable in x, A, B and add.
 
-    x: [..., a2 b2]; A: [a1, a2], B: [b1, b2] in x's dtype or fp32, in which the products are computed. add: [..., a1 b1].
-    The rest: see `circulant`. transposed: x [..., a1 b1] gives [..., a2 b2].
+    x: [..., a2 b2]; A: [a1, a2], B: [b1, b2] in x's dtype or fp32, in which the products are computed. add: [...,
+    a1 b1]. The rest: see `circulant`. transposed: x [..., a1 b1] gives [..., a2 b2].
     """
     n = _outputs(x, A, B, transposed)
     return engine.run(

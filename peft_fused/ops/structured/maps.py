@@ -1,8 +1,8 @@
 """The vectors that structured maps are convolutions with, and back.
 
 A circulant, skew-circulant or Toeplitz matrix is a window of the circulant matrix whose first column is `kernel`; the
-gradient of that column, a correlation, `fold`s onto the parameters. Entry l of the kernel multiplies x[j] into y[j + l],
-entry `length - l` into y[j - l].
+gradient of that column, a correlation, `fold`s onto the parameters. Entry l of the kernel multiplies x[j] into
+y[j + l], entry `length - l` into y[j - l].
 """
 
 import torch

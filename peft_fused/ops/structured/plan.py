@@ -58,8 +58,8 @@ class StructuredPlan:
 class StructuredProblem:
     """x [m, k] through a structured map to [m, n].
 
-    sizes: circulant (n,) or (blocks out, blocks in, block), skew_circulant (n,), toeplitz (n, k), toeplitz_product (n,),
-    kronecker (a1, a2, b1, b2), ldr (terms, n). Types are names such as "bfloat16"; device is "cuda" or "cpu".
+    sizes: circulant (n,) or (blocks out, blocks in, block), skew_circulant (n,), toeplitz (n, k), toeplitz_product
+    (n,), kronecker (a1, a2, b1, b2), ldr (terms, n). Types are names such as "bfloat16"; device is "cuda" or "cpu".
     """
 
     kind: str
@@ -98,7 +98,7 @@ class StructuredProblem:
         if backend == "cuda" and self.transposed:
             return ["a transposed map has no C++ node"]
         if self.kind == "kronecker":
-            return kronecker_plan.limits(*self.sizes) if backend == "triton" else []
+            return self._kronecker_limits() if backend == "triton" else []
         if self.blocks:
             return ["a block-circulant map of several blocks runs on torch.fft"]
         if backend == "triton":
@@ -106,6 +106,11 @@ class StructuredProblem:
         if self.kind not in ("circulant", "toeplitz"):
             return [f"{self.kind} has no CUDA C++ kernel"]
         return _too_long(self.lengths.cuda, MAX_CUDA_LENGTH)
+
+    def _kronecker_limits(self) -> list[str]:
+        a1, a2, b1, b2 = self.sizes
+        sizes = (a2, a1, b2, b1) if self.transposed else self.sizes
+        return kronecker_plan.limits(*sizes, self.dtype, self.adapter_dtype, self.dropout)
 
     def preference(self, launch_bound: float) -> tuple[str, ...]:
         """Backends on CUDA, the best first."""
@@ -156,19 +161,24 @@ def fft_lengths(kind: str, sizes: tuple[int, ...]) -> Lengths:
     """Lengths of a kind of map of these sizes (see `StructuredProblem`)."""
     if kind == "toeplitz":
         least = sum(sizes) - 1
-        return Lengths(fast_length(least), fft_plan.next_length(least), fast_length(least, 5))
+        return Lengths(fast_length(least), _triton_length(least), fast_length(least, 5))
     n = sizes[-1]
     least = 2 * n - 1
     if kind == "toeplitz_product":
-        return Lengths(fast_length(least), fft_plan.next_length(least), fast_length(least, 5))
+        return Lengths(fast_length(least), _triton_length(least), fast_length(least, 5))
     # torch's ring of a skew-circulant map is its own; the kernels know the cyclic one only.
     own = len(sizes) == 3 or largest_prime(n) in (1, *FFT_PRIMES)
     cyclic = kind == "circulant"
     return Lengths(
         n if own else fast_length(least),
-        fft_plan.cyclic_length(n) if cyclic else fft_plan.next_length(least),
+        n if cyclic and fft_plan.direct(n) else _triton_length(least),
         n if cyclic and largest_prime(n) <= 5 else fast_length(least, 5),
     )
+
+
+def _triton_length(least: int) -> int:
+    """The kernels' length; what would be needed where they have none."""
+    return fft_plan.next_length(least) if least <= fft_plan.MAX_LENGTH else least
 
 
 @lru_cache(maxsize=4096)

@@ -25,9 +25,9 @@ def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Ten
     keeps = all(t.is_leaf and not t.is_inference() for t in parts)
     state = keeps and [(id(t), t.data_ptr(), t._version) for t in parts]
     key = (kind, rows, columns, dtype)
-    if keeps and (found := _made.get(p, {}).get(key)) and found[0] == state:
-        if p.is_cuda or all(torch.equal(copy, t) for copy, t in zip(found[1], parts, strict=True)):
-            return found[2]
+    found = _made.get(p, {}).get(key) if keeps else None
+    if found and found[0] == state and (p.is_cuda or all(map(torch.equal, found[1], parts))):
+        return found[2]
     with torch.inference_mode(False), torch.no_grad():
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in parts]
         made = maps.dense(kind, wide[0], wide[1] if q is not None else None, rows, columns).to(dtype)

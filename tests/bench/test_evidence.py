@@ -1,0 +1,151 @@
+"""The experiments with settings so small that only their arithmetic is tested, and the files that they leave."""
+
+import json
+
+import pytest
+import torch
+from peft_fused.bench.evidence import __main__ as command
+from peft_fused.bench.evidence import files, pinwheel, psd, sst2
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from peft_fused.cli.demo_train import Encoder
+from peft_fused.ops import structured
+
+WORDS = ["a", "film", "is", "good", "bad"]
+
+
+def written(folder, name):
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert found["seeds"] and found["versions"]["torch"] == torch.__version__
+    return found
+
+
+@pytest.fixture
+def drawn():
+    return psd.wishart(16, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("family", psd.FAMILIES)
+def test_approximations_are_projections(family, drawn):
+    """What is in the family is left alone, and the error is orthogonal to what was kept."""
+    approximate = psd.FAMILIES[family][0]
+    kept = approximate(drawn)
+    torch.testing.assert_close(approximate(kept), kept)
+    assert ((drawn - kept) * kept).sum().abs() < 1e-10 * drawn.square().sum()
+    assert (drawn - kept).norm() < drawn.norm()
+
+
+def test_approximations_are_in_their_families(drawn):
+    assert torch.linalg.matrix_rank(psd.low_rank(drawn)) == 1
+    col = psd.toeplitz(drawn)[:, 0]
+    eye = torch.eye(16, dtype=torch.float64)
+    torch.testing.assert_close(structured.toeplitz(eye, col, col).T, psd.toeplitz(drawn))
+    torch.testing.assert_close(structured.circulant(eye, psd.circulant(drawn)[:, 0]).T, psd.circulant(drawn))
+    A, B = torch.randn(2, 4, 4, dtype=torch.float64)
+    product = structured.kronecker(eye, A, B).T
+    torch.testing.assert_close(psd.kronecker(product), product)
+
+
+@pytest.mark.parametrize("draw", psd.ENSEMBLES.values(), ids=psd.ENSEMBLES)
+def test_ensembles_are_positive_semidefinite(draw):
+    M = draw(36, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(M, M.T)
+    assert torch.linalg.eigvalsh(M).min() > -1e-10 * M.norm()
+
+
+def test_psd(tmp_path):
+    result = psd.run(tmp_path, n=64, trials=3)
+    found = written(tmp_path, "psd")
+    shifted, wishart = (found["ensembles"][name] for name in ("shifted", "wishart"))
+    assert shifted["worst_to_best"] == list(psd.FAMILIES) and shifted["trials_in_the_papers_order"] == 3
+    assert wishart["worst_to_best"][0] == "low rank" and wishart["trials_in_the_papers_order"] == 0
+    assert psd.report(result).count("\n") == 2
+
+
+def test_pinwheel(tmp_path):
+    result = pinwheel.run(tmp_path, width=16, steps=60, seeds=2)
+    found = written(tmp_path, "pinwheel")["accuracy"]
+    counts = {family: each["parameters_per_matrix"] for family, each in found.items()}
+    assert counts == {"dense": 256, "circulant": 16, "Toeplitz": 31, "rank 1": 32}
+    for each in found.values():
+        assert len(each["accuracies"]) == 2 and min(each["accuracies"]) > 1.5 / pinwheel.ARMS
+    assert "rank 1: 32 parameters" in pinwheel.report(result)
+
+
+def test_pinwheel_points_are_balanced_and_repeat():
+    x, y = pinwheel.pinwheel(30, torch.Generator().manual_seed(1))
+    again, _ = pinwheel.pinwheel(30, torch.Generator().manual_seed(1))
+    assert torch.equal(x, again) and x.shape == (150, 2) and y.bincount().tolist() == [30] * 5
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    BertTokenizerFast(vocab=vocabulary).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    rows = "".join(f"the film is {w}\t{i}\n" for i, w in enumerate(("bad", "good"))) * 20
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + rows)
+    return tmp_path
+
+
+def test_sst2(encoder, tsv, tmp_path):
+    limits = dict(steps=2, sweep_steps=2, seeds=(1, 2), rates=(1e-3, 1e-2), rows=16)
+    result = sst2.run(tmp_path / "out", tsv, model=str(encoder), **limits)
+    found = written(tmp_path / "out", "sst2")
+    methods = found["methods"]
+    assert set(methods) == set(sst2.METHODS) and found["evaluated_rows"] == 16
+    assert found["sweep_seed"] not in found["seeds"]
+    # One layer of 32: query and value with 2 * 32 each; 3 * 32 on each of two outputs.
+    counts = {method: each["adapter_parameters"] for method, each in methods.items()}
+    assert counts["LoRA r=1"] == counts["circulant"] == counts["Toeplitz"] == 2 * 64
+    assert counts["circulant adapter"] == 2 * 96
+    assert sst2.MORE <= counts["bottleneck adapter"] / counts["circulant adapter"] < sst2.MORE + 1
+    for each in methods.values():
+        assert len(each["accuracies"]) == 2 and each["learning_rate"] in limits["rates"]
+    assert sst2.report(result).count("learning rate") == 5
+
+
+@pytest.mark.parametrize("method", sst2.METHODS)
+def test_sst2_methods_start_as_the_model_that_they_adapt(encoder, method):
+    settings = sst2.Settings(model=str(encoder))
+    base, tokenizer = sst2.demo_train.load(settings, 2)
+    batch = Encoder(tokenizer, settings)([("a good film", 1), ("bad", 0)])
+    adapted = sst2.METHODS[method](sst2.copy.deepcopy(base)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**batch).logits, base.eval()(**batch).logits)
+    head = [p for name, p in adapted.named_parameters() if p.requires_grad and "classifier" in name]
+    assert sum(p.numel() for p in head) == 2 * 32 + 2, "the head is trained"
+
+
+def test_a_bottleneck_adds_what_it_says():
+    layer = sst2.Bottleneck(nn.Linear(6, 4), 3)
+    nn.init.normal_(layer.up.weight)
+    x = torch.randn(5, 6)
+    h = layer.base(x)
+    torch.testing.assert_close(layer(x), h + layer.up(nn.functional.gelu(layer.down(h))))
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(psd, "N", 16)
+    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    command.main(["psd", "--out", str(tmp_path)])
+    assert "psd, shifted: low rank" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["all"])
+    assert "sst2 needs --data" in capsys.readouterr().err
+
+
+def test_spread():
+    assert files.spread([1.0, 3.0]) == {"mean": 2.0, "std": pytest.approx(2**0.5)}

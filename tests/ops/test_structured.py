@@ -1,0 +1,511 @@
+"""The structured ops: one contract for all of them, the 2x rule on every backend of this machine, and bad input.
+
+The oracles are dense matrices written down entry by entry, in float64, apart from the package's own code.
+"""
+
+import pytest
+import torch
+
+import peft_fused
+from peft_fused.ops import native, structured
+from peft_fused.ops.accuracy import compare, compare_mutated
+from peft_fused.ops.cases import structured_cases
+from peft_fused.ops.dropout import dropout_threshold, keep_mask
+from peft_fused.ops.structured import fft, maps, materialized
+from peft_fused.ops.structured.engine import STRUCTURES
+from peft_fused.ops.structured.plan import StructuredProblem, fft_lengths, plan
+
+OPS = {kind: getattr(structured, kind) for kind in STRUCTURES}
+REFERENCES = {kind: getattr(structured, f"{kind}_reference") for kind in STRUCTURES}
+NODES = [True, False] if native.module is not None else [False]
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+
+def circulant_matrix(c):
+    n = c.shape[0]
+    return torch.stack([torch.stack([c[(i - j) % n] for j in range(n)]) for i in range(n)])
+
+
+def skew_matrix(h):
+    n = h.shape[0]
+    rows = [[h[i - j] if i >= j else -h[n + i - j] for j in range(n)] for i in range(n)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def toeplitz_matrix(col, row):
+    n, k = col.shape[0], row.shape[0]
+    rows = [[col[i - j] if i >= j else row[j - i] for j in range(k)] for i in range(n)]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def matrix(kind, p, q=None):
+    """Dense truth, differentiable."""
+    if kind == "circulant":
+        return circulant_matrix(p)
+    if kind == "skew_circulant":
+        return skew_matrix(p)
+    if kind == "toeplitz":
+        return toeplitz_matrix(p, q)
+    if kind == "toeplitz_product":
+        return toeplitz_matrix(q, q) @ toeplitz_matrix(p, p)
+    if kind == "kronecker":
+        return torch.kron(q, p)
+    return sum(circulant_matrix(g) @ skew_matrix(h) for g, h in zip(p, q, strict=True))
+
+
+def parameters(kind, n, dtype=F64):
+    normal = lambda *shape: torch.randn(*shape, dtype=dtype).requires_grad_()  # noqa: E731
+    shapes = {
+        "circulant": [(n,)],
+        "skew_circulant": [(n,)],
+        "toeplitz": [(n,), (n + 3,)],
+        "toeplitz_product": [(n,), (n,)],
+        "kronecker": [(n, 3), (2, n + 1)],
+        "ldr": [(2, n), (2, n)],
+    }[kind]
+    return [normal(*shape) for shape in shapes]
+
+
+@pytest.fixture(params=NODES, ids=lambda native: "C++" if native else "Python")
+def node(request):
+    with peft_fused.use_backend(None, native=request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("rows", [3, 700])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 22])
+@pytest.mark.parametrize("kind", OPS)
+def test_output_and_gradients_are_those_of_the_dense_matrix(kind, n, rows, node):
+    parts = parameters(kind, n)
+    M = matrix(kind, *parts)
+    x = torch.randn(rows, M.shape[1], dtype=F64, requires_grad=True)
+    add = torch.randn(rows, M.shape[0], dtype=F64, requires_grad=True)
+    y = OPS[kind](x, *parts, add=add, scale=0.7)
+    truth = add + 0.7 * x @ M.mT
+    torch.testing.assert_close(y, truth, rtol=1e-10, atol=1e-10)
+    dy = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, add, *parts], dy)
+    expected = torch.autograd.grad(truth, [x, add, *parts], dy)
+    for grad, true in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(REFERENCES[kind](x, *parts, add=add, scale=0.7), truth, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [1, 6, 97, 128])
+@pytest.mark.parametrize("kind", OPS)
+def test_contract_of_a_linear_map(kind, n, node):
+    """<y, M x> = <M^T y, x>; dx is the transposed map; the dense form of the transpose is the transposed dense form."""
+    op, parts = OPS[kind], parameters(kind, n)
+    inputs, outputs = (parts[1].shape[0], n) if kind == "toeplitz" else (n, n)
+    if kind == "kronecker":
+        inputs, outputs = 3 * (n + 1), 2 * n
+    M = structured.dense(op, inputs, *parts)
+    assert M.shape == (outputs, inputs)
+    torch.testing.assert_close(structured.dense(op, outputs, *parts, transposed=True), M.mT, rtol=1e-9, atol=1e-9)
+    x = torch.randn(5, inputs, dtype=F64, requires_grad=True)
+    y = torch.randn(5, outputs, dtype=F64)
+    out = op(x, *parts)
+    back = op(y, *parts, transposed=True)
+    torch.testing.assert_close((y * out).sum(), (back * x).sum())
+    torch.testing.assert_close(torch.autograd.grad(out, x, y)[0], back, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradcheck(kind, transposed, node):
+    parts = parameters(kind, 5)
+    M = matrix(kind, *parts)
+    x = torch.randn(4, M.shape[0 if transposed else 1], dtype=F64, requires_grad=True)
+    for op in (OPS[kind], REFERENCES[kind]):
+        call = lambda x, *parts: op(  # noqa: E731, B023
+            x, *parts, scale=1.3, dropout_p=0.3, seed=11, transposed=transposed
+        )
+        assert torch.autograd.gradcheck(call, (x, *parts), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str)
+def test_error_is_at_most_twice_pytorchs(kind, types, node, poisoned):
+    for case in structured_cases(kind, *types, sizes=(1, 2, 7, 97, 384, 1000)):
+        bad = [f"{v.name}: {v.ratio:.2f}" for v in compare(OPS[kind], REFERENCES[kind], case) if not v.ok]
+        assert not bad, case.name
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_controls_fail(kind, node):
+    case = next(c for c in structured_cases(kind, F32, F32, sizes=(384,)) if c.name.startswith("131"))
+    for defect, verdicts in compare_mutated(OPS[kind], REFERENCES[kind], case).items():
+        assert not next(v for v in verdicts if v.name == "y").ok, defect
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0, 3), (0,)])
+@pytest.mark.parametrize("kind", OPS)
+def test_leading_dimensions(kind, shape, node):
+    parts = parameters(kind, 6)
+    M = matrix(kind, *parts)
+    x = torch.randn(*shape, M.shape[1], dtype=F64, requires_grad=True)
+    y = OPS[kind](x, *parts)
+    torch.testing.assert_close(y, x @ M.mT)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, M.sum(0).expand_as(x))
+    assert all(p.grad.shape == p.shape for p in parts)
+
+
+@pytest.mark.parametrize("rectangle", [(9, 4), (4, 9), (1, 9), (9, 1), (150, 100)])
+def test_rectangular_circulant_pads_or_crops(rectangle, node):
+    n_in, n_out = rectangle
+    c = torch.randn(max(rectangle), dtype=F64, requires_grad=True)
+    M = circulant_matrix(c)[:n_out, :n_in]
+    x = torch.randn(300, n_in, dtype=F64, requires_grad=True)
+    y = structured.circulant(x, c, out_features=n_out)
+    torch.testing.assert_close(y, x @ M.mT)
+    dy = torch.randn_like(y)
+    for grad, true in zip(torch.autograd.grad(y, [x, c], dy), torch.autograd.grad(x @ M.mT, [x, c], dy), strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-9)
+    back = structured.circulant(dy, c, out_features=n_in, transposed=True)
+    torch.testing.assert_close(back, dy @ M)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_block_circulant(factored, node):
+    c = torch.randn(3, 2, 5, dtype=F64, requires_grad=True)
+    factor = torch.randn(3, 2, 5, dtype=F64, requires_grad=True) if factored else None
+    whole = c if factor is None else c * factor
+    M = torch.cat([torch.cat([circulant_matrix(block) for block in row], 1) for row in whole], 0)
+    x = torch.randn(7, 10, dtype=F64, requires_grad=True)
+    y = structured.circulant(x, c, factor=factor)
+    torch.testing.assert_close(y, x @ M.mT)
+    leaves = [t for t in (x, c, factor) if t is not None]
+    dy = torch.randn_like(y)
+    for grad, true in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(x @ M.mT, leaves, dy), strict=True):
+        torch.testing.assert_close(grad, true)
+    torch.testing.assert_close(structured.circulant(dy, c, factor=factor, transposed=True), dy @ M)
+
+
+def test_symmetric_toeplitz_is_one_vector_twice(node):
+    t = torch.randn(9, dtype=F64, requires_grad=True)
+    x = torch.randn(4, 9, dtype=F64)
+    y = structured.toeplitz(x, t, t)
+    M = toeplitz_matrix(t, t)
+    torch.testing.assert_close(M, M.mT)
+    torch.testing.assert_close(y, x @ M.mT)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad(out, t, dy)[0] for out in (y, x @ M.mT)))
+
+
+def test_the_corner_is_the_columns(node):
+    col, row = torch.randn(4, dtype=F64), torch.randn(6, dtype=F64, requires_grad=True)
+    x = torch.randn(3, 6, dtype=F64)
+    y = structured.toeplitz(x, col, row)
+    moved = row.detach().clone()
+    moved[0] += 5
+    torch.testing.assert_close(y, structured.toeplitz(x, col, moved), rtol=0, atol=0)
+    y.sum().backward()
+    assert row.grad[0] == 0 and (row.grad[1:] != 0).all()
+
+
+def test_low_displacement_rank():
+    """rank(Z_1 W - W Z_-1) is at most the number of terms, which is what the structure is named after."""
+    G, H = torch.randn(2, 2, 8, dtype=F64)
+    W = structured.dense(structured.ldr, 8, G, H)
+    shift = torch.diag(torch.ones(7, dtype=F64), -1)
+    cyclic, negacyclic = shift.clone(), shift.clone()
+    cyclic[0, -1], negacyclic[0, -1] = 1, -1
+    assert torch.linalg.matrix_rank(cyclic @ W - W @ negacyclic) == 2
+    assert torch.linalg.matrix_rank(W) == 8
+
+
+@pytest.mark.parametrize("n", [64, 384, 1000])
+@pytest.mark.parametrize("kind", OPS)
+def test_large_half_precision_rows_stay_finite(kind, n, node):
+    """Entries of 1e4, whose transforms are far beyond fp16's 65504, with a map that keeps the answer in range."""
+    parts = [p.detach() for p in parameters(kind, n if kind != "kronecker" else 8)]
+    inputs = {"toeplitz": n + 3, "kronecker": 27}.get(kind, n)
+    bound = 1e4 * structured.dense(OPS[kind], inputs, *parts).sum(1).abs().max()
+    # The map is linear in the first parameter, a Toeplitz map in both together.
+    parts = [p * (3e4 / bound) if i == 0 or kind == "toeplitz" else p for i, p in enumerate(parts)]
+    parts = [p.half() for p in parts]
+    x = torch.full((3, inputs), 1e4).half()
+    y = OPS[kind](x, *parts)
+    exact = x.double() @ structured.dense(OPS[kind], inputs, *(p.double() for p in parts)).mT
+    assert exact.abs().max() < 65504
+    torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=60)
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_dropout_is_the_mask_of_the_seed(kind, node):
+    parts = parameters(kind, 12)
+    M = matrix(kind, *parts)
+    x = torch.randn(9, M.shape[1], dtype=F64, requires_grad=True)
+    y = OPS[kind](x, *parts, dropout_p=0.4, seed=77)
+    threshold = dropout_threshold(0.4)
+    keep = keep_mask(torch.tensor(77), 9, M.shape[1], threshold) * (65536 / (65536 - threshold))
+    torch.testing.assert_close(y, (x * keep) @ M.mT)
+    dy = torch.randn_like(y)
+    for grad, true in zip(
+        torch.autograd.grad(y, [x, *parts], dy), torch.autograd.grad((x * keep) @ M.mT, [x, *parts], dy), strict=True
+    ):
+        torch.testing.assert_close(grad, true)
+    torch.manual_seed(3)
+    first = OPS[kind](x, *parts, dropout_p=0.4)
+    torch.manual_seed(3)
+    assert torch.equal(first, OPS[kind](x, *parts, dropout_p=0.4))
+    assert not torch.equal(first, OPS[kind](x, *parts, dropout_p=0.4))
+
+
+@pytest.mark.parametrize("rows", [2, 600])
+@pytest.mark.parametrize("kind", OPS)
+def test_only_what_is_needed_is_computed_and_saved(kind, rows, node):
+    parts = [p.detach() for p in parameters(kind, 16, F32)]
+    M = matrix(kind, *parts)
+    x, add = torch.randn(rows, M.shape[1]), torch.randn(rows, M.shape[0])
+    for wanted in ("x", "p", "q", "add"):
+        if wanted == "q" and len(parts) == 1:
+            continue
+        tensors = {"x": x, "add": add, "p": parts[0], "q": parts[-1]}
+        leaf = tensors[wanted].clone().requires_grad_()
+        tensors[wanted] = leaf
+        args = [tensors["p"]] if len(parts) == 1 else [tensors["p"], tensors["q"]]
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # noqa: B023
+            y = OPS[kind](tensors["x"], *args, add=tensors["add"])
+        keeps_x = any(t.data_ptr() == x.data_ptr() and t.shape == x.shape for t in saved)
+        assert keeps_x == (wanted in "pq"), wanted
+        dy = torch.randn_like(y)
+        truth = tensors["add"] + tensors["x"] @ matrix(kind, *args).mT
+        torch.testing.assert_close(
+            torch.autograd.grad(y, leaf, dy)[0], torch.autograd.grad(truth, leaf, dy)[0], rtol=1e-4, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_inputs_are_not_written_and_two_runs_are_equal(kind, node):
+    parts = [p.detach().requires_grad_() for p in parameters(kind, 48, F32)]
+    M = matrix(kind, *(p.detach() for p in parts))
+    x, add = torch.randn(200, M.shape[1], requires_grad=True), torch.randn(200, M.shape[0])
+    before = [t.detach().clone() for t in (x, add, *parts)]
+
+    def run():
+        y = OPS[kind](x, *parts, add=add, dropout_p=0.2, seed=1)
+        return [y, *torch.autograd.grad(y, [x, *parts], torch.ones_like(y))]
+
+    first, second = run(), run()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, add, *parts), strict=True))
+    y = OPS[kind](x, *parts)
+    y.mul_(2)  # an output of a node may be written in place
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_compile_is_one_graph_and_opcheck_passes(kind):
+    parts = parameters(kind, 12, F32)
+    M = matrix(kind, *(p.detach() for p in parts))
+    x = torch.randn(40, M.shape[1], requires_grad=True)
+    call = lambda x, *parts: OPS[kind](x, *parts, scale=0.5, dropout_p=0.2, seed=3)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    y, truth = compiled(x, *parts), call(x, *parts)
+    torch.testing.assert_close(y, truth)
+    dy = torch.randn_like(y)
+    for grad, true in zip(
+        torch.autograd.grad(y, [x, *parts], dy), torch.autograd.grad(truth, [x, *parts], dy), strict=True
+    ):
+        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-4)
+    p, q = parts[0], parts[1] if len(parts) > 1 else None
+    q = q[1:].detach() if kind == "toeplitz" else q
+    torch.library.opcheck(
+        torch.ops.peft_fused.structured_fwd,
+        (x, p, q, None, kind, M.shape[0], 1.0, None, 0, None, False, "auto"),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def test_gradient_checkpointing_sees_one_operation():
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    c = torch.randn(64, requires_grad=True)
+    x = torch.randn(32, 64, requires_grad=True)
+    names = []
+
+    def policy(ctx, op, *args, **kwargs):
+        names.append(str(op))
+        return torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+
+    torch.manual_seed(0)
+    y = structured.circulant(x, c, dropout_p=0.3)
+    plain = torch.autograd.grad(y.square().sum(), [x, c])
+    for contexts in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}):
+        torch.manual_seed(0)
+        y = checkpoint(lambda: structured.circulant(x, c, dropout_p=0.3), use_reentrant=False, **contexts)
+        for grad, true in zip(torch.autograd.grad(y.square().sum(), [x, c]), plain, strict=True):
+            torch.testing.assert_close(grad, true)
+    assert "peft_fused.structured_fwd.default" in names and not any("fft" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_autocast(kind, node):
+    parts = parameters(kind, 16, F32)
+    M = matrix(kind, *(p.detach() for p in parts))
+    x = torch.randn(20, M.shape[1], requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = OPS[kind](x, *parts)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+    assert x.grad.dtype == F32 and all(p.grad.dtype == F32 for p in parts)
+    torch.testing.assert_close(y.float(), x @ M.mT, rtol=2e-2, atol=2e-1)
+
+
+def test_second_derivative_is_refused(node):
+    c = torch.randn(6, requires_grad=True)
+    y = structured.circulant(torch.randn(2, 6), c)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), c, create_graph=True)
+
+
+# ------------------------------------------------------------------------------------------- plans and the dense form
+
+
+def problem(kind, m, n, k, sizes, dtype="float32", device="cpu", **more):
+    return StructuredProblem(kind, m, n, k, sizes, dtype, dtype, device, "", 132, False, **more)
+
+
+def test_plan_chooses_the_method():
+    small, large = (problem("circulant", 2048, n, n, (n,)).plan for n in (64, 768))
+    assert small.method == "dense" and large == plan(problem("circulant", 2048, 768, 768, (768,)))
+    assert (large.method, large.length) == ("fft", 768)
+    assert problem("circulant", 2048, 1009, 1009, (1009,)).plan.length == 2025  # a prime is padded, to 7-smooth
+    assert problem("toeplitz", 2048, 768, 768, (768, 768)).plan.length == 1536  # not the next power of two, 2048
+    assert problem("kronecker", 1, 6, 6, (2, 3, 3, 2)).plan.method == "gemm"
+    assert problem("circulant", 4096, 1024, 1024, (1024,), "bfloat16", "cuda").plan.method == "dense"
+    assert problem("circulant", 4096, 2048, 2048, (2048,), "bfloat16", "cuda").plan.method == "fft"
+    with pytest.raises(ValueError, match="hankel"):
+        plan(problem("hankel", 1, 1, 1, (1,)))
+
+
+def test_a_cuda_problem_is_explained_without_a_gpu():
+    cuda = problem("circulant", 4096, 4096, 4096, (4096,), "bfloat16", "cuda")
+    assert cuda.preference(4e10)[0] == "triton"
+    too_long = problem("toeplitz", 4096, 9000, 9000, (9000, 9000), "bfloat16", "cuda")
+    assert "8192" in too_long.limits("cuda")[0] and too_long.limits("triton")
+    assert "torch.fft" in problem("circulant", 1, 6, 4, (3, 2, 2), device="cuda").limits("triton")[0]
+
+
+@pytest.mark.parametrize("kind", ["circulant", "skew_circulant", "toeplitz"])
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_dense_and_fft_agree(kind, n):
+    p = torch.randn(n, dtype=F64)
+    q = torch.randn(n + 1, dtype=F64) if kind == "toeplitz" else None
+    k = n + 2 if kind == "toeplitz" else n
+    M = maps.dense(kind, p, q, n, k)
+    x, dy = torch.randn(6, k, dtype=F64), torch.randn(6, n, dtype=F64)
+    length = fft_lengths(kind, maps.sizes_of(kind, p, q)).torch
+    options = dict(kind=kind, scale=1.0, threshold=0, seed=None, length=length)
+    y = fft.forward(x, p, q, None, n=n, transposed=False, **options)
+    torch.testing.assert_close(y, x @ M.mT)
+    _, dp, dq = fft.backward(dy, x, p, q, k=k, needs=(True, True, q is not None), **options)
+    folded = maps.fold_dense(kind, dy.mT @ x, p, q)
+    torch.testing.assert_close(dp, folded[0])
+    if q is not None:
+        torch.testing.assert_close(dq, folded[1])
+
+
+class TestDenseCache:
+    """The matrix of trained vectors is made once per optimizer step, and never used when it is out of date."""
+
+    def call(self, c):
+        return structured.circulant(torch.eye(8), c)
+
+    def made(self, monkeypatch):
+        count = []
+        make = maps.dense
+        monkeypatch.setattr(maps, "dense", lambda *args: count.append(1) or make(*args))
+        return count
+
+    def test_once_per_step(self, monkeypatch, node):
+        count, c = self.made(monkeypatch), torch.nn.Parameter(torch.randn(8))
+        for _ in range(3):
+            self.call(c)
+        assert len(count) == 1
+        optimizer = torch.optim.SGD([c], lr=0.1)
+        self.call(c).square().sum().backward()
+        optimizer.step()
+        y = self.call(c)
+        assert len(count) == 2
+        torch.testing.assert_close(y, circulant_matrix(c).mT)
+
+    @pytest.mark.parametrize("write", ["data", "swap", "inference"])
+    def test_writes_that_versions_do_not_show(self, write, node):
+        c = torch.nn.Parameter(torch.randn(8))
+        self.call(c)
+        if write == "data":
+            c.data.mul_(3)
+        elif write == "swap":
+            c.data = torch.randn(8)
+        else:
+            with torch.inference_mode():
+                c.copy_(torch.randn(8))
+        torch.testing.assert_close(self.call(c), circulant_matrix(c.detach()).mT)
+
+    def test_it_goes_with_the_parameter(self):
+        c = torch.nn.Parameter(torch.randn(8))
+        self.call(c)
+        assert c in materialized._made
+        before = len(materialized._made)
+        del c
+        assert len(materialized._made) == before - 1
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+X = torch.randn(2, 6)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: structured.circulant(X, torch.randn(5)), ValueError, r"x must have 6|x must have 5 features"),
+        (lambda: structured.circulant(X, torch.randn(0)), ValueError, r"c must have shape .* got \[0\]"),
+        (lambda: structured.circulant(X, torch.randn(2, 3)), ValueError, r"c must have shape"),
+        (lambda: structured.circulant(X, torch.randn(5), out_features=4), ValueError, r"max\(K, out_features\) = 6"),
+        (lambda: structured.circulant(X, torch.randn(6), out_features=0), ValueError, r"out_features .* got 0"),
+        (lambda: structured.circulant(X, torch.randn(6), factor=torch.randn(5)), ValueError, r"factor .* got \[5\]"),
+        (lambda: structured.circulant(X, torch.randn(2, 3, 4)), ValueError, r"12 features"),
+        (lambda: structured.circulant(X.cfloat(), torch.randn(6)), TypeError, r"x must be floating point.*complex64"),
+        (lambda: structured.circulant(X, torch.randn(6).cfloat()), TypeError, r"c must be floating point.*complex64"),
+        (lambda: structured.circulant(X.long(), torch.randn(6)), TypeError, r"x must be floating point.*int64"),
+        (lambda: structured.circulant(X, torch.ones(6).long()), TypeError, r"c must be floating point.*int64"),
+        (lambda: structured.circulant(X, torch.randn(6).half()), TypeError, r"c must have x's dtype or float32"),
+        (lambda: structured.circulant([1.0], torch.randn(1)), TypeError, r"x must be a torch.Tensor, got list"),
+        (lambda: structured.circulant(X, [1.0]), TypeError, r"c must be a torch.Tensor, got list"),
+        (lambda: structured.circulant(torch.randn(2, 0), torch.randn(6)), ValueError, r"at least one feature"),
+        (lambda: structured.circulant(torch.tensor(1.0), torch.randn(1)), ValueError, r"0-d"),
+        (lambda: structured.circulant(X, torch.randn(6), add=torch.randn(2, 5)), ValueError, r"add must have shape"),
+        (lambda: structured.circulant(X, torch.randn(6), scale="2"), TypeError, r"scale must be a number"),
+        (lambda: structured.circulant(X, torch.randn(6), scale=float("nan")), ValueError, r"scale must be finite"),
+        (lambda: structured.circulant(X, torch.randn(6), dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
+        (lambda: structured.circulant(X, torch.randn(6), transposed=1), TypeError, r"transposed must be True or False"),
+        (lambda: structured.skew_circulant(X, torch.randn(7)), ValueError, r"x must have 7 features"),
+        (lambda: structured.toeplitz(X, torch.randn(4), torch.randn(5)), ValueError, r"5 features .*row"),
+        (lambda: structured.toeplitz(X, torch.randn(4, 1), torch.randn(6)), ValueError, r"col must have shape \[N\]"),
+        (lambda: structured.toeplitz(X, torch.randn(4), torch.randn(6).half()), TypeError, r"row must .*col's dtype"),
+        (lambda: structured.toeplitz_product(X, torch.randn(6), torch.randn(5)), ValueError, r"b must have a's shape"),
+        (lambda: structured.kronecker(X, torch.randn(2, 2), torch.randn(2, 2)), ValueError, r"4 features .*A .*B"),
+        (lambda: structured.kronecker(X, torch.randn(2), torch.randn(2, 2)), ValueError, r"A must have shape"),
+        (lambda: structured.ldr(X, torch.randn(0, 6), torch.randn(0, 6)), ValueError, r"G must have shape \[q, n\]"),
+        (lambda: structured.ldr(X, torch.randn(2, 6), torch.randn(1, 6)), ValueError, r"H must have G's shape"),
+        (lambda: structured.ldr(X, torch.randn(6), torch.randn(6)), ValueError, r"G must have shape"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, message, node):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="need a CUDA device"):
+        structured.circulant(X, torch.randn(6))
+    with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run ldr"):
+        structured.ldr(X, torch.randn(1, 6), torch.randn(1, 6))
+    text = str(peft_fused.explain(structured.problem_of("circulant", X, torch.randn(6), None, 6, False)))
+    assert text.startswith("circulant [2, 6] -> [2, 6]") and "triton: x is on cpu" in text

@@ -1,0 +1,97 @@
+"""Compiles the Kronecker kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+
+It prints a table by kernel; `pytest -s` shows every configuration.
+"""
+
+import pytest
+from aot import TRITON_TYPES, compile_all, launch_source, table
+from peft_fused.triton_kernels import kronecker_kernels
+from peft_fused.triton_kernels.kronecker_plan import configurations
+
+pytestmark = pytest.mark.aot
+
+ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
+FACTORS = {"a_ptr", "b_ptr", "out_ptr"}
+SUMS = {"planes_ptr", "planes_a_ptr", "planes_b_ptr", "scale_ptr"}
+
+
+def describe(config):
+    c = dict(config.constexprs)
+    types = config.dtype if config.dtype == config.factor_dtype else f"{config.dtype}+{config.factor_dtype}"
+    sizes = "x".join(str(c[name]) for name in ("A1", "A2", "B1", "B2") if name in c)
+    blocks = "x".join(f"{name[6:]}{value}" for name, value in c.items() if name.startswith("BLOCK_"))
+    flags = "-".join(name for name, value in c.items() if value is True)
+    dropout = c["DROPOUT"] if isinstance(c.get("DROPOUT"), str) else ""
+    return f"{config.kernel[:-7]:8} {types:16} {sizes:15} {blocks:28} {flags or dropout:31} warps {config.num_warps}"
+
+
+def rows_of_products(c):
+    """Rows of the left operand of each tensor-core product of a kernel."""
+    inputs = c["BLOCK_B2"] * c["BLOCK_M"]
+    if "NEED_DX" not in c:
+        return [inputs, c["BLOCK_B1"]]
+    rows = [c["BLOCK_M"] * c["BLOCK_A1"]] * (c["NEED_DX"] or c["NEED_DA"])
+    return rows + [inputs] * c["NEED_DX"] + [c["BLOCK_A2"]] * c["NEED_DA"] + [inputs, c["BLOCK_B1"]] * c["NEED_DB"]
+
+
+def problems(config, resources):
+    found = resources.problems()
+    if config.kernel == "reduce_kernel":
+        return found
+    c = dict(config.constexprs)
+    if resources.target == 80 and (resources.wgmma or not resources.mma):
+        found.append("expected mma.sync")
+    # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
+    rows = rows_of_products(c)
+    if resources.target == 90 and bool(resources.wgmma) != any(m >= 64 for m in rows):
+        found.append("expected wgmma")
+    if resources.target == 90 and bool(resources.mma) != any(m < 64 for m in rows):
+        found.append("expected no mma.sync")
+    # A load reaches shared memory by itself only where it is not transposed in fp32 on its way, nor of odd rows.
+    pipelined = config.dtype != "float32" and c["A2"] % 8 == 0 and config.num_stages > 1
+    if resources.target == 90 and pipelined and not resources.copies:
+        found.append("expected pipelined loads")
+    return found
+
+
+def source(config):
+    """The kernel with contiguous operands and, in forward, with `add`; A and B are transposed views in a dx."""
+    kernel = getattr(kronecker_kernels, config.kernel)
+    c = dict(config.constexprs)
+    constants = dict(c)
+    strides = {}
+    if config.kernel != "reduce_kernel":
+        transposed = c["DROPOUT"] == "output"
+        strides = {"stride_ai": c["A2"], "stride_aj": 1, "stride_bi": c["B2"], "stride_bj": 1}
+        if transposed:
+            strides = {"stride_ai": 1, "stride_aj": c["A1"], "stride_bi": 1, "stride_bj": c["B1"]}
+        inputs, outputs = c["A2"] * c["B2"], c["A1"] * c["B1"]
+        strides |= {"stride_xm": inputs, "stride_xk": 1, "stride_ym": outputs, "stride_yn": 1}
+        strides |= {"stride_dm": outputs, "stride_dn": 1}
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if strides.get(name) == 1:
+            constants[name] = 1
+        if name in ACTIVATIONS:
+            types[name] = "*" + TRITON_TYPES[config.dtype]
+        elif name in FACTORS:
+            types[name] = "*" + TRITON_TYPES[config.factor_dtype]
+        elif name in SUMS:
+            types[name] = "*fp32"
+        else:
+            types[name] = "*i64" if name == "seed_ptr" else "fp32" if name == "scale" else "i32"
+    return launch_source(kernel, types, constants, {name for name, stride in strides.items() if stride % 16})
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_every_configuration_fits(target, capsys):
+    # fp16 differs from bf16 in the name of its instructions, and beside fp32 factors it is upcast like fp32.
+    configs = [config for config in configurations() if config.dtype != "float16"]
+    found = list(zip(configs, compile_all(configs, source, target), strict=True))
+    print("", *(f"{describe(config)} {resources}" for config, resources in found), sep="\n")
+    with capsys.disabled():
+        rows = [(config.kernel[:-7], resources) for config, resources in found]
+        print("", table(f"sm_{target}, Kronecker", rows), sep="\n")
+    bad = [f"{describe(c)} {r}: {', '.join(problems(c, r))}" for c, r in found if problems(c, r)]
+    assert not bad, "\n" + "\n".join(bad)

@@ -1,0 +1,85 @@
+"""Compiles the convolution kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+
+Of configurations that differ in their true length alone, the code is the same but for constants: the largest is
+compiled. It prints a table by kernel; `pytest -s` shows every configuration.
+"""
+
+import pytest
+from aot import TRITON_TYPES, compile_all, launch_source, table
+from peft_fused.triton_kernels import structured_kernels
+from peft_fused.triton_kernels.fft_plan import configurations
+
+pytestmark = pytest.mark.aot
+
+ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
+FLOATS = {"spectrum_ptr", "then_ptr", "planes_ptr", "scratch_ptr", "twiddle_ptr", "scale_ptr"}
+UNIT_STRIDES = {"stride_xk", "stride_yn", "stride_an"}
+
+
+def describe(config):
+    plan = config.plan
+    sizes = "x".join(map(str, plan.padded))
+    switches = "-".join(sorted(config.switches))
+    return (
+        f"{config.kernel[:-7]:8} {config.dtype:8} {sizes:8} band {plan.band:2} rows {plan.rows_in:2} {plan.rows_out:2} "
+        f"pairs {plan.pairs:3} {switches:16} warps {plan.num_warps}"
+    )
+
+
+def shape(config):
+    """What decides the code of a kernel, up to constants."""
+    plan = config.plan
+    rows = plan.rows_in, plan.rows_mid, plan.rows_out
+    aligned = plan.factors[2] % 8 == 0
+    return config.kernel, plan.padded, plan.band, rows, plan.pairs, plan.split, aligned, config.switches
+
+
+def representatives():
+    """The largest length of each shape; of shapes, those in which rows fill the tile or half of it, with dropout."""
+    found = {}
+    for config in configurations():
+        dropout = any(name.startswith("DROP") for name in config.switches)
+        if dropout and config.plan.points >= 1024 and config.dtype != "float16":
+            found[shape(config)] = config
+    return list(found.values())
+
+
+def source(config):
+    """The kernel with every optional operand present, contiguous, widths multiples of 16; transposed for a gradient."""
+    kernel = getattr(structured_kernels, config.kernel)
+    plan = config.plan
+    constants = {
+        "N": plan.factors, "P": plan.padded, "Q": plan.tile, "PAIRS": plan.pairs, "IN": plan.rows_in,
+        "MID": plan.rows_mid, "OUT": plan.rows_out, "SPLIT": plan.split,
+        "SIGN": -1 if "DROP_OUTPUT" in config.switches else 1,
+    }  # fmt: skip
+    constants |= {name: name in config.switches for name in ("DROP_INPUT", "DROP_OUTPUT", "DROPOUT", "NEED_DX")}
+    constants |= dict.fromkeys(UNIT_STRIDES, 1)
+    if "then" not in config.switches:
+        constants["then_ptr"] = None
+    types = {"dft_ptr": "*fp16", "seed_ptr": "*i64", "scale": "fp32"}
+    names = {parameter.name for parameter in kernel.params}
+    for name in names - types.keys():
+        if name in ACTIVATIONS:
+            types[name] = "*" + TRITON_TYPES[config.dtype]
+        else:
+            types[name] = "*fp32" if name in FLOATS else "i32"
+    return launch_source(kernel, types, {name: value for name, value in constants.items() if name in names})
+
+
+@pytest.mark.parametrize("target", [80, 90])
+def test_every_configuration_fits(target, capsys):
+    configs = representatives()
+    results = compile_all(configs, source, target)
+    rows = list(zip(configs, results, strict=True))
+    for config, resources in rows:
+        print(describe(config), resources)
+    with capsys.disabled():
+        for precision in (False, True):
+            of = [(config.kernel[:-7], r) for config, r in rows if config.plan.split == precision]
+            print("", table(f"sm_{target}, {'split' if precision else 'half'} precision", of), sep="\n")
+    bad = []
+    for config, resources in rows:
+        problems = resources.problems() + ([] if resources.mma or resources.wgmma else ["expected tensor cores"])
+        bad += [f"{describe(config)} {resources}: {', '.join(problems)}"] if problems else []
+    assert not bad, "\n" + "\n".join(bad)

@@ -1,0 +1,244 @@
+"""Plans of cyclic convolutions: lengths, their factors, tiles. Pure functions without triton, torch or a GPU.
+
+A length runs as one, two or three factors of at most 128, each padded to a power of two of at least 16 (see
+structured_kernels.py). A length that has no such factors, or only ones whose padding costs more than it is worth, is
+convolved linearly within a longer one: `cyclic_length` says which. Tiles were chosen from the compiler's report (no
+register spills, at most 163 KB of shared memory, so that they also run on sm_80), not from timings.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .plan import DTYPES, cdiv, next_power_of_2
+
+MAX_SINGLE = 64
+MAX_FACTOR = 32
+# Pairs (N2, N3). Two factors of 32, or three of which the last two are padded to 16: more would not fit the registers.
+LAST_FACTORS = [(1, last) for last in range(2, 33)] + [(n, last) for n in range(2, 17) for last in range(2, 17)]
+MAX_LENGTH = 8192
+# Tiles of more points are transformed by bands of leading frequencies, or results by as many leading rows.
+LARGE = 4096
+BAND = 16
+PRECISIONS = ("half", "split")
+# Beyond five times the length, padding costs more than a linear convolution in a length of twice as much.
+MAX_PADDING = 5
+
+
+@dataclass(frozen=True)
+class ConvolutionPlan:
+    """How a convolution runs.
+
+    factors, padded: (N1, N2, N3) and (P1, P2, P3) of structured_kernels.py, 1 where there is no such factor.
+    band: leading frequencies that a tile holds at once, all P1 of them or less.
+    rows_in, rows_mid, rows_out: leading rows of a tile for the columns of the input, the intermediate and the output;
+    blocks_out: how many programs share the output's.
+    pairs: pairs of matrix rows in a tile; programs: how many share the tiles of the backward, 0 in a forward.
+    fused: the backward makes dx and dk in one pass; otherwise dx is a convolution of its own.
+    chained: two convolutions run as one kernel; otherwise the intermediate goes through memory in fp32.
+    """
+
+    factors: tuple[int, int, int]
+    padded: tuple[int, int, int]
+    band: int
+    rows_in: int
+    rows_mid: int
+    rows_out: int
+    blocks_out: int
+    pairs: int
+    split: bool
+    num_warps: int
+    num_stages: int
+    programs: int = 0
+    fused: bool = False
+    chained: bool = False
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        return (self.band, *self.padded[1:])
+
+    @property
+    def points(self) -> int:
+        return math.prod(self.padded)
+
+
+def padded_factors(factors: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Tensor cores take at least 16; only the last factor is there when it is 1."""
+    sizes = [max(16, next_power_of_2(factor)) for factor in factors]
+    return (sizes[0] if factors[0] > 1 else 1, sizes[1] if factors[1] > 1 else 1, sizes[2])
+
+
+def cost(padded: tuple[int, int, int]) -> int:
+    """Multiply-adds of the transforms, up to a constant."""
+    return math.prod(padded) * sum(p for p in padded if p > 1)
+
+
+@lru_cache(maxsize=4096)
+def factors_of(length: int) -> tuple[int, int, int] | None:
+    """Cheapest (N1, N2, N3) of a cyclic length, None when it has to be embedded in a longer one."""
+    if length <= MAX_SINGLE:
+        return (1, 1, length)
+    found = []
+    for middle, last in LAST_FACTORS:
+        leading, rest = divmod(length, middle * last)
+        if rest == 0 and 1 < leading <= MAX_FACTOR:
+            factors = (leading, middle, last)
+            padded = padded_factors(factors)
+            if math.prod(padded) <= MAX_PADDING * length:
+                # Contiguous columns of a tile come in vectors, and dropout is drawn by groups of eight.
+                found.append((cost(padded), math.prod(padded), -math.gcd(last, 16), factors))
+    return min(found)[-1] if found else None
+
+
+def direct(n: int) -> bool:
+    """Whether the kernels take the cyclic length n as it is."""
+    return n >= 1 and factors_of(n) is not None
+
+
+@lru_cache(maxsize=4096)
+def next_length(least: int) -> int:
+    """Cheapest length of at least `least`. Raises ValueError beyond MAX_LENGTH."""
+    if not 1 <= least <= MAX_LENGTH:
+        raise ValueError(f"a convolution needs a length in 1..{MAX_LENGTH}, got {least}")
+    if least <= MAX_FACTOR:
+        return least
+    lengths = [cdiv(least, rest) * rest for rest in (16, 32, 128, 256)]
+    lengths = [length for length in lengths if length <= MAX_LENGTH and direct(length)]
+    return min(lengths, key=lambda length: (cost(padded_factors(factors_of(length))), length))
+
+
+def cyclic_length(n: int) -> int:
+    """Length in which a cyclic convolution of n runs: n itself, or a longer one that holds it as a linear convolution."""
+    return n if direct(n) else next_length(2 * n - 1)
+
+
+def plan_convolution(
+    m: int,
+    n_in: int,
+    n_out: int,
+    length: int,
+    precision: str,
+    *,
+    n_mid: int = 0,
+    backward: bool = False,
+    sm_count: int = 132,
+) -> ConvolutionPlan:
+    """Plan of m rows through a matrix [n_out, n_in] cut from the cyclic one of `length`.
+
+    n_mid: columns between two convolutions, 0 for one. backward: the pass that makes dx and the gradient of the kernel.
+    Raises ValueError for a length without factors or one shorter than the columns.
+    """
+    return _plan(next_power_of_2(m), n_in, n_out, length, precision, n_mid, backward, sm_count)
+
+
+@lru_cache(maxsize=4096)
+def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+    if not max(n_in, n_out, n_mid) <= length or not direct(length):
+        raise ValueError(f"no convolution of {n_in} to {n_out} columns in length {length}")
+    factors = factors_of(length)
+    padded = padded_factors(factors)
+    points = math.prod(padded)
+    split = precision == "split"
+    rows_in, rows_mid, rows_out = (_leading_rows(n, factors) for n in (n_in, n_mid or n_out, n_out))
+    blocks_out = 1
+    large = points > LARGE
+    if large and split and not backward:
+        rows_out, blocks_out = BAND, rows_out // BAND
+    pairs = max(1, (1024 if split else 2048) // points)
+    return ConvolutionPlan(
+        factors=factors,
+        padded=padded,
+        band=BAND if large and (split or backward) else padded[0],
+        rows_in=rows_in,
+        rows_mid=rows_mid,
+        rows_out=rows_out,
+        blocks_out=blocks_out,
+        pairs=pairs,
+        split=split,
+        num_warps=4 if points * pairs <= 2048 else 8,
+        num_stages=1,
+        programs=min(2 * sm_count, cdiv(m, 2 * pairs)) if backward else 0,
+        fused=backward and not large,
+        chained=n_mid > 0 and points <= (LARGE // 4 if split else LARGE),
+    )
+
+
+def _leading_rows(n: int, factors: tuple[int, int, int]) -> int:
+    """Rows of a tile that hold n columns, padded like a factor: they are the inner length of the first product."""
+    return max(16, next_power_of_2(cdiv(n, factors[1] * factors[2]))) if factors[0] > 1 else 1
+
+
+@dataclass(frozen=True)
+class ConvolutionConfig:
+    """One kernel to compile: convolve_kernel or backward_kernel for a plan, and its switches."""
+
+    kernel: str
+    dtype: str
+    plan: ConvolutionPlan
+    switches: frozenset[str]
+
+    @property
+    def num_warps(self) -> int:
+        return self.plan.num_warps
+
+    @property
+    def num_stages(self) -> int:
+        return self.plan.num_stages
+
+
+def convolution_configs(dtype: str, n: int, length: int, m: int = 4096) -> list[ConvolutionConfig]:
+    """Every kernel that n x n matrices cut from a cyclic one may launch in a type, with and without dropout."""
+    precision = "half" if dtype == "bfloat16" else "split"
+    forward = plan_convolution(m, n, n, length, precision)
+    chain = plan_convolution(m, n, n, length, precision, n_mid=n)
+    backward = plan_convolution(m, n, n, length, precision, backward=True)
+    found = [("convolve_kernel", forward, names) for names in ((), ("DROP_INPUT",), ("DROP_OUTPUT",))]
+    if chain.chained:
+        found += [("convolve_kernel", chain, ("then", *names)) for names in ((), ("DROP_INPUT",), ("DROP_OUTPUT",))]
+    for names in ((), ("DROPOUT",)):
+        found.append(("backward_kernel", backward, names))
+        if backward.fused:
+            found.append(("backward_kernel", backward, ("NEED_DX", *names)))
+    return [ConvolutionConfig(kernel, dtype, plan, frozenset(names)) for kernel, plan, names in found]
+
+
+# Widths of models, with small and awkward ones.
+WIDTHS = (
+    1,
+    7,
+    16,
+    33,
+    64,
+    97,
+    128,
+    256,
+    384,
+    512,
+    768,
+    1000,
+    1024,
+    1536,
+    2048,
+    2304,
+    2560,
+    3072,
+    4096,
+    5120,
+    6144,
+    8192,
+)
+
+
+def configurations() -> list[ConvolutionConfig]:
+    """Every distinct kernel configuration of the default plans over types and widths, circulant and Toeplitz."""
+    found = {}
+    for dtype in DTYPES:
+        for n in WIDTHS:
+            lengths = [cyclic_length(n)]
+            if 2 * n - 1 <= MAX_LENGTH:
+                lengths.append(next_length(2 * n - 1))
+            for length in lengths:
+                found |= dict.fromkeys(convolution_configs(dtype, n, length))
+    return list(found)

@@ -1,0 +1,91 @@
+"""Kronecker product on a linear map, forward and backward, by Triton kernels.
+
+    y = add + scale * flatten(B X A^T)        W = B (x) A,  X [b2, a2] = x viewed row-major,  y viewed [b1, a1]
+
+x [M, b2 a2] in fp16, bf16 or fp32, A [a1, a2] and B [b1, b2] of that type or fp32, all of any strides, as is `add`
+[M, b1 a1]. `scale` is a Python number or a 0-d tensor on the device and the dropout seed a 0-d int64 tensor: neither
+they nor M synchronise or recompile; the sizes of the factors do compile. Dropout is on x, or on the product with
+`mask_output`, where it is the mask of element (row, output column).
+
+Backward, per row with G = dY [b1, a1], H = drop(X) A^T and E = B^T G:   dX = drop^T(scale E A)
+                                                                         dA = scale sum E^T drop(X)
+                                                                         dB = scale sum G H^T
+
+These functions launch what `kronecker_plan` says and check little; `kronecker_plan.limits` says what does not fit.
+"""
+
+import torch
+
+from . import kronecker_kernels as kernels
+from .kronecker_plan import REDUCE, REDUCE_WARPS, Problem, backward_passes, constexprs, forward_launch
+from .lowrank import _control, _gpu, _name, _precision
+from .plan import cdiv
+
+
+def kronecker(x, A, B, *, add=None, scale=1.0, threshold=0, seed=None, mask_output=False, out_dtype=None):
+    """y [M, b1 a1] = add + scale * flatten(B X A^T), in out_dtype or x's type. threshold: see dropout_threshold."""
+    y = x.new_empty(x.shape[0], B.shape[0] * A.shape[0], dtype=out_dtype or x.dtype)
+    if x.shape[0] == 0:
+        return y
+    problem = _problem(x, A, B)
+    launch = forward_launch(problem)
+    dropout = ("output" if mask_output else "input") if threshold else None
+    scale_ptr, scale = _control(scale, 1.0)
+    with torch.cuda.device_of(x):
+        kernels.forward_kernel[launch.grid](
+            x, A, B, add, y, scale_ptr, seed, problem.m, scale, threshold, launch.m_blocks,
+            *x.stride(), *A.stride(), *B.stride(), *((0, 0) if add is None else add.stride()),
+            **constexprs(problem, launch), DROPOUT=dropout, PREC=_precision(),
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
+        )  # fmt: skip
+    return y
+
+
+def kronecker_bwd(dy, x, A, B, *, scale=1.0, threshold=0, seed=None, needs=frozenset({"x", "A", "B"})):
+    """Gradients by name for the names in `needs`, out of x, A, B; each in its operand's type, dx in dy's.
+
+    Of dropout it knows that of x alone. x may be None unless the gradient of A or B is needed.
+    """
+    problem = _problem(dy, A, B)
+    grads = {}
+    for group, launch in backward_passes(problem, frozenset(needs)):
+        if launch is None:
+            grads["x"] = kronecker(dy, A.t(), B.t(), scale=scale, threshold=threshold, seed=seed, mask_output=True)
+        else:
+            grads |= _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group)
+    return {name: grads[name] for name in needs}
+
+
+def _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group):
+    stripes, columns = launch.grid
+    dx = dy.new_empty(x.shape) if "x" in group else None
+    planes = {
+        name: dy.new_empty(count, *factor.shape, dtype=torch.float32) if name in group else None
+        for name, factor, count in (("A", A, stripes), ("B", B, stripes * columns))
+    }
+    scale_ptr, value = _control(scale, 1.0)
+    if problem.m:
+        with torch.cuda.device_of(dy):
+            kernels.backward_kernel[launch.grid](
+                dy, x, A, B, dx, planes["A"], planes["B"], scale_ptr, seed, problem.m, value, threshold,
+                launch.m_blocks, *dy.stride(), *x.stride(), *A.stride(), *B.stride(),
+                **constexprs(problem, launch), NEED_DX="x" in group, NEED_DA="A" in group, NEED_DB="B" in group,
+                DROPOUT=threshold > 0, PREC=_precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )  # fmt: skip
+    sums = {name: _reduce(planes[name], factor.dtype, scale) for name, factor in (("A", A), ("B", B)) if name in group}
+    return sums | ({} if dx is None else {"x": dx})
+
+
+def _reduce(planes, dtype, scale):
+    """scale * the sum of planes over their first axis, in their order; of no planes, zeros."""
+    out = planes.new_empty(planes.shape[1:], dtype=dtype)
+    scale_ptr, scale = _control(scale, 1.0)
+    with torch.cuda.device_of(planes):
+        kernels.reduce_kernel[(cdiv(out.numel(), REDUCE["BLOCK"]),)](
+            planes, out, scale_ptr, planes.shape[0], out.numel(), scale, **REDUCE, num_warps=REDUCE_WARPS
+        )
+    return out
+
+
+def _problem(rows, A, B) -> Problem:
+    return Problem(rows.shape[0], *A.shape, *B.shape, _name(rows.dtype), _name(A.dtype), _gpu(rows.device)[1])

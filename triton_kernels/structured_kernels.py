@@ -1,0 +1,633 @@
+"""Device code of cyclic convolutions of rows by tensor-core discrete Fourier transforms (DFTs).
+
+A length is N = (N1, N2, N3), any of them 1, with index i = (i1 N2 + i2) N3 + i3 and frequency k = k1 + N1 (k2 + N2 k3).
+With W_n the DFT matrix of n points and w_n = exp(-2 pi i / n), the transform of a row is
+
+    W_N1 over i1,  times w_{N1 N2 N3}^(k1 (i2 N3 + i3)),  W_N2 over i2,  times w_{N2 N3}^(k2 i3),  W_N3 over i3
+
+and the inverse runs the conjugates backwards. Factors are padded to P = (P1, P2, P3), each 1 or a power of two of at
+least 16, by zero rows and columns of W.
+
+Conventions of every kernel, beside those of lowrank_kernels.py:
+- Rows 2p and 2p + 1 are the real and the imaginary part of pair p. Convolution kernels are real, so they stay apart.
+- A tile holds PAIRS pairs: [leading digit, (pair, P2, P3)] as rows of the matrix, [(P2, P1, pair), P3] as spectrum. The
+  last digit is transformed by a product from the right, the others by products from the left.
+- Between two products a state is rounded to its storage type: fp16 is one product of fp16 operands, fp32 is three of
+  high and low fp16 halves, which keep the accuracy of fp32. bf16 has too few bits for either.
+- Nothing overflows fp16. A power of two brings the norm of a row to GAIN..2 GAIN, and no stage enlarges the norm of a
+  pair: the 1 / sqrt(N) of unitary transforms are in the twiddles and spectra (inside W they would make its low half
+  subnormal), and spectra are brought below 1.
+- The DFT matrices are one tensor [high, low][W1, W2, W3][re, im][P, P]; twiddles and spectra are [re, im] planes.
+"""
+
+import triton
+import triton.language as tl
+
+from .lowrank_kernels import control, keep_scale
+
+# These change from call to call; specialising on 1 or on divisibility would compile again.
+VOLATILE = ["M", "scale", "threshold", "tiles", "programs"]
+# 0-d tensors are often views into a table, at any offset.
+UNALIGNED = ["scale_ptr", "seed_ptr"]
+
+# The norm of a pair stays below sqrt(2) * 2 * GAIN, within fp16, and elements are far above its subnormal numbers.
+GAIN = tl.constexpr(8192.0)
+
+
+@triton.jit
+def complex_dot(ar, ai, br, bi, re, im):
+    """re + i im + (ar + i ai) (br + i bi)."""
+    re = tl.dot(ar, br, re)
+    im = tl.dot(ar, bi, im)
+    return tl.dot(-ai, bi, re), tl.dot(ai, br, im)
+
+
+@triton.jit
+def low_half(z, high):
+    return (z - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def dft_matrix(
+    dft_ptr, start, DIGIT: tl.constexpr, PART: tl.constexpr, P: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    """(re, im) of a block of the W of a digit, conjugated for SIGN -1; PART 0 is the high half and 1 the low one."""
+    SQUARES: tl.constexpr = (P[0] * P[0], P[1] * P[1], P[2] * P[2])
+    BEFORE: tl.constexpr = 0 if DIGIT == 0 else (SQUARES[0] if DIGIT == 1 else SQUARES[0] + SQUARES[1])
+    BEGIN: tl.constexpr = 2 * (PART * (SQUARES[0] + SQUARES[1] + SQUARES[2]) + BEFORE)
+    offsets = start + tl.arange(0, ROWS)[:, None] * P[DIGIT] + tl.arange(0, COLS)[None, :]
+    re = tl.load(dft_ptr + BEGIN + offsets)
+    im = tl.load(dft_ptr + BEGIN + SQUARES[DIGIT] + offsets)
+    if SIGN < 0:
+        im = -im
+    return re, im
+
+
+@triton.jit
+def dft(
+    dft_ptr, start, re, im, sum_re, sum_im, DIGIT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SIGN: tl.constexpr
+):  # fmt: skip
+    """sum + W z in fp32 with the block of W that starts at `start` and has ROWS rows; the conjugate of W for SIGN -1."""
+    COLS: tl.constexpr = re.shape[0]
+    wr, wi = dft_matrix(dft_ptr, start, DIGIT, 0, P, ROWS, COLS, SIGN)
+    if re.dtype == tl.float16:
+        return complex_dot(wr, wi, re, im, sum_re, sum_im)
+    else:
+        re_high = re.to(tl.float16)
+        im_high = im.to(tl.float16)
+        sum_re, sum_im = complex_dot(wr, wi, low_half(re, re_high), low_half(im, im_high), sum_re, sum_im)
+        low_wr, low_wi = dft_matrix(dft_ptr, start, DIGIT, 1, P, ROWS, COLS, SIGN)
+        sum_re, sum_im = complex_dot(low_wr, low_wi, re_high, im_high, sum_re, sum_im)
+        return complex_dot(wr, wi, re_high, im_high, sum_re, sum_im)
+
+
+@triton.jit
+def whole_dft(dft_ptr, re, im, DIGIT: tl.constexpr, P: tl.constexpr, SIGN: tl.constexpr):
+    """W z in fp32 for all digits of a middle or last place."""
+    ROWS: tl.constexpr = P[DIGIT]
+    COLS: tl.constexpr = re.shape[1]
+    zero = tl.zeros([ROWS, COLS], tl.float32)
+    return dft(dft_ptr, 0, re, im, zero, zero, DIGIT, P, ROWS, SIGN)
+
+
+@triton.jit
+def times(re, im, factor_ptr, offsets, PLANE: tl.constexpr, SIGN: tl.constexpr):
+    """z times the complex factors at the offsets, conjugated for SIGN -1."""
+    fr = tl.load(factor_ptr + offsets)
+    fi = tl.load(factor_ptr + PLANE + offsets)
+    if SIGN < 0:
+        fi = -fi
+    return re * fr - im * fi, re * fi + im * fr
+
+
+@triton.jit
+def middle_first(z, Q: tl.constexpr):
+    """[Q1, (pair, Q2, Q3)] to [Q2, (Q1, pair, Q3)]."""
+    OUTER: tl.constexpr = z.shape[0] * z.shape[1] // (Q[1] * Q[2])
+    return tl.reshape(tl.permute(tl.reshape(z, (OUTER, Q[1], Q[2])), (1, 0, 2)), (Q[1], OUTER * Q[2]))
+
+
+@triton.jit
+def leading_first(z, Q: tl.constexpr):
+    """[Q2, (Q1, pair, Q3)] to [Q1, (pair, Q2, Q3)]."""
+    OUTER: tl.constexpr = z.shape[0] * z.shape[1] // (Q[1] * Q[2])
+    return tl.reshape(tl.permute(tl.reshape(z, (Q[1], OUTER, Q[2])), (1, 0, 2)), (Q[0], OUTER * Q[1] * Q[2] // Q[0]))
+
+
+@triton.jit
+def last_first(z, Q: tl.constexpr):
+    """[.., Q3], however its rows are split, to [Q3, ..]."""
+    return tl.trans(tl.reshape(z, (z.shape[0] * z.shape[1] // Q[2], Q[2])))
+
+
+@triton.jit
+def last_back(z, ROWS: tl.constexpr):
+    """[Q3, ..] to [ROWS, (.., Q3)]."""
+    return tl.reshape(tl.trans(z), (ROWS, z.shape[0] * z.shape[1] // ROWS))
+
+
+@triton.jit
+def transform(re, im, band, dft_ptr, twiddle_ptr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
+    """Frequencies [Q3, (Q2, Q1, pair)] of a band in fp32, sqrt(N3) times unitary, of a state [rows, (pair, Q2, Q3)]."""
+    STATE: tl.constexpr = re.dtype
+    if P[0] > 1:
+        ROWS: tl.constexpr = Q[0]
+        zero = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
+        lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0], re, im, zero, zero, 0, P, ROWS, 1)
+        return trailing(lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
+    else:
+        return whole_dft(dft_ptr, last_first(re, Q), last_first(im, Q), 2, P, 1)
+
+
+@triton.jit
+def trailing(
+    lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    PAIRS: tl.constexpr,
+):  # fmt: skip
+    """What `transform` does after the product of the leading digit [Q1, (pair, Q2, Q3)]."""
+    k1 = band * Q[0] + tl.arange(0, Q[0])[:, None]
+    rest = tl.arange(0, PAIRS * Q[1] * Q[2])[None, :] % (Q[1] * Q[2])
+    lead_re, lead_im = times(lead_re, lead_im, twiddle_ptr, k1 * (P[1] * P[2]) + rest, P[0] * P[1] * P[2], 1)
+    re = lead_re.to(STATE)
+    im = lead_im.to(STATE)
+    if P[1] > 1:
+        k2 = tl.arange(0, Q[1])[:, None]
+        i3 = tl.arange(0, Q[0] * PAIRS * Q[2])[None, :] % Q[2]
+        wide_re, wide_im = whole_dft(dft_ptr, middle_first(re, Q), middle_first(im, Q), 1, P, 1)
+        second_ptr = twiddle_ptr + 2 * P[0] * P[1] * P[2]
+        wide_re, wide_im = times(wide_re, wide_im, second_ptr, k2 * P[2] + i3, P[1] * P[2], 1)
+        re = wide_re.to(STATE)
+        im = wide_im.to(STATE)
+    return whole_dft(dft_ptr, last_first(re, Q), last_first(im, Q), 2, P, 1)
+
+
+@triton.jit
+def inverse(
+    re, im, sum_re, sum_im, band, start, dft_ptr, twiddle_ptr,
+    P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """sum + the leading rows [rows of the sum, (pair, Q2, Q3)] from `start` that a band [Q3, (Q2, Q1, pair)] adds to the inverse
+    transform, sqrt(N3) times unitary. Twiddles meet the layout that a product leaves, so the narrow state changes it.
+    """
+    STATE: tl.constexpr = re.dtype
+    wide_re, wide_im = whole_dft(dft_ptr, re, im, 2, P, -1)
+    place = tl.arange(0, Q[1] * Q[0] * PAIRS)[None, :]
+    i3 = tl.arange(0, Q[2])[:, None]
+    if P[1] > 1:
+        k2 = place // (Q[0] * PAIRS)
+        second_ptr = twiddle_ptr + 2 * P[0] * P[1] * P[2]
+        wide_re, wide_im = times(wide_re, wide_im, second_ptr, k2 * P[2] + i3, P[1] * P[2], -1)
+        re = last_back(wide_re.to(STATE), Q[1])
+        im = last_back(wide_im.to(STATE), Q[1])
+        wide_re, wide_im = whole_dft(dft_ptr, re, im, 1, P, -1)
+        place = tl.arange(0, Q[0] * PAIRS * Q[2])[None, :]
+        k1 = band * Q[0] + place // (PAIRS * Q[2])
+        rest = tl.arange(0, Q[1])[:, None] * P[2] + place % Q[2]
+    else:
+        k1 = band * Q[0] + place // PAIRS
+        rest = i3
+    if P[0] > 1:
+        wide_re, wide_im = times(wide_re, wide_im, twiddle_ptr, k1 * (P[1] * P[2]) + rest, P[0] * P[1] * P[2], -1)
+    if P[1] > 1:
+        re = leading_first(wide_re.to(STATE), Q)
+        im = leading_first(wide_im.to(STATE), Q)
+    elif P[0] > 1:
+        re = last_back(wide_re.to(STATE), Q[0])
+        im = last_back(wide_im.to(STATE), Q[0])
+    if P[0] == 1:
+        return sum_re + last_back(wide_re, 1), sum_im + last_back(wide_im, 1)
+    else:
+        return dft(dft_ptr, start * P[0] + band * Q[0], re, im, sum_re, sum_im, 0, P, sum_re.shape[0], -1)
+
+
+@triton.jit
+def frequencies(band, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
+    """(offset in a plane [P3, P2, P1] of a spectrum, pair) of every element of a band [Q3, (Q2, Q1, pair)]."""
+    place = tl.arange(0, Q[1] * Q[0] * PAIRS)[None, :]
+    k1 = band * Q[0] + place // PAIRS % Q[0]
+    k2 = place // (PAIRS * Q[0])
+    return tl.arange(0, Q[2])[:, None] * (P[1] * P[0]) + k2 * P[0] + k1, place % PAIRS
+
+
+@triton.jit
+def positions(start, LEAD: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr):
+    """(pair, column of the matrix, column is none of padding) in every STEP-th place of a tile [LEAD, (pair, Q2, Q3)]."""
+    place = tl.arange(0, PAIRS * Q[1] * Q[2] // STEP)[None, :] * STEP
+    i2 = place // Q[2] % Q[1]
+    i3 = place % Q[2]
+    column = (start + tl.arange(0, LEAD)[:, None]) * (N[1] * N[2]) + i2 * N[2] + i3
+    return place // (Q[1] * Q[2]), column, (i2 < N[1]) & (i3 < N[2])
+
+
+@triton.jit
+def load_rows(
+    ptr, tile, M, n, stride_m, stride_n, start, HALF: tl.constexpr,
+    LEAD: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """The first (HALF 0) or second rows of the pairs of a tile, zero past the ends of the matrix [M, n]."""
+    pair, column, inside = positions(start, LEAD, N, Q, PAIRS, 1)
+    rows = 2 * (tile * PAIRS + pair) + HALF
+    offsets = rows.to(tl.int64) * stride_m + column.to(tl.int64) * stride_n
+    return tl.load(ptr + offsets, mask=inside & (column < n) & (rows < M), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def keep_mask(
+    seed_ptr, tile, threshold, start, HALF: tl.constexpr,
+    LEAD: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Which elements of what `load_rows` loads the dropout convention keeps."""
+    # A call of the generator serves eight columns if a group of them never crosses a row of the tile.
+    STEP: tl.constexpr = 8 if N[2] % 8 == 0 else 1
+    pair, column, _ = positions(start, LEAD, N, Q, PAIRS, STEP)
+    rows = 2 * (tile * PAIRS + pair) + HALF
+    w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), column // 8, rows, 0, 0, n_rounds=7)
+    if STEP == 8:
+        # As in philox.py: two joins order the words, the third puts the low half of a word before its high half.
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (LEAD, PAIRS * Q[1] * Q[2]))
+    else:
+        word = tl.where(column % 8 < 4, tl.where(column % 4 < 2, w0, w1), tl.where(column % 4 < 2, w2, w3))
+        draws = tl.where(column % 2 == 0, word & 0xFFFF, word >> 16)
+    return draws.to(tl.int32) >= threshold
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2**exponent for -126 <= exponent <= 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log2_floor(x):
+    """floor(log2(x)) of positive normal numbers."""
+    return (x.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def exponents(rows, PAIRS: tl.constexpr):
+    """[PAIRS] floor(log2) of the norm of each row of a tile, between -110 and 117. By the norm and not by the largest
+    element: errors are a share of the norm of a pair, and a row with an outlier must not drown in its partner's.
+    """
+    REST: tl.constexpr = rows.shape[1] // PAIRS
+    largest = tl.max(tl.reshape(tl.max(tl.abs(rows), 0), (PAIRS, REST)), 1)
+    exponent = tl.minimum(tl.maximum(log2_floor(largest), -110), 110)
+    rows *= by_place(power_of_two(-exponent), REST)
+    squares = tl.sum(tl.reshape(tl.sum(rows * rows, 0), (PAIRS, REST)), 1)
+    return exponent + tl.maximum(log2_floor(squares) >> 1, 0)
+
+
+@triton.jit
+def by_place(values, REST: tl.constexpr):
+    """[PAIRS] to [1, (pair, REST)]."""
+    PAIRS: tl.constexpr = values.shape[0]
+    return tl.reshape(tl.broadcast_to(values[:, None], (PAIRS, REST)), (1, PAIRS * REST))
+
+
+@triton.jit
+def normalised(rows, exponent, SPLIT: tl.constexpr):
+    """The rows as a state, with norms of GAIN..2 GAIN."""
+    REST: tl.constexpr = rows.shape[1] // exponent.shape[0]
+    return (rows * by_place(power_of_two(-exponent) * GAIN, REST)).to(tl.float32 if SPLIT else tl.float16)
+
+
+@triton.jit
+def shrunk(rows, exponent):
+    """The rows of each pair divided by 2**exponent, which is not negative; by 2**126 at most."""
+    REST: tl.constexpr = rows.shape[1] // exponent.shape[0]
+    return rows * by_place(power_of_two(tl.maximum(-exponent, -126)), REST)
+
+
+@triton.jit
+def filtered(
+    re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, SIGN: tl.constexpr, OUT: tl.constexpr,
+    P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """OUT leading rows, from `start`, of the convolution of a state with a kernel, whose spectrum is conjugated for SIGN -1; in fp32
+    and without the spectrum's magnitude.
+    """
+    STATE: tl.constexpr = re.dtype
+    sum_re = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
+    sum_im = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
+    for band in tl.range(0, P[0] // Q[0], disable_licm=True):
+        f_re, f_im = transform(re, im, band, dft_ptr, twiddle_ptr, P, Q, PAIRS)
+        offsets, _ = frequencies(band, P, Q, PAIRS)
+        f_re, f_im = times(f_re, f_im, spectrum_ptr, offsets, P[0] * P[1] * P[2], SIGN)
+        sum_re, sum_im = inverse(
+            f_re.to(STATE), f_im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS
+        )
+    return sum_re, sum_im
+
+
+@triton.jit
+def magnitude(spectrum_ptr, P: tl.constexpr):
+    """What a spectrum was divided by."""
+    return tl.load(spectrum_ptr + 2 * P[0] * P[1] * P[2])
+
+
+@triton.jit
+def store_rows(
+    values, factor, add_ptr, y_ptr, seed_ptr, tile, M, n, threshold, stride_am, stride_an, start, DROP: tl.constexpr,
+    HALF: tl.constexpr, LEAD: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """y [M, n] = add + drop(factor * values) in the first or second rows of the pairs; the factor is one of a pair."""
+    y = values * by_place(factor, Q[1] * Q[2])
+    if DROP:
+        y = tl.where(keep_mask(seed_ptr, tile, threshold, start, HALF, LEAD, N, Q, PAIRS), y, 0.0)
+    pair, column, inside = positions(start, LEAD, N, Q, PAIRS, 1)
+    rows = (2 * (tile * PAIRS + pair) + HALF).to(tl.int64)
+    mask = inside & (column < n) & (rows < M)
+    if add_ptr is not None:
+        add = add_ptr + rows * stride_am + column.to(tl.int64) * stride_an
+        y += tl.load(add, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + rows * n + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
+def convolve_kernel(
+    x_ptr,
+    spectrum_ptr,
+    then_ptr,
+    add_ptr,
+    y_ptr,
+    dft_ptr,
+    twiddle_ptr,
+    scale_ptr,
+    seed_ptr,
+    M,
+    n_in,
+    n_mid,
+    n_out,
+    scale,
+    threshold,
+    stride_xm,
+    stride_xk,
+    stride_am,
+    stride_an,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PAIRS: tl.constexpr,
+    IN: tl.constexpr,
+    MID: tl.constexpr,
+    OUT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SIGN: tl.constexpr,
+    DROP_INPUT: tl.constexpr,
+    DROP_OUTPUT: tl.constexpr,
+):
+    """y [M, n_out] = add + scale * crop(then * crop(kernel * pad(x))), by rows; the outer convolution where it is given.
+
+    IN, MID and OUT are how many leading rows of a tile hold n_in, n_mid and n_out columns: the products skip the rest.
+    SIGN -1 is the transposed matrix. Dropout is that of x or, for the gradient of a dropped x, that of y.
+    """
+    tile = tl.program_id(0)
+    start = tl.program_id(1) * OUT
+    re = load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 0, IN, N, Q, PAIRS)
+    im = load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 1, IN, N, Q, PAIRS)
+    if DROP_INPUT:
+        re = tl.where(keep_mask(seed_ptr, tile, threshold, 0, 0, IN, N, Q, PAIRS), re, 0.0)
+        im = tl.where(keep_mask(seed_ptr, tile, threshold, 0, 1, IN, N, Q, PAIRS), im, 0.0)
+    re_exponent = exponents(re, PAIRS)
+    im_exponent = exponents(im, PAIRS)
+    re = normalised(re, re_exponent, SPLIT)
+    im = normalised(im, im_exponent, SPLIT)
+    factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
+    if DROP_INPUT or DROP_OUTPUT:
+        factor *= keep_scale(threshold)
+    re_factor = factor * power_of_two(re_exponent)
+    im_factor = factor * power_of_two(im_exponent)
+    if then_ptr is not None:
+        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, 0, SIGN, MID, P, Q, PAIRS)
+        _, column, inside = positions(0, MID, N, Q, PAIRS, 1)
+        re = tl.where(inside & (column < n_mid), re, 0.0)
+        im = tl.where(inside & (column < n_mid), im, 0.0)
+        re_exponent = exponents(re, PAIRS)
+        im_exponent = exponents(im, PAIRS)
+        re = normalised(re, re_exponent, SPLIT)
+        im = normalised(im, im_exponent, SPLIT)
+        outer = magnitude(then_ptr, P) / GAIN
+        re_factor *= outer * power_of_two(re_exponent)
+        im_factor *= outer * power_of_two(im_exponent)
+        re, im = filtered(re, im, then_ptr, dft_ptr, twiddle_ptr, start, SIGN, OUT, P, Q, PAIRS)
+    else:
+        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, SIGN, OUT, P, Q, PAIRS)
+    store_rows(
+        re, re_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
+        DROP_OUTPUT, 0, OUT, N, Q, PAIRS,
+    )  # fmt: skip
+    store_rows(
+        im, im_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
+        DROP_OUTPUT, 1, OUT, N, Q, PAIRS,
+    )  # fmt: skip
+
+
+@triton.jit
+def transform_rows(
+    ptr, seed_ptr, tile, M, n, threshold, stride_m, stride_n, re_exponent, im_exponent, re_shrink, im_shrink,
+    band, dft_ptr, twiddle_ptr, DROP: tl.constexpr, LEAD: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """`transform` of the rows of a tile in memory; in bands, also of a few leading rows at a time."""
+    STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
+    BLOCK: tl.constexpr = LEAD if Q[0] == P[0] else Q[0]
+    ROWS: tl.constexpr = Q[0]
+    lead_re = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
+    lead_im = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
+    # As a loop of unknown length it also keeps the mask in the layout in which it is cheap to draw.
+    for start in tl.range(0, tl.cdiv(n, N[1] * N[2]), BLOCK, disable_licm=True):
+        re = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 0, BLOCK, N, Q, PAIRS)
+        im = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 1, BLOCK, N, Q, PAIRS)
+        if DROP:
+            re = tl.where(keep_mask(seed_ptr, tile, threshold, start, 0, BLOCK, N, Q, PAIRS), re, 0.0)
+            im = tl.where(keep_mask(seed_ptr, tile, threshold, start, 1, BLOCK, N, Q, PAIRS), im, 0.0)
+        if re_shrink is not None:
+            re = shrunk(re, re_shrink)
+            im = shrunk(im, im_shrink)
+        re = normalised(re, re_exponent, SPLIT)
+        im = normalised(im, im_exponent, SPLIT)
+        if P[0] > 1:
+            lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0] + start, re, im, lead_re, lead_im, 0, P, ROWS, 1)
+        else:
+            lead_re += re.to(tl.float32)
+            lead_im += im.to(tl.float32)
+    if P[0] > 1:
+        return trailing(lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
+    else:
+        return whole_dft(dft_ptr, last_first(lead_re.to(STATE), Q), last_first(lead_im.to(STATE), Q), 2, P, 1)
+
+
+@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
+def backward_kernel(
+    dy_ptr,
+    x_ptr,
+    spectrum_ptr,
+    dx_ptr,
+    planes_ptr,
+    scratch_ptr,
+    dft_ptr,
+    twiddle_ptr,
+    scale_ptr,
+    seed_ptr,
+    M,
+    n_out,
+    n_in,
+    scale,
+    threshold,
+    tiles,
+    stride_ym,
+    stride_yn,
+    stride_xm,
+    stride_xk,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    PAIRS: tl.constexpr,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NEED_DX: tl.constexpr,
+):
+    """planes [programs, (re, im), P3, (P2, P1, pair)] = sum over a program's tiles of conj(DFT(drop(x))) DFT(dy), and
+    dx [M, n_in] = drop(scale * crop(kernel^T * pad(dy))) if NEED_DX, from one pass over dy and x.
+
+    The imaginary part of the inverse transform of such a sum is the correlation of one row of a pair with the other:
+    it is dropped at the very end.
+    """
+    program = tl.program_id(0)
+    PLANE: tl.constexpr = P[0] * P[1] * P[2] * PAIRS
+    BAND: tl.constexpr = Q[0] * Q[1] * Q[2] * PAIRS
+    COLS: tl.constexpr = Q[1] * Q[0] * PAIRS
+    place = tl.arange(0, Q[2])[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    x_re_ptr = scratch_ptr + program.to(tl.int64) * (2 * BAND) + place
+    x_im_ptr = x_re_ptr + BAND
+    first = program * tiles
+    for tile in tl.range(first, first + tiles, disable_licm=True):
+        y_re_exponent = exponents(
+            load_rows(dy_ptr, tile, M, n_out, stride_ym, stride_yn, 0, 0, OUT, N, Q, PAIRS), PAIRS
+        )
+        y_im_exponent = exponents(
+            load_rows(dy_ptr, tile, M, n_out, stride_ym, stride_yn, 0, 1, OUT, N, Q, PAIRS), PAIRS
+        )
+        x_re_exponent = exponents(load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 0, IN, N, Q, PAIRS), PAIRS)
+        x_im_exponent = exponents(load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 1, IN, N, Q, PAIRS), PAIRS)
+        # All rows of a tile are summed with one weight, that of the largest product of magnitudes; the others shrink.
+        both_re = x_re_exponent + y_re_exponent
+        both_im = x_im_exponent + y_im_exponent
+        largest = tl.max(tl.maximum(both_re, both_im), 0)
+        # Each transform is sqrt(N3) times unitary.
+        weight = power_of_two(largest // 2) * power_of_two(largest - largest // 2) / (GAIN * GAIN * N[2])
+        if NEED_DX:
+            dx_re = tl.zeros([IN, PAIRS * Q[1] * Q[2]], tl.float32)
+            dx_im = tl.zeros([IN, PAIRS * Q[1] * Q[2]], tl.float32)
+        for band in tl.range(0, P[0] // Q[0], disable_licm=True):
+            re, im = transform_rows(
+                x_ptr, seed_ptr, tile, M, n_in, threshold, stride_xm, stride_xk,
+                x_re_exponent, x_im_exponent, largest - both_re, largest - both_im,
+                band, dft_ptr, twiddle_ptr, DROPOUT, IN, SPLIT, N, P, Q, PAIRS,
+            )  # fmt: skip
+            # Memory that stays in the cache holds one spectrum and the sums: registers would spill.
+            tl.debug_barrier()  # until all threads have read the band before
+            tl.store(x_re_ptr, re * weight)
+            tl.store(x_im_ptr, im * weight)
+
+            re, im = transform_rows(
+                dy_ptr, seed_ptr, tile, M, n_out, threshold, stride_ym, stride_yn,
+                y_re_exponent, y_im_exponent, None, None,
+                band, dft_ptr, twiddle_ptr, False, OUT, SPLIT, N, P, Q, PAIRS,
+            )  # fmt: skip
+            offsets, pair = frequencies(band, P, Q, PAIRS)
+            sum_re_ptr = planes_ptr + program.to(tl.int64) * (2 * PLANE) + offsets * PAIRS + pair
+            sum_im_ptr = sum_re_ptr + PLANE
+            tl.debug_barrier()  # until all threads have written
+            x_re = tl.load(x_re_ptr)
+            x_im = tl.load(x_im_ptr)
+            begun = (offsets >= 0) & (tile > first)
+            sum_re = tl.load(sum_re_ptr, mask=begun, other=0.0)
+            sum_im = tl.load(sum_im_ptr, mask=begun, other=0.0)
+            tl.store(sum_re_ptr, sum_re + (x_re * re + x_im * im))
+            tl.store(sum_im_ptr, sum_im + (x_re * im - x_im * re))
+            if NEED_DX:
+                re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], -1)
+                STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
+                dx_re, dx_im = inverse(
+                    re.to(STATE), im.to(STATE), dx_re, dx_im, band, 0, dft_ptr, twiddle_ptr, P, Q, PAIRS
+                )
+        if NEED_DX:
+            factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
+            if DROPOUT:
+                factor *= keep_scale(threshold)
+            store_rows(
+                dx_re, factor * power_of_two(y_re_exponent), None, dx_ptr, seed_ptr, tile, M, n_in, threshold, 0, 0, 0,
+                DROPOUT, 0, IN, N, Q, PAIRS,
+            )  # fmt: skip
+            store_rows(
+                dx_im, factor * power_of_two(y_im_exponent), None, dx_ptr, seed_ptr, tile, M, n_in, threshold, 0, 0, 0,
+                DROPOUT, 1, IN, N, Q, PAIRS,
+            )  # fmt: skip
+
+
+@triton.jit
+def spectrum_kernel(frequencies_ptr, spectrum_ptr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    """Frequencies [N1 N2 N3, (re, im)] to planes [re, im][P3, P2, P1] divided by N3 and by a power of two above the
+    largest of them, which follows the planes. Padding is zero.
+    """
+    LENGTH: tl.constexpr = N[0] * N[1] * N[2]
+    POINTS: tl.constexpr = P[0] * P[1] * P[2]
+    largest = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, 2 * LENGTH, BLOCK):
+        parts = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(frequencies_ptr + parts, mask=parts < 2 * LENGTH, other=0.0)))
+    # Two above, so that the modulus is below 1 where both parts are the largest.
+    exponent = tl.minimum(tl.maximum(log2_floor(tl.max(largest, 0)), -110), 110) + 2
+    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k1 = point % P[0]
+    k2 = point // P[0] % P[1]
+    k3 = point // (P[0] * P[1])
+    k = k1 + N[0] * (k2 + N[1] * k3)
+    inside = (k1 < N[0]) & (k2 < N[1]) & (k3 < N[2]) & (point < POINTS)
+    factor = power_of_two(-exponent) / N[2]
+    tl.store(
+        spectrum_ptr + point, tl.load(frequencies_ptr + 2 * k, mask=inside, other=0.0) * factor, mask=point < POINTS
+    )
+    im = tl.load(frequencies_ptr + 2 * k + 1, mask=inside, other=0.0) * factor
+    tl.store(spectrum_ptr + POINTS + point, im, mask=point < POINTS)
+    tl.store(spectrum_ptr + 2 * POINTS, power_of_two(exponent))
+
+
+@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
+def reduce_kernel(
+    planes_ptr,
+    frequencies_ptr,
+    scale_ptr,
+    programs,
+    scale,
+    threshold,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Frequencies [N1 N2 N3, (re, im)] = scale * sum over programs and pairs of the planes of backward_kernel."""
+    LENGTH: tl.constexpr = N[0] * N[1] * N[2]
+    POINTS: tl.constexpr = P[0] * P[1] * P[2]
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k1 = k % N[0]
+    k2 = k // N[0] % N[1]
+    k3 = k // (N[0] * N[1])
+    element = ((k3 * P[1] + k2) * P[0] + k1) * PAIRS
+    sum_re = tl.zeros([BLOCK], tl.float32)
+    sum_im = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, programs * PAIRS, BLOCK_S):
+        term = start + tl.arange(0, BLOCK_S)
+        offsets = (term // PAIRS).to(tl.int64)[:, None] * (2 * PAIRS * POINTS)
+        offsets += (term % PAIRS)[:, None] + element[None, :]
+        mask = (term < programs * PAIRS)[:, None] & (k < LENGTH)[None, :]
+        sum_re += tl.sum(tl.load(planes_ptr + offsets, mask=mask, other=0.0), 0)
+        sum_im += tl.sum(tl.load(planes_ptr + PAIRS * POINTS + offsets, mask=mask, other=0.0), 0)
+    factor = control(scale_ptr, scale, tl.float32) * keep_scale(threshold)
+    tl.store(frequencies_ptr + 2 * k, sum_re * factor, mask=k < LENGTH)
+    tl.store(frequencies_ptr + 2 * k + 1, sum_im * factor, mask=k < LENGTH)
