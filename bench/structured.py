@@ -16,15 +16,17 @@ import peft_fused
 from peft_fused.ops import cases, dispatch, structured
 from peft_fused.ops.accuracy import outputs
 
-from .baselines import Layer, saved_bytes
+from .baselines import Layer, cuda_peak_bytes, saved_bytes
 from .shapes import StructuredShape
-from .timing import MODES, CpuClock, CudaClock, interleave, ratio
+from .timing import MODES, CpuClock, CudaClock, interleave, ratio, wall_ms
 from .verify import TOLERANCE, WrongResult, relative_rms
 
 plan_module = importlib.import_module("peft_fused.ops.structured.plan")  # the package's `plan` is the function in it
 
-# Dense products are timed up to this many multiply-adds; beyond, a few rounds of them would take a minute on a CPU.
-DENSE_MOST = {"cpu": 1 << 35, "cuda": 1 << 40}
+# Dense products are timed below this many multiply-adds; from there on, a few rounds of them take a minute on a CPU.
+DENSE_LIMIT = {"cpu": 1 << 35, "cuda": 1 << 40}
+# What is not timed alone is measured of these.
+MEASURED = ("ours", "chain", "c3a")
 
 
 # ------------------------------------------------------------------------------------------------------- plain PyTorch
@@ -177,7 +179,7 @@ def build(shape: StructuredShape, device: torch.device) -> Case:
     variants = {"ours": layer(Layer, ours), "chain": layer(Layer, CHAIN[shape.op])}
     if shape.op == "circulant":
         variants["c3a"] = C3A(x, dy, values[0])
-    small = shape.m * shape.n * shape.k <= DENSE_MOST[device.type]
+    small = shape.m * shape.n * shape.k < DENSE_LIMIT[device.type]
     if lines := dense_lines(shape.op, shape.n, shape.k, device):
         if small:
             variants["dense"] = layer(Layer, lines)
@@ -215,9 +217,14 @@ def run_case(shape: StructuredShape, device: torch.device, *, seconds: float) ->
     case = build(shape, device)
     errors = verify(case)
     case.truth.clear()  # as large as the rest of the case, in float64
-    saved = {name: saved_bytes(case.variants[name]) for name in ("ours", "chain", "c3a") if name in case.variants}
+    measured = {name: case.variants[name] for name in MEASURED if name in case.variants}
+    saved = {name: saved_bytes(variant) for name, variant in measured.items()}
     clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
     times = interleave(case.variants, clock, seconds=seconds)
+    extra = {"saved_bytes": saved, "skipped": case.skipped, "error_vs_reference": errors["ours"]}
+    if device.type == "cuda":
+        extra["peak_bytes"] = {name: cuda_peak_bytes(variant) for name, variant in measured.items()}
+        extra["wall_ms"] = {name: wall_ms(variant) for name, variant in measured.items()}
 
     def row(mode: str) -> dict:
         def against(name: str, mine: str = "ours") -> float | None:
@@ -238,9 +245,6 @@ def run_case(shape: StructuredShape, device: torch.device, *, seconds: float) ->
             "ms_iqr": {name: times[name][mode].iqr for name in times},
             "rounds": len(times["ours"][mode].ms),
             "path": case.variants["ours"].path,
-            "saved_bytes": saved,
-            "skipped": case.skipped,
-            "error_vs_reference": errors["ours"],
         }
 
-    return [row(mode) for mode in MODES]
+    return [row(mode) | extra for mode in MODES]

@@ -160,8 +160,8 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
         num_warps=4 if points * pairs <= 2048 else 8,
         num_stages=1,
         programs=min(2 * sm_count, cdiv(m, 2 * pairs)) if backward else 0,
-        fused=backward and not large,
-        chained=n_mid > 0 and points <= (LARGE // 4 if split else LARGE),
+        fused=backward and (points < LARGE or (not large and factors[2] % 8 == 0)),
+        chained=n_mid > 0 and points <= (LARGE // 4 if split else LARGE) and not (split and rows_in > 16),
     )
 
 
@@ -196,7 +196,7 @@ def convolution_configs(dtype: str, n: int, length: int, m: int = 4096) -> list[
     backward = plan_convolution(m, n, n, length, precision, backward=True)
     found = [("convolve_kernel", forward, names) for names in ((), ("DROP_INPUT",), ("DROP_OUTPUT",))]
     if chain.chained:
-        found += [("convolve_kernel", chain, ("then", *names)) for names in ((), ("DROP_INPUT",), ("DROP_OUTPUT",))]
+        found += [("convolve_kernel", chain, ("then", *names)) for names in ((), ("DROP_INPUT",))]
     for names in ((), ("DROPOUT",)):
         found.append(("backward_kernel", backward, names))
         if backward.fused:

@@ -62,11 +62,11 @@ def convolve(
     scale_ptr, scale = _control(scale, 1.0)
     with torch.cuda.device_of(x):
         kernels.convolve_kernel[(cdiv(M, 2 * plan.pairs), plan.blocks_out)](
-            x, _spectrum(kernel, plan), None if then is None else _spectrum(then, plan), add, y, *_tables(plan, x.device),
+            x, _spectrum(kernel, plan, transposed), None if then is None else _spectrum(then, plan), add, y, *_tables(plan, x.device),
             scale_ptr, seed, M, n_in, n_mid, n_out, scale, threshold,
             *x.stride(), *((0, 0) if add is None else add.stride()),
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, IN=plan.rows_in, MID=plan.rows_mid, OUT=plan.rows_out,
-            SPLIT=plan.split, SIGN=-1 if transposed else 1, DROP_INPUT=threshold > 0 and not mask_output,
+            SPLIT=plan.split, DROP_INPUT=threshold > 0 and not mask_output,
             DROP_OUTPUT=threshold > 0 and mask_output, num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
     return y
@@ -122,7 +122,7 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
     scale_ptr, scale = _control(scale, 1.0)
     with torch.cuda.device_of(dy):
         kernels.backward_kernel[(programs,)](
-            dy, x, None if dx is None else _spectrum(kernel, plan), dx, planes, scratch,
+            dy, x, None if dx is None else _spectrum(kernel, plan, transposed=True), dx, planes, scratch,
             *_tables(plan, dy.device),
             scale_ptr, seed, M, n_out, n_in, scale, threshold, tiles, *dy.stride(), *x.stride(),
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, OUT=plan.rows_out, IN=plan.rows_in,
@@ -137,12 +137,12 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
     return torch.fft.ifft(torch.view_as_complex(frequencies), norm="forward").real.contiguous()
 
 
-def _spectrum(kernel, plan: ConvolutionPlan):
+def _spectrum(kernel, plan: ConvolutionPlan, transposed=False):
     """Spectrum of a convolution kernel in the order of a tile, and its magnitude; see spectrum_kernel."""
     spectrum = kernel.new_empty(2 * plan.points + 1)
     frequencies = torch.view_as_real(torch.fft.fft(kernel))
     kernels.spectrum_kernel[(cdiv(plan.points, BLOCK),)](
-        frequencies, spectrum, N=plan.factors, P=plan.padded, BLOCK=BLOCK, num_warps=4, num_stages=1
+        frequencies, spectrum, SIGN=-1 if transposed else 1, N=plan.factors, P=plan.padded, BLOCK=BLOCK, num_warps=4, num_stages=1
     )
     return spectrum
 

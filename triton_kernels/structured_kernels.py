@@ -37,9 +37,10 @@ GAIN = tl.constexpr(8192.0)
 @triton.jit
 def complex_dot(ar, ai, br, bi, re, im):
     """re + i im + (ar + i ai) (br + i bi)."""
-    re = tl.dot(ar, br, re)
+    # Negating the sum twice takes no registers; a negated operand would be held beside the operand.
+    re = tl.dot(ai, bi, -re)
     im = tl.dot(ar, bi, im)
-    return tl.dot(-ai, bi, re), tl.dot(ai, br, im)
+    return tl.dot(ar, br, -re), tl.dot(ai, br, im)
 
 
 @triton.jit
@@ -301,11 +302,10 @@ def shrunk(rows, exponent):
 
 @triton.jit
 def filtered(
-    re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, SIGN: tl.constexpr, OUT: tl.constexpr,
+    re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, OUT: tl.constexpr,
     P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """OUT leading rows, from `start`, of the convolution of a state with a kernel, whose spectrum is conjugated for SIGN -1; in fp32
-    and without the spectrum's magnitude.
+    """OUT leading rows, from `start`, of the convolution of a state with a kernel, in fp32 and without the spectrum's magnitude.
     """
     STATE: tl.constexpr = re.dtype
     sum_re = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
@@ -313,7 +313,7 @@ def filtered(
     for band in tl.range(0, P[0] // Q[0], disable_licm=True):
         f_re, f_im = transform(re, im, band, dft_ptr, twiddle_ptr, P, Q, PAIRS)
         offsets, _ = frequencies(band, P, Q, PAIRS)
-        f_re, f_im = times(f_re, f_im, spectrum_ptr, offsets, P[0] * P[1] * P[2], SIGN)
+        f_re, f_im = times(f_re, f_im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
         sum_re, sum_im = inverse(
             f_re.to(STATE), f_im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS
         )
@@ -373,14 +373,13 @@ def convolve_kernel(
     MID: tl.constexpr,
     OUT: tl.constexpr,
     SPLIT: tl.constexpr,
-    SIGN: tl.constexpr,
     DROP_INPUT: tl.constexpr,
     DROP_OUTPUT: tl.constexpr,
 ):
     """y [M, n_out] = add + scale * crop(then * crop(kernel * pad(x))), by rows; the outer convolution where it is given.
 
     IN, MID and OUT are how many leading rows of a tile hold n_in, n_mid and n_out columns: the products skip the rest.
-    SIGN -1 is the transposed matrix. Dropout is that of x or, for the gradient of a dropped x, that of y.
+    A conjugate spectrum makes the transposed matrix. Dropout is that of x or, for the gradient of a dropped x, that of y.
     """
     tile = tl.program_id(0)
     start = tl.program_id(1) * OUT
@@ -393,26 +392,27 @@ def convolve_kernel(
     im_exponent = exponents(im, PAIRS)
     re = normalised(re, re_exponent, SPLIT)
     im = normalised(im, im_exponent, SPLIT)
+    if then_ptr is not None:
+        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, 0, MID, P, Q, PAIRS)
+        _, column, inside = positions(0, MID, N, Q, PAIRS, 1)
+        re = tl.where(inside & (column < n_mid), re, 0.0)
+        im = tl.where(inside & (column < n_mid), im, 0.0)
+        re_exponent_mid = exponents(re, PAIRS)
+        im_exponent_mid = exponents(im, PAIRS)
+        re = normalised(re, re_exponent_mid, SPLIT)
+        im = normalised(im, im_exponent_mid, SPLIT)
+        re, im = filtered(re, im, then_ptr, dft_ptr, twiddle_ptr, start, OUT, P, Q, PAIRS)
+    else:
+        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, OUT, P, Q, PAIRS)
     factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
     if DROP_INPUT or DROP_OUTPUT:
         factor *= keep_scale(threshold)
     re_factor = factor * power_of_two(re_exponent)
     im_factor = factor * power_of_two(im_exponent)
     if then_ptr is not None:
-        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, 0, SIGN, MID, P, Q, PAIRS)
-        _, column, inside = positions(0, MID, N, Q, PAIRS, 1)
-        re = tl.where(inside & (column < n_mid), re, 0.0)
-        im = tl.where(inside & (column < n_mid), im, 0.0)
-        re_exponent = exponents(re, PAIRS)
-        im_exponent = exponents(im, PAIRS)
-        re = normalised(re, re_exponent, SPLIT)
-        im = normalised(im, im_exponent, SPLIT)
         outer = magnitude(then_ptr, P) / GAIN
-        re_factor *= outer * power_of_two(re_exponent)
-        im_factor *= outer * power_of_two(im_exponent)
-        re, im = filtered(re, im, then_ptr, dft_ptr, twiddle_ptr, start, SIGN, OUT, P, Q, PAIRS)
-    else:
-        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, SIGN, OUT, P, Q, PAIRS)
+        re_factor *= outer * power_of_two(re_exponent_mid)
+        im_factor *= outer * power_of_two(im_exponent_mid)
     store_rows(
         re, re_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
         DROP_OUTPUT, 0, OUT, N, Q, PAIRS,
@@ -550,7 +550,7 @@ def backward_kernel(
             tl.store(sum_re_ptr, sum_re + (x_re * re + x_im * im))
             tl.store(sum_im_ptr, sum_im + (x_re * im - x_im * re))
             if NEED_DX:
-                re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], -1)
+                re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
                 STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
                 dx_re, dx_im = inverse(
                     re.to(STATE), im.to(STATE), dx_re, dx_im, band, 0, dft_ptr, twiddle_ptr, P, Q, PAIRS
@@ -570,9 +570,11 @@ def backward_kernel(
 
 
 @triton.jit
-def spectrum_kernel(frequencies_ptr, spectrum_ptr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+def spectrum_kernel(
+    frequencies_ptr, spectrum_ptr, SIGN: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Frequencies [N1 N2 N3, (re, im)] to planes [re, im][P3, P2, P1] divided by N3 and by a power of two above the
-    largest of them, which follows the planes. Padding is zero.
+    largest of them, which follows the planes; conjugated for SIGN -1. Padding is zero.
     """
     LENGTH: tl.constexpr = N[0] * N[1] * N[2]
     POINTS: tl.constexpr = P[0] * P[1] * P[2]
@@ -592,7 +594,7 @@ def spectrum_kernel(frequencies_ptr, spectrum_ptr, N: tl.constexpr, P: tl.conste
     tl.store(
         spectrum_ptr + point, tl.load(frequencies_ptr + 2 * k, mask=inside, other=0.0) * factor, mask=point < POINTS
     )
-    im = tl.load(frequencies_ptr + 2 * k + 1, mask=inside, other=0.0) * factor
+    im = tl.load(frequencies_ptr + 2 * k + 1, mask=inside, other=0.0) * (SIGN * factor)
     tl.store(spectrum_ptr + POINTS + point, im, mask=point < POINTS)
     tl.store(spectrum_ptr + 2 * POINTS, power_of_two(exponent))
 

@@ -29,3 +29,26 @@ def _backward_flops(dy, x, weight, A, B, u, v, S, *rest, out_shape=None, **kwarg
     base = (need["x"] and weight is not None) + need["weight"]
     to_ranks = (need["x"] or need["A"] or need["u"]) + (need["B"] or need["v"])
     return 2 * m * (base * n * k + r * (n * to_ranks + k * (need["x"] + need["A"])))
+
+
+def _structured(m: int, kind: str, p, q, passes: int) -> int:
+    """Of `passes` visits of a structured map. A convolution of L numbers is two transforms of 2.5 L log2 L and 3 L."""
+    if kind == "kronecker":
+        (a1, a2), (b1, b2) = p, q
+        return 2 * m * passes * min(b2 * a1 * (a2 + b1), b1 * a2 * (b2 + a1))
+    convolutions = math.prod(p[:2]) if len(p) == 3 else {"toeplitz_product": 2, "ldr": 2 * p[0]}.get(kind, 1)
+    length = p[0] + q[0] if kind == "toeplitz" else p[-1] if kind in ("circulant", "ldr") else 2 * p[-1] - 1
+    return int(m * passes * convolutions * length * (5 * math.log2(max(2, length)) + 3))
+
+
+@register_flop_formula(torch.ops.peft_fused.structured_fwd)
+def _structured_forward_flops(x, p, q, add, kind, n, *rest, out_shape=None, **kwargs) -> int:
+    """Of structured_fwd by transforms or small products, whatever its plan makes of it."""
+    return _structured(math.prod(x[:-1]), kind, p, q, 1)
+
+
+@register_flop_formula(torch.ops.peft_fused.structured_bwd)
+def _structured_backward_flops(dy, x, p, q, kind, k, *rest, out_shape=None, **kwargs) -> int:
+    """Of structured_bwd, in the same way: a pass for dx and one for the vectors."""
+    need_x, *need_vectors = rest[-1]
+    return _structured(math.prod(dy[:-1]), kind, p, q, need_x + any(need_vectors))

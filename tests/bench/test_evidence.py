@@ -1,5 +1,7 @@
 """The experiments with settings so small that only their arithmetic is tested, and the files that they leave."""
 
+import copy
+import functools
 import json
 
 import pytest
@@ -9,7 +11,8 @@ from peft_fused.bench.evidence import files, pinwheel, psd, sst2
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from peft_fused.cli.demo_train import Encoder
+from peft_fused.cli import demo_train
+from peft_fused.cli.demo_train import Encoder, Settings
 from peft_fused.ops import structured
 
 WORDS = ["a", "film", "is", "good", "bad"]
@@ -119,10 +122,10 @@ def test_sst2(encoder, tsv, tmp_path):
 
 @pytest.mark.parametrize("method", sst2.METHODS)
 def test_sst2_methods_start_as_the_model_that_they_adapt(encoder, method):
-    settings = sst2.Settings(model=str(encoder))
-    base, tokenizer = sst2.demo_train.load(settings, 2)
+    settings = Settings(model=str(encoder))
+    base, tokenizer = demo_train.load(settings, 2)
     batch = Encoder(tokenizer, settings)([("a good film", 1), ("bad", 0)])
-    adapted = sst2.METHODS[method](sst2.copy.deepcopy(base)).eval()
+    adapted = sst2.METHODS[method](copy.deepcopy(base)).eval()
     with torch.no_grad():
         torch.testing.assert_close(adapted(**batch).logits, base.eval()(**batch).logits)
     head = [p for name, p in adapted.named_parameters() if p.requires_grad and "classifier" in name]
@@ -138,8 +141,7 @@ def test_a_bottleneck_adds_what_it_says():
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(psd, "N", 16)
-    monkeypatch.setattr(command, "FOLDER", tmp_path)
+    monkeypatch.setattr(psd, "run", functools.partial(psd.run, n=16, trials=2))
     command.main(["psd", "--out", str(tmp_path)])
     assert "psd, shifted: low rank" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -97,7 +97,7 @@ def test_c3a_is_still_wrong_in_the_gradient_that_is_not_compared():
 
 
 def test_dense_products_that_take_too_long_are_left_out_with_a_reason(monkeypatch):
-    monkeypatch.setitem(structured.DENSE_MOST, "cpu", 10)
+    monkeypatch.setitem(structured.DENSE_LIMIT, "cpu", 10)
     case = structured.build(STRUCTURED_TINY[0], CPU_DEVICE)
     assert not {"dense", "ours_dense"} & set(case.variants) and case.skipped["dense"]
 

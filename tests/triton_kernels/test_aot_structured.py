@@ -45,13 +45,12 @@ def representatives():
 
 
 def source(config):
-    """The kernel with every optional operand present, contiguous, widths multiples of 16; transposed for a gradient."""
+    """The kernel with every optional operand present, contiguous, widths multiples of 16."""
     kernel = getattr(structured_kernels, config.kernel)
     plan = config.plan
     constants = {
         "N": plan.factors, "P": plan.padded, "Q": plan.tile, "PAIRS": plan.pairs, "IN": plan.rows_in,
         "MID": plan.rows_mid, "OUT": plan.rows_out, "SPLIT": plan.split,
-        "SIGN": -1 if "DROP_OUTPUT" in config.switches else 1,
     }  # fmt: skip
     constants |= {name: name in config.switches for name in ("DROP_INPUT", "DROP_OUTPUT", "DROPOUT", "NEED_DX")}
     constants |= dict.fromkeys(UNIT_STRIDES, 1)

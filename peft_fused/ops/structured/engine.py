@@ -8,6 +8,7 @@ kernels behind `kernels.py`, and `csrc/autograd/structured.cpp` with `csrc/kerne
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -263,11 +264,8 @@ def _gradients(dy2, x2, p, q, kind, k, scale, threshold, seed, backend, needs):
         del options["kind"], options["k"]
         return gemm.backward(dy2, x2, p, q, **options)
     if plan.method == "dense":
-        by_fft = (
-            lambda: fft.backward(  # noqa: E731
-                dy2, x2, p, q, **(options | {"needs": (False, *needs[1:])}), length=plan.length
-            )[1:]
-        )
+        vectors = options | {"needs": (False, *needs[1:])}
+        by_fft = partial(fft.backward, dy2, x2, p, q, **vectors, length=plan.length)
         return materialized.backward(dy2, x2, p, q, **options, product=product, correlate=by_fft)
     return fft.backward(dy2, x2, p, q, **options, length=plan.length)
 

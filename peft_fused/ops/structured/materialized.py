@@ -64,8 +64,11 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed, prod
 
 
 def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, correlate):
-    """Gradients (dx, dp, dq). correlate(): the gradients of the vectors alone by FFT, for a GPU's 16-bit types, whose
-    GEMM would round the gradient of the matrix before it is summed along the diagonals."""
+    """Gradients (dx, dp, dq).
+
+    correlate(): the same by FFT, of the vectors alone, for a GPU's 16-bit types, whose GEMM would round the gradient of
+    the matrix before it is summed along the diagonals.
+    """
     need_x, need_p, need_q = needs
     n, dtype = dy2.shape[1], work_dtype(dy2, p)
     gd = dy2.to(dtype)
@@ -77,7 +80,7 @@ def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, 
     if need_p or need_q:
         forget(p)  # an optimizer that bypasses version counters is about to change it
         if dtype.itemsize < 4:
-            return dx, *correlate()
+            return dx, *correlate()[1:]
         gradient = _product(gd.t(), load(x2, dtype, seed, threshold), product)
         wide = [None if t is None else t.to(dtype) for t in (p, q)]
         dp, dq = maps.fold_dense(kind, gradient, *wide)

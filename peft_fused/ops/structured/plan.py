@@ -102,6 +102,8 @@ class StructuredProblem:
         if self.blocks:
             return ["a block-circulant map of several blocks runs on torch.fft"]
         if backend == "triton":
+            if max(self.n, self.k) == 1:
+                return ["it is a product with a number, in which a tensor-core DFT would only lose digits"]
             return _too_long(self.lengths.triton, fft_plan.MAX_LENGTH)
         if self.kind not in ("circulant", "toeplitz"):
             return [f"{self.kind} has no CUDA C++ kernel"]
