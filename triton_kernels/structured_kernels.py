@@ -37,10 +37,9 @@ GAIN = tl.constexpr(8192.0)
 @triton.jit
 def complex_dot(ar, ai, br, bi, re, im):
     """re + i im + (ar + i ai) (br + i bi)."""
-    # Negating the sum twice takes no registers; a negated operand would be held beside the operand.
-    re = tl.dot(ai, bi, -re)
+    re = tl.dot(ar, br, re)
     im = tl.dot(ar, bi, im)
-    return tl.dot(ar, br, -re), tl.dot(ai, br, im)
+    return tl.dot(-ai, bi, re), tl.dot(ai, br, im)
 
 
 @triton.jit
@@ -129,16 +128,16 @@ def last_back(z, ROWS: tl.constexpr):
 
 
 @triton.jit
-def transform(re, im, band, dft_ptr, twiddle_ptr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
-    """Frequencies [Q3, (Q2, Q1, pair)] of a band in fp32, sqrt(N3) times unitary, of a state [rows, (pair, Q2, Q3)]."""
+def transform(re, im, dft_ptr, twiddle_ptr, P: tl.constexpr, PAIRS: tl.constexpr):
+    """All frequencies [P3, (P2, P1, pair)], sqrt(N3) times unitary, of a state [leading rows, (pair, P2, P3)]; fp32."""
     STATE: tl.constexpr = re.dtype
     if P[0] > 1:
-        ROWS: tl.constexpr = Q[0]
-        zero = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
-        lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0], re, im, zero, zero, 0, P, ROWS, 1)
-        return trailing(lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
+        ROWS: tl.constexpr = P[0]
+        zero = tl.zeros([ROWS, PAIRS * P[1] * P[2]], tl.float32)
+        lead_re, lead_im = dft(dft_ptr, 0, re, im, zero, zero, 0, P, ROWS, 1)
+        return trailing(lead_re, lead_im, 0, dft_ptr, twiddle_ptr, STATE, P, P, PAIRS)
     else:
-        return whole_dft(dft_ptr, last_first(re, Q), last_first(im, Q), 2, P, 1)
+        return trailing(re, im, 0, dft_ptr, twiddle_ptr, STATE, P, P, PAIRS)
 
 
 @triton.jit
@@ -146,10 +145,11 @@ def trailing(
     lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
     PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """What `transform` does after the product of the leading digit [Q1, (pair, Q2, Q3)]."""
-    k1 = band * Q[0] + tl.arange(0, Q[0])[:, None]
-    rest = tl.arange(0, PAIRS * Q[1] * Q[2])[None, :] % (Q[1] * Q[2])
-    lead_re, lead_im = times(lead_re, lead_im, twiddle_ptr, k1 * (P[1] * P[2]) + rest, P[0] * P[1] * P[2], 1)
+    """What a transform does to a band after the product of the leading digit [Q1, (pair, Q2, Q3)]."""
+    if P[0] > 1:
+        k1 = band * Q[0] + tl.arange(0, Q[0])[:, None]
+        rest = tl.arange(0, PAIRS * Q[1] * Q[2])[None, :] % (Q[1] * Q[2])
+        lead_re, lead_im = times(lead_re, lead_im, twiddle_ptr, k1 * (P[1] * P[2]) + rest, P[0] * P[1] * P[2], 1)
     re = lead_re.to(STATE)
     im = lead_im.to(STATE)
     if P[1] > 1:
@@ -301,23 +301,14 @@ def shrunk(rows, exponent):
 
 
 @triton.jit
-def filtered(
-    re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, OUT: tl.constexpr,
+def add_band(
+    re, im, sum_re, sum_im, spectrum_ptr, band, start, dft_ptr, twiddle_ptr, STATE: tl.constexpr,
     P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """OUT leading rows, from `start`, of the convolution of a state with a kernel, in fp32 and without the spectrum's magnitude.
-    """
-    STATE: tl.constexpr = re.dtype
-    sum_re = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
-    sum_im = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
-    for band in tl.range(0, P[0] // Q[0], disable_licm=True):
-        f_re, f_im = transform(re, im, band, dft_ptr, twiddle_ptr, P, Q, PAIRS)
-        offsets, _ = frequencies(band, P, Q, PAIRS)
-        f_re, f_im = times(f_re, f_im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
-        sum_re, sum_im = inverse(
-            f_re.to(STATE), f_im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS
-        )
-    return sum_re, sum_im
+    """sum + what a band of a transform, times the spectrum of a kernel, adds to the rows from `start`: see `inverse`."""
+    offsets, _ = frequencies(band, P, Q, PAIRS)
+    re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
+    return inverse(re.to(STATE), im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS)
 
 
 @triton.jit
@@ -342,6 +333,40 @@ def store_rows(
         add = add_ptr + rows * stride_am + column.to(tl.int64) * stride_an
         y += tl.load(add, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + rows * n + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def transform_rows(
+    ptr, seed_ptr, tile, M, n, threshold, stride_m, stride_n, re_exponent, im_exponent, re_shrink, im_shrink,
+    band, dft_ptr, twiddle_ptr, DROP: tl.constexpr, LEAD: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """A band of the transform of the rows of a tile in memory, in fp32; where there are several bands, also of a few
+    leading rows at a time.
+    """
+    STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
+    BLOCK: tl.constexpr = LEAD if Q[0] == P[0] else Q[0]
+    ROWS: tl.constexpr = Q[0]
+    lead_re = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
+    lead_im = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
+    # As a loop of unknown length it also keeps the mask in the layout in which it is cheap to draw.
+    for start in tl.range(0, tl.cdiv(n, N[1] * N[2]), BLOCK, disable_licm=True):
+        re = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 0, BLOCK, N, Q, PAIRS)
+        im = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 1, BLOCK, N, Q, PAIRS)
+        if DROP:
+            re = tl.where(keep_mask(seed_ptr, tile, threshold, start, 0, BLOCK, N, Q, PAIRS), re, 0.0)
+            im = tl.where(keep_mask(seed_ptr, tile, threshold, start, 1, BLOCK, N, Q, PAIRS), im, 0.0)
+        if re_shrink is not None:
+            re = shrunk(re, re_shrink)
+            im = shrunk(im, im_shrink)
+        re = normalised(re, re_exponent, SPLIT)
+        im = normalised(im, im_exponent, SPLIT)
+        if P[0] > 1:
+            lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0] + start, re, im, lead_re, lead_im, 0, P, ROWS, 1)
+        else:
+            lead_re = re.to(tl.float32)
+            lead_im = im.to(tl.float32)
+    return trailing(lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
@@ -383,27 +408,33 @@ def convolve_kernel(
     """
     tile = tl.program_id(0)
     start = tl.program_id(1) * OUT
-    re = load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 0, IN, N, Q, PAIRS)
-    im = load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 1, IN, N, Q, PAIRS)
-    if DROP_INPUT:
-        re = tl.where(keep_mask(seed_ptr, tile, threshold, 0, 0, IN, N, Q, PAIRS), re, 0.0)
-        im = tl.where(keep_mask(seed_ptr, tile, threshold, 0, 1, IN, N, Q, PAIRS), im, 0.0)
-    re_exponent = exponents(re, PAIRS)
-    im_exponent = exponents(im, PAIRS)
-    re = normalised(re, re_exponent, SPLIT)
-    im = normalised(im, im_exponent, SPLIT)
+    re_exponent = exponents(load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 0, IN, N, Q, PAIRS), PAIRS)
+    im_exponent = exponents(load_rows(x_ptr, tile, M, n_in, stride_xm, stride_xk, 0, 1, IN, N, Q, PAIRS), PAIRS)
+    STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
+    FIRST: tl.constexpr = OUT if then_ptr is None else MID
+    first_start = start if then_ptr is None else 0
+    sum_re = tl.zeros([FIRST, PAIRS * Q[1] * Q[2]], tl.float32)
+    sum_im = tl.zeros([FIRST, PAIRS * Q[1] * Q[2]], tl.float32)
+    for band in tl.range(0, P[0] // Q[0], disable_licm=True):
+        re, im = transform_rows(
+            x_ptr, seed_ptr, tile, M, n_in, threshold, stride_xm, stride_xk, re_exponent, im_exponent, None, None,
+            band, dft_ptr, twiddle_ptr, DROP_INPUT, IN, SPLIT, N, P, Q, PAIRS,
+        )  # fmt: skip
+        sum_re, sum_im = add_band(
+            re, im, sum_re, sum_im, spectrum_ptr, band, first_start, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS
+        )
     if then_ptr is not None:
-        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, 0, MID, P, Q, PAIRS)
         _, column, inside = positions(0, MID, N, Q, PAIRS, 1)
-        re = tl.where(inside & (column < n_mid), re, 0.0)
-        im = tl.where(inside & (column < n_mid), im, 0.0)
-        re_exponent_mid = exponents(re, PAIRS)
-        im_exponent_mid = exponents(im, PAIRS)
-        re = normalised(re, re_exponent_mid, SPLIT)
-        im = normalised(im, im_exponent_mid, SPLIT)
-        re, im = filtered(re, im, then_ptr, dft_ptr, twiddle_ptr, start, OUT, P, Q, PAIRS)
-    else:
-        re, im = filtered(re, im, spectrum_ptr, dft_ptr, twiddle_ptr, start, OUT, P, Q, PAIRS)
+        sum_re = tl.where(inside & (column < n_mid), sum_re, 0.0)
+        sum_im = tl.where(inside & (column < n_mid), sum_im, 0.0)
+        re_exponent_mid = exponents(sum_re, PAIRS)
+        im_exponent_mid = exponents(sum_im, PAIRS)
+        re = normalised(sum_re, re_exponent_mid, SPLIT)
+        im = normalised(sum_im, im_exponent_mid, SPLIT)
+        re, im = transform(re, im, dft_ptr, twiddle_ptr, P, PAIRS)
+        sum_re = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
+        sum_im = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
+        sum_re, sum_im = add_band(re, im, sum_re, sum_im, then_ptr, 0, start, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
     factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
     if DROP_INPUT or DROP_OUTPUT:
         factor *= keep_scale(threshold)
@@ -414,48 +445,13 @@ def convolve_kernel(
         re_factor *= outer * power_of_two(re_exponent_mid)
         im_factor *= outer * power_of_two(im_exponent_mid)
     store_rows(
-        re, re_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
+        sum_re, re_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
         DROP_OUTPUT, 0, OUT, N, Q, PAIRS,
     )  # fmt: skip
     store_rows(
-        im, im_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
+        sum_im, im_factor, add_ptr, y_ptr, seed_ptr, tile, M, n_out, threshold, stride_am, stride_an, start,
         DROP_OUTPUT, 1, OUT, N, Q, PAIRS,
     )  # fmt: skip
-
-
-@triton.jit
-def transform_rows(
-    ptr, seed_ptr, tile, M, n, threshold, stride_m, stride_n, re_exponent, im_exponent, re_shrink, im_shrink,
-    band, dft_ptr, twiddle_ptr, DROP: tl.constexpr, LEAD: tl.constexpr, SPLIT: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """`transform` of the rows of a tile in memory; in bands, also of a few leading rows at a time."""
-    STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
-    BLOCK: tl.constexpr = LEAD if Q[0] == P[0] else Q[0]
-    ROWS: tl.constexpr = Q[0]
-    lead_re = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
-    lead_im = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
-    # As a loop of unknown length it also keeps the mask in the layout in which it is cheap to draw.
-    for start in tl.range(0, tl.cdiv(n, N[1] * N[2]), BLOCK, disable_licm=True):
-        re = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 0, BLOCK, N, Q, PAIRS)
-        im = load_rows(ptr, tile, M, n, stride_m, stride_n, start, 1, BLOCK, N, Q, PAIRS)
-        if DROP:
-            re = tl.where(keep_mask(seed_ptr, tile, threshold, start, 0, BLOCK, N, Q, PAIRS), re, 0.0)
-            im = tl.where(keep_mask(seed_ptr, tile, threshold, start, 1, BLOCK, N, Q, PAIRS), im, 0.0)
-        if re_shrink is not None:
-            re = shrunk(re, re_shrink)
-            im = shrunk(im, im_shrink)
-        re = normalised(re, re_exponent, SPLIT)
-        im = normalised(im, im_exponent, SPLIT)
-        if P[0] > 1:
-            lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0] + start, re, im, lead_re, lead_im, 0, P, ROWS, 1)
-        else:
-            lead_re += re.to(tl.float32)
-            lead_im += im.to(tl.float32)
-    if P[0] > 1:
-        return trailing(lead_re, lead_im, band, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
-    else:
-        return whole_dft(dft_ptr, last_first(lead_re.to(STATE), Q), last_first(lead_im.to(STATE), Q), 2, P, 1)
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
@@ -550,10 +546,9 @@ def backward_kernel(
             tl.store(sum_re_ptr, sum_re + (x_re * re + x_im * im))
             tl.store(sum_im_ptr, sum_im + (x_re * im - x_im * re))
             if NEED_DX:
-                re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
                 STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
-                dx_re, dx_im = inverse(
-                    re.to(STATE), im.to(STATE), dx_re, dx_im, band, 0, dft_ptr, twiddle_ptr, P, Q, PAIRS
+                dx_re, dx_im = add_band(
+                    re, im, dx_re, dx_im, spectrum_ptr, band, 0, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS
                 )
         if NEED_DX:
             factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN

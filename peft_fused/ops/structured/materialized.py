@@ -22,7 +22,9 @@ def forget(p: torch.Tensor) -> None:
 def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The dense matrix [rows, columns] of a convolution in a dtype, new or as it was made before."""
     parts = [p] if q is None else [p, q]
-    keeps = all(t.is_leaf and not t.is_inference() for t in parts)
+    # A CUDA graph has to make the matrix itself: it replays with other values, and outlives what is kept here.
+    capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
+    keeps = not capturing and all(t.is_leaf and not t.is_inference() for t in parts)
     state = keeps and [(id(t), t.data_ptr(), t._version) for t in parts]
     key = (kind, rows, columns, dtype)
     found = _made.get(p, {}).get(key) if keeps else None
