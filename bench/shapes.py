@@ -74,7 +74,7 @@ class StructuredShape:
 
     @property
     def name(self) -> str:
-        parts = {"kronecker": " ({0}x{1}, {2}x{3})", "ldr": " ({0} terms)"}.get(self.op, "")
+        parts = {"kronecker": " A {}x{}", "ldr": " q {}"}.get(self.op, "")
         return f"{self.m}x{self.k}x{self.n}{parts.format(*self.sizes)}"
 
     @property

@@ -33,7 +33,7 @@ def namespace(tmp_path_factory):
 
 
 def test_blocks(namespace, capsys):
-    accelerated, dylora, plain = BLOCKS
+    accelerated, dylora, surm, plain, structured = BLOCKS
     base = {name: value.clone() for name, value in namespace["base"].state_dict().items()}
 
     exec(accelerated, namespace)
@@ -51,6 +51,18 @@ def test_blocks(namespace, capsys):
     with torch.no_grad():
         torch.testing.assert_close(exported.eval()(ids).logits, namespace["model"].eval()(ids).logits)
 
+    namespace["base"] = tiny()
+    exec(surm, namespace)
+    # Two vectors and a bias for each of two adapters per layer, and the head.
+    trainable = sum(p.numel() for p in namespace["model"].parameters() if p.requires_grad)
+    assert trainable == 2 * 2 * 3 * 32 + 2 * 32 + 2
+    decayed, kept = (sum(p.numel() for p in g["params"]) for g in namespace["optimizer"].param_groups)
+    assert (decayed, kept) == (2 * 32, trainable - 2 * 32)
+
     exec(plain, namespace)
     assert namespace["y"].shape == (32, 3072)
     assert namespace["layer"].merged
+
+    exec(structured, namespace)
+    assert namespace["y"].shape == (32, 3072)
+    assert namespace["adapter"](namespace["y"][:, :768]).equal(namespace["y"][:, :768])

@@ -1,7 +1,7 @@
 """Plans of cyclic convolutions: lengths, their factors, tiles. Pure functions without triton, torch or a GPU.
 
-A length runs as one, two or three factors of at most 128, each padded to a power of two of at least 16 (see
-structured_kernels.py). A length that has no such factors, or only ones whose padding costs more than it is worth, is
+A length runs as one factor up to 64, or as two or three up to 32, each padded to a power of two of at least 16 (see
+structured_kernels.py). A length without such factors, or only ones whose padding costs more than it is worth, is
 convolved linearly within a longer one: `cyclic_length` says which. Tiles were chosen from the compiler's report (no
 register spills, at most 163 KB of shared memory, so that they also run on sm_80), not from timings.
 """
@@ -17,7 +17,7 @@ MAX_FACTOR = 32
 # Pairs (N2, N3). Two factors of 32, or three of which the last two are padded to 16: more would not fit the registers.
 LAST_FACTORS = [(1, last) for last in range(2, 33)] + [(n, last) for n in range(2, 17) for last in range(2, 17)]
 MAX_LENGTH = 8192
-# Tiles of more points are transformed by bands of leading frequencies, or results by as many leading rows.
+# Tiles of more points are transformed in bands of leading frequencies; their results are made BAND leading rows at once.
 LARGE = 4096
 BAND = 16
 PRECISIONS = ("half", "split")
@@ -108,7 +108,9 @@ def next_length(least: int) -> int:
 
 
 def cyclic_length(n: int) -> int:
-    """Length in which a cyclic convolution of n runs: n itself, or a longer one that holds it as a linear convolution."""
+    """Length in which a cyclic convolution of n runs: n itself, or a longer one that embeds it as a linear convolution.
+    Raises ValueError where that is beyond MAX_LENGTH.
+    """
     return n if direct(n) else next_length(2 * n - 1)
 
 
@@ -135,18 +137,20 @@ def plan_convolution(
 def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
-    if not max(n_in, n_out, n_mid) <= length or not direct(length):
+    if not max(n_in, n_out, n_mid) <= length <= MAX_LENGTH or not direct(length):
         raise ValueError(f"no convolution of {n_in} to {n_out} columns in length {length}")
     factors = factors_of(length)
     padded = padded_factors(factors)
     points = math.prod(padded)
-    split = precision == "split"
+    split, large = precision == "split", points > LARGE
     rows_in, rows_mid, rows_out = (_leading_rows(n, factors) for n in (n_in, n_mid or n_out, n_out))
     blocks_out = 1
-    large = points > LARGE
     if large and split and not backward:
         rows_out, blocks_out = BAND, rows_out // BAND
     pairs = max(1, (1024 if split else 2048) // points)
+    # Each limit is where the compiler begins to spill.
+    fused = points < LARGE or (points == LARGE and factors[2] % 8 == 0)
+    chained = points <= LARGE // 4 and rows_in <= 16 if split else points <= LARGE
     return ConvolutionPlan(
         factors=factors,
         padded=padded,
@@ -160,8 +164,8 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
         num_warps=4 if points * pairs <= 2048 else 8,
         num_stages=1,
         programs=min(2 * sm_count, cdiv(m, 2 * pairs)) if backward else 0,
-        fused=backward and (points < LARGE or (not large and factors[2] % 8 == 0)),
-        chained=n_mid > 0 and points <= (LARGE // 4 if split else LARGE) and not (split and rows_in > 16),
+        fused=backward and fused,
+        chained=n_mid > 0 and chained,
     )
 
 

@@ -48,26 +48,30 @@ def convolve(
     n_mid] = crop(C(kernel) pad(drop(x))) kept on chip. mask_output: dropout of y, before `add`, instead of x.
     """
     (M, n_in), length = x.shape, kernel.shape[0]
-    y = x.new_empty(M, n_out, dtype=out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
     if M == 0:
-        return y
-    precision = precision or _precision(y.dtype)
+        return x.new_empty(M, n_out, dtype=out_dtype)
+    precision = precision or _precision(out_dtype)
     n_mid = 0 if then is None else n_mid
     plan = plan or _plan(x, n_in, n_out, length, precision, n_mid=n_mid)
     if then is not None and not plan.chained:
-        drop = {"threshold": threshold, "seed": seed} if not mask_output else {}
-        z = convolve(x, kernel, n_mid, **drop, out_dtype=torch.float32, precision=precision)
-        drop = {"threshold": threshold, "seed": seed, "mask_output": True} if mask_output else {}
-        return convolve(z, then, n_out, add=add, scale=scale, **drop, out_dtype=y.dtype, precision=precision)
+        drop, keep = {"threshold": threshold, "seed": seed, "mask_output": mask_output}, {}
+        first, second = (keep, drop) if mask_output else (drop, keep)
+        z = convolve(x, kernel, n_mid, **first, out_dtype=torch.float32, precision=precision)
+        return convolve(z, then, n_out, add=add, scale=scale, **second, out_dtype=out_dtype, precision=precision)
+    y = x.new_empty(M, n_out, dtype=out_dtype)
     scale_ptr, scale = _control(scale, 1.0)
     with torch.cuda.device_of(x):
+        spectrum = _spectrum(kernel, plan, transposed)
+        outer = None if then is None else _spectrum(then, plan)
         kernels.convolve_kernel[(cdiv(M, 2 * plan.pairs), plan.blocks_out)](
-            x, _spectrum(kernel, plan, transposed), None if then is None else _spectrum(then, plan), add, y, *_tables(plan, x.device),
+            x, spectrum, outer, add, y, *_tables(plan, x.device),
             scale_ptr, seed, M, n_in, n_mid, n_out, scale, threshold,
             *x.stride(), *((0, 0) if add is None else add.stride()),
-            N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, IN=plan.rows_in, MID=plan.rows_mid, OUT=plan.rows_out,
-            SPLIT=plan.split, DROP_INPUT=threshold > 0 and not mask_output,
-            DROP_OUTPUT=threshold > 0 and mask_output, num_warps=plan.num_warps, num_stages=plan.num_stages,
+            N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs,
+            IN=plan.rows_in, MID=plan.rows_mid, OUT=plan.rows_out, SPLIT=plan.split,
+            DROP_INPUT=threshold > 0 and not mask_output, DROP_OUTPUT=threshold > 0 and mask_output,
+            num_warps=plan.num_warps, num_stages=plan.num_stages,
         )  # fmt: skip
     return y
 
@@ -87,10 +91,10 @@ def convolve_bwd(
     precision=None,
     plan=None,
 ):
-    """(dx [M, n_in] in dx_dtype, by default dy's, dk [L] fp32) of y = scale * crop(C(kernel) pad(drop(x))) for dy [M, n_out].
+    """(dx [M, n_in], dk [L] fp32) of y = scale * crop(C(kernel) pad(drop(x))) for dy [M, n_out]; None where not needed.
 
-    None for what is not needed; x may be None without dk. Both come from one pass over dy and x. Equal inputs give
-    equal bits.
+    dx is in dx_dtype, by default dy's. x may be None without dk. Both come from one pass over dy and x wherever that
+    fits the registers. Equal inputs give equal bits.
     """
     M, n_out = dy.shape
     dx_dtype = dx_dtype or dy.dtype
@@ -142,8 +146,9 @@ def _spectrum(kernel, plan: ConvolutionPlan, transposed=False):
     spectrum = kernel.new_empty(2 * plan.points + 1)
     frequencies = torch.view_as_real(torch.fft.fft(kernel))
     kernels.spectrum_kernel[(cdiv(plan.points, BLOCK),)](
-        frequencies, spectrum, SIGN=-1 if transposed else 1, N=plan.factors, P=plan.padded, BLOCK=BLOCK, num_warps=4, num_stages=1
-    )
+        frequencies, spectrum, SIGN=-1 if transposed else 1, N=plan.factors, P=plan.padded, BLOCK=BLOCK,
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
     return spectrum
 
 

@@ -1,6 +1,6 @@
 """Device code of cyclic convolutions of rows by tensor-core discrete Fourier transforms (DFTs).
 
-A length is N = (N1, N2, N3), any of them 1, with index i = (i1 N2 + i2) N3 + i3 and frequency k = k1 + N1 (k2 + N2 k3).
+A length has factors N = (N1, N2, N3), any of them 1, with index (i1 N2 + i2) N3 + i3 and frequency k1 + N1 (k2 + N2 k3).
 With W_n the DFT matrix of n points and w_n = exp(-2 pi i / n), the transform of a row is
 
     W_N1 over i1,  times w_{N1 N2 N3}^(k1 (i2 N3 + i3)),  W_N2 over i2,  times w_{N2 N3}^(k2 i3),  W_N3 over i3
@@ -10,8 +10,11 @@ least 16, by zero rows and columns of W.
 
 Conventions of every kernel, beside those of lowrank_kernels.py:
 - Rows 2p and 2p + 1 are the real and the imaginary part of pair p. Convolution kernels are real, so they stay apart.
-- A tile holds PAIRS pairs: [leading digit, (pair, P2, P3)] as rows of the matrix, [(P2, P1, pair), P3] as spectrum. The
-  last digit is transformed by a product from the right, the others by products from the left.
+- A tile holds PAIRS pairs: [leading digit, (pair, P2, P3)] as rows of the matrix, [P3, (P2, P1, pair)] as spectrum.
+  Each digit in turn leads, for the product with its W from the left, so that the warps share out the columns and each
+  holds all of W, which is small. A product from the right, or a W of 64 points, would be repeated by warps, or spill.
+- A tile too large for the registers is transformed by bands of leading frequencies, of shape Q instead of P: only the
+  first stage mixes them.
 - Between two products a state is rounded to its storage type: fp16 is one product of fp16 operands, fp32 is three of
   high and low fp16 halves, which keep the accuracy of fp32. bf16 has too few bits for either.
 - Nothing overflows fp16. A power of two brings the norm of a row to GAIN..2 GAIN, and no stage enlarges the norm of a
@@ -68,7 +71,7 @@ def dft_matrix(
 def dft(
     dft_ptr, start, re, im, sum_re, sum_im, DIGIT: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SIGN: tl.constexpr
 ):  # fmt: skip
-    """sum + W z in fp32 with the block of W that starts at `start` and has ROWS rows; the conjugate of W for SIGN -1."""
+    """sum + W z in fp32, with the block of W from `start` that has ROWS rows; the conjugate of W for SIGN -1."""
     COLS: tl.constexpr = re.shape[0]
     wr, wi = dft_matrix(dft_ptr, start, DIGIT, 0, P, ROWS, COLS, SIGN)
     if re.dtype == tl.float16:
@@ -168,8 +171,9 @@ def inverse(
     re, im, sum_re, sum_im, band, start, dft_ptr, twiddle_ptr,
     P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """sum + the leading rows [rows of the sum, (pair, Q2, Q3)] from `start` that a band [Q3, (Q2, Q1, pair)] adds to the inverse
-    transform, sqrt(N3) times unitary. Twiddles meet the layout that a product leaves, so the narrow state changes it.
+    """sum + what a band [Q3, (Q2, Q1, pair)] adds to the inverse transform, sqrt(N3) times unitary, in the leading rows
+    [rows of the sum, (pair, Q2, Q3)] from `start`. Twiddles meet the layout that a product
+    leaves, so that it is the narrow state that changes layout.
     """
     STATE: tl.constexpr = re.dtype
     wide_re, wide_im = whole_dft(dft_ptr, re, im, 2, P, -1)
@@ -213,7 +217,7 @@ def frequencies(band, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def positions(start, LEAD: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr, STEP: tl.constexpr):
-    """(pair, column of the matrix, column is none of padding) in every STEP-th place of a tile [LEAD, (pair, Q2, Q3)]."""
+    """(pair, column, column is not padding) of every STEP-th place of a tile whose leading rows begin at `start`."""
     place = tl.arange(0, PAIRS * Q[1] * Q[2] // STEP)[None, :] * STEP
     i2 = place // Q[2] % Q[1]
     i3 = place % Q[2]
@@ -305,7 +309,7 @@ def add_band(
     re, im, sum_re, sum_im, spectrum_ptr, band, start, dft_ptr, twiddle_ptr, STATE: tl.constexpr,
     P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """sum + what a band of a transform, times the spectrum of a kernel, adds to the rows from `start`: see `inverse`."""
+    """sum + what a band of a transform, times the spectrum of a kernel, adds to the rows: see `inverse`."""
     offsets, _ = frequencies(band, P, Q, PAIRS)
     re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
     return inverse(re.to(STATE), im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS)
@@ -401,10 +405,11 @@ def convolve_kernel(
     DROP_INPUT: tl.constexpr,
     DROP_OUTPUT: tl.constexpr,
 ):
-    """y [M, n_out] = add + scale * crop(then * crop(kernel * pad(x))), by rows; the outer convolution where it is given.
+    """y [M, n_out] = add + scale * crop(then * crop(kernel * pad(x))), by rows; `then` may be missing.
 
-    IN, MID and OUT are how many leading rows of a tile hold n_in, n_mid and n_out columns: the products skip the rest.
-    A conjugate spectrum makes the transposed matrix. Dropout is that of x or, for the gradient of a dropped x, that of y.
+    IN, MID and OUT are how many leading rows hold n_in, n_mid and n_out columns: the products skip the rest. Programs
+    along axis 1 share the rows of n_out where OUT is less. A conjugate spectrum makes the transposed matrix. Dropout is
+    that of x or, for the gradient of a dropped x, that of y.
     """
     tile = tl.program_id(0)
     start = tl.program_id(1) * OUT

@@ -132,7 +132,7 @@ def _plot(result: dict, models: dict[str, nn.Module], folder: Path) -> None:
     edge = x.abs().max().item() * 1.05
     line = torch.linspace(-edge, edge, 200)
     grid = torch.cartesian_prod(line, line)
-    figure, axes = files.axes(len(models), 3 * len(models), 3.2)
+    figure, axes = files.axes(len(models), 3 * len(models), 3.5)
     for axis, (family, model) in zip(axes, models.items(), strict=True):
         regions = model(grid).argmax(-1).view(200, 200).T
         axis.imshow(regions, origin="lower", extent=(-edge, edge, -edge, edge), cmap="Set3", interpolation="nearest")

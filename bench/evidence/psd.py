@@ -116,8 +116,9 @@ def _plot(result: dict, folder: Path) -> None:
     figure, axes = files.axes(len(result["ensembles"]), 11, 3.2)
     for axis, (name, found) in zip(axes, result["ensembles"].items(), strict=True):
         means = found["relative_error"]
-        axis.bar(list(means), [m["mean"] for m in means.values()], yerr=[m["std"] for m in means.values()])
-        axis.set(title=f"{name}, n = {result['n']}", ylabel="relative error", yscale="log")
+        bars = axis.bar(list(means), [m["mean"] for m in means.values()], yerr=[m["std"] for m in means.values()])
+        axis.bar_label(bars, fmt="{:.4f}", fontsize="small")
+        axis.set(title=f"{name}, n = {result['n']}", ylabel="relative error", ylim=(0, 1.1))
         axis.tick_params(axis="x", labelsize="small")
     files.picture("psd", figure, folder)
 

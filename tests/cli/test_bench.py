@@ -42,7 +42,7 @@ def test_the_table_shows_every_row_and_why_something_is_left_out(cli, one_shape,
         "backward",
         "both",
         "/ PEFT",
-        "/ plain lines",
+        "/ lines",
         "compiled left out",
     )
     for word in words:
