@@ -64,7 +64,7 @@ at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const 
   const Matrix<const float> base = add ? rows_of(*add, m, plan.length) : Matrix<const float>{};
   const Matrix<float> out = result_of(y);
   const Keep keep = keep_of(options);
-  std::vector<Complex> z(fft_buffer(plan.length));
+  std::vector<Complex> shared(fft_convolve_shared(plan.length) / sizeof(Complex));
   Team team(fft_threads(plan.length), options.backwards);
   for (int64_t row = 0; row < m; row += 2) {
     const auto load = [&](int column, PairBlock& block) {
@@ -75,7 +75,8 @@ at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const 
       if (mask_output) keep_pair(keep, row, column, block);
       store_pair(out, base, row, column, block);
     };
-    convolve_pair(team, tables, options.conjugate, static_cast<float>(options.scale), z.data(), load, store);
+    convolve_pair(team, tables, options.conjugate, static_cast<float>(options.scale),
+                  convolve_buffer(shared.data(), plan.length), load, store);
   }
   return y;
 }

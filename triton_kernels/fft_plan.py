@@ -17,7 +17,7 @@ MAX_FACTOR = 32
 # Pairs (N2, N3). Two factors of 32, or three of which the last two are padded to 16: more would not fit the registers.
 LAST_FACTORS = [(1, last) for last in range(2, 33)] + [(n, last) for n in range(2, 17) for last in range(2, 17)]
 MAX_LENGTH = 8192
-# Tiles of more points are transformed in bands of leading frequencies; their results are made BAND leading rows at once.
+# Larger tiles are transformed in bands of leading frequencies, and results made in as many leading rows, BAND at once.
 LARGE = 4096
 BAND = 16
 PRECISIONS = ("half", "split")
@@ -56,6 +56,11 @@ class ConvolutionPlan:
     @property
     def tile(self) -> tuple[int, int, int]:
         return (self.band, *self.padded[1:])
+
+    @property
+    def maxnreg(self) -> int:
+        """All registers of a multiprocessor for one block: the compiler would rather spill a little to fit another."""
+        return min(255, 2048 // self.num_warps)
 
     @property
     def points(self) -> int:
@@ -148,6 +153,9 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
     if large and split and not backward:
         rows_out, blocks_out = BAND, rows_out // BAND
     pairs = max(1, (1024 if split else 2048) // points)
+    num_warps = 4 if points * pairs <= 2048 else 8
+    if points == LARGE and not backward and not n_mid:
+        num_warps = 16
     # Each limit is where the compiler begins to spill.
     fused = points < LARGE or (points == LARGE and factors[2] % 8 == 0)
     chained = points <= LARGE // 4 and rows_in <= 16 if split else points <= LARGE
@@ -161,7 +169,7 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
         blocks_out=blocks_out,
         pairs=pairs,
         split=split,
-        num_warps=4 if points * pairs <= 2048 else 8,
+        num_warps=num_warps,
         num_stages=1,
         programs=min(2 * sm_count, cdiv(m, 2 * pairs)) if backward else 0,
         fused=backward and fused,
@@ -190,6 +198,10 @@ class ConvolutionConfig:
     @property
     def num_stages(self) -> int:
         return self.plan.num_stages
+
+    @property
+    def maxnreg(self) -> int:
+        return self.plan.maxnreg
 
 
 def convolution_configs(dtype: str, n: int, length: int, m: int = 4096) -> list[ConvolutionConfig]:

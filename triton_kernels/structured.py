@@ -71,7 +71,7 @@ def convolve(
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs,
             IN=plan.rows_in, MID=plan.rows_mid, OUT=plan.rows_out, SPLIT=plan.split,
             DROP_INPUT=threshold > 0 and not mask_output, DROP_OUTPUT=threshold > 0 and mask_output,
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.maxnreg,
         )  # fmt: skip
     return y
 
@@ -131,7 +131,7 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
             scale_ptr, seed, M, n_out, n_in, scale, threshold, tiles, *dy.stride(), *x.stride(),
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, OUT=plan.rows_out, IN=plan.rows_in,
             SPLIT=plan.split, DROPOUT=threshold > 0, NEED_DX=dx is not None,
-            num_warps=plan.num_warps, num_stages=plan.num_stages,
+            num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.maxnreg,
         )  # fmt: skip
         kernels.reduce_kernel[(cdiv(length, BLOCK),)](
             planes, frequencies, scale_ptr, programs, scale, threshold,

@@ -1,6 +1,6 @@
 """Device code of cyclic convolutions of rows by tensor-core discrete Fourier transforms (DFTs).
 
-A length has factors N = (N1, N2, N3), any of them 1, with index (i1 N2 + i2) N3 + i3 and frequency k1 + N1 (k2 + N2 k3).
+A length has factors N = (N1, N2, N3), any of them 1, index (i1 N2 + i2) N3 + i3 and frequency k1 + N1 (k2 + N2 k3).
 With W_n the DFT matrix of n points and w_n = exp(-2 pi i / n), the transform of a row is
 
     W_N1 over i1,  times w_{N1 N2 N3}^(k1 (i2 N3 + i3)),  W_N2 over i2,  times w_{N2 N3}^(k2 i3),  W_N3 over i3

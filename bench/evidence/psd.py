@@ -1,11 +1,13 @@
 """How well each family approximates random positive semidefinite matrices with the same number of parameters.
 
 SURM (Sehanobish et al. 2024, Fig. 1 left) reports the order: low rank worst, then Kronecker, circulant, and Toeplitz
-best. It does not follow from the matrix being positive semidefinite; it depends on which matrices are drawn:
+best. That does not follow from the matrix being positive semidefinite but from which matrices are drawn, and which the
+paper drew is not known here:
 
 - "shifted": A + n I for a symmetric A of uniform entries, the textbook recipe for a random matrix of this kind.
 - "stationary": sample covariances of stationary autoregressive series.
-- "wishart": G G^T / n of normal entries, which has no structure beside its diagonal.
+- "wishart": G G^T / n of normal entries, which has no structure beside its diagonal. Low rank is the worst here too,
+  but the others differ in the third digit, and circulant is the worst of them.
 
 Every approximation is the best one of its family in the Frobenius norm, in closed form. The budget is 2 n numbers: two
 vectors for low rank, two matrices for Kronecker. Circulant and Toeplitz matrices, whose best approximations to a

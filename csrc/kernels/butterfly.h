@@ -8,15 +8,24 @@
 // registers between reading and writing, so that one buffer holds the row: half the shared memory of the usual two, for
 // one barrier more per pass. There are as many threads as make one radix-8 butterfly each.
 //
-// Two real rows x0, x1 travel as z = x0 + i x1. A real kernel maps re to re and im to im, so nothing is ever taken
-// apart. An inverse transform is conj(FFT(conj(.))) / length; the last conj and the division happen on the way out.
+// Two real rows x0, x1 travel as z = x0 + i x1. A real kernel maps re to re and im to im, so a convolution never takes
+// them apart. An inverse transform is conj(FFT(conj(.))) / length; the last conj and the division happen on the way
+// out.
+//
+// Rounding errors are a share of the norm of the pair. So that no row drowns in its partner's, each is divided by a
+// power of two that brings its norm to 1 .. 2, and multiplied by the same at the end: neither rounds anything but what
+// is a denormal afterwards.
 #pragma once
+#include <cstring>
+#include <limits>
+
 #include "fft_plan.h"
 #include "rows.h"
 
 #ifdef __CUDACC__
 #define PEFT_FUSED_TEAM __device__ __forceinline__
 #else
+#include <algorithm>
 #include <vector>
 #define PEFT_FUSED_TEAM inline
 #endif
@@ -155,6 +164,26 @@ class HostTeam {
 using Team = HostTeam;
 #endif
 
+// *target = the largest of itself and the values of all threads, or their sum modulo 2^32: integers, so that the order
+// is of no influence. Every thread of a phase calls it, and none reads *target before the next phase.
+PEFT_FUSED_TEAM void join_largest(int thread, uint32_t* target, uint32_t value) {
+#ifdef __CUDA_ARCH__
+  value = __reduce_max_sync(0xFFFFFFFFu, value);
+  if (thread % 32 == 0) atomicMax(target, value);
+#else
+  *target = std::max(*target, value);
+#endif
+}
+
+PEFT_FUSED_TEAM void join_sum(int thread, uint32_t* target, uint32_t value) {
+#ifdef __CUDA_ARCH__
+  value = __reduce_add_sync(0xFFFFFFFFu, value);
+  if (thread % 32 == 0) atomicAdd(target, value);
+#else
+  *target += value;
+#endif
+}
+
 // One pass over z. read(i) is point i of the row before the first pass.
 template <int R, typename Read>
 PEFT_FUSED_TEAM void run_pass(Team& team, int length, const FftPass& pass, const Complex* twiddles, Complex* z,
@@ -228,61 +257,188 @@ PEFT_FUSED_TEAM void multiply_and_return(Team& team, const FftTables& tables, bo
   });
 }
 
+// What the norms of the two rows of a pair are measured with.
+struct PairNorms {
+  uint32_t largest[2];  // magnitude: the bits of a float without its sign, ordered like it, infinities and NaNs on top
+  uint32_t squares[2];  // sum of squares of the row over 2^floor(log2(largest)), in units of 2^-kSquareBits
+};
+static_assert(sizeof(PairNorms) == kFftNorms, "fft_plan.h says how much shared memory a pair takes");
+
+// kFftLongest squares below 4 stay below 2^32, and that of the largest element counts at least 1.
+constexpr int kSquareBits = 16;
+static_assert(kFftLongest * 4LL << kSquareBits < 1LL << 32, "a sum of squares fits");
+
+// A pair in shared memory.
+struct PairBuffer {
+  Complex* z;
+  PairNorms* norms;
+};
+
+PEFT_FUSED_HD uint32_t bits_of(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// 2^exponent, -126 <= exponent <= 127.
+PEFT_FUSED_HD float power_of_two(int exponent) {
+  const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+PEFT_FUSED_HD int log2_floor(uint32_t v) {
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(static_cast<int>(v));
+#else
+  return 31 - __builtin_clz(v);
+#endif
+}
+
+// Times `unit` and 2^exponent, -252 <= exponent <= 252: in two halves, so that nothing on the way is out of range where
+// the result is not.
+struct Scale {
+  float first, second;
+};
+PEFT_FUSED_HD Scale scale_of(int exponent, float unit) {
+  const int half = exponent >> 1;
+  return {unit * power_of_two(half), power_of_two(exponent - half)};
+}
+PEFT_FUSED_HD float operator*(const Scale& s, float v) { return s.second * (s.first * v); }
+PEFT_FUSED_HD Complex operator*(const Scale& s, Complex v) { return {s * v.re, s * v.im}; }
+
+constexpr uint32_t kInfinityBits = 0x7F800000u;
+
+// floor(log2(largest)), denormals included; 0 where a row is zero or not finite.
+PEFT_FUSED_HD int largest_exponent(uint32_t largest) {
+  if (largest == 0 || largest >= kInfinityBits) return 0;
+  const int exponent = static_cast<int>(largest >> 23);
+  return exponent ? exponent - 127 : log2_floor(largest) - 149;
+}
+
+// floor(log2(norm)) less largest_exponent; 0 where a row is zero or not finite.
+PEFT_FUSED_HD int norm_exponent(uint32_t squares) { return squares ? (log2_floor(squares) - kSquareBits) >> 1 : 0; }
+
+// What brings back a row: times unit 2^exponent. Zeros travel in place of a row that is not finite, and it becomes NaN;
+// a zero row loses what rounding its partner's points left in it.
+struct RowScale {
+  int exponent;
+  float unit;
+};
+PEFT_FUSED_HD RowScale row_scale(const PairNorms& norms, int i) {
+  const uint32_t largest = norms.largest[i];
+  const float unit = largest == 0 ? 0.f : largest < kInfinityBits ? 1.f : std::numeric_limits<float>::quiet_NaN();
+  return {largest_exponent(largest) + norm_exponent(norms.squares[i]), unit};
+}
+
 // The two rows of a pair, kVector columns of each.
 struct PairBlock {
   float row[2][kVector];
 };
 
-// z = the pair that load(column, block) brings.
+// pair.z = the pair that load(column, block) brings, each row over its power of two, which follows from pair.norms. The
+// rows wait in registers for it: they are loaded once.
 template <typename Load>
-PEFT_FUSED_TEAM void take_pair(Team& team, int length, Complex* z, const Load& load) {
+PEFT_FUSED_TEAM void take_pair(Team& team, int length, const PairBuffer& pair, const Load& load) {
+  PairNorms& norms = *pair.norms;
   team.run([&](int thread, Registers&) {
+    if (thread == 0) norms = PairNorms{};
+  });
+  team.run([&](int thread, Registers& own) {
+    PairBlock block{};
+    if (thread * kVector < length) load(thread * kVector, block);
+    PEFT_FUSED_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      uint32_t largest = 0;
+      PEFT_FUSED_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        const uint32_t magnitude = bits_of(block.row[i][j]) & 0x7FFFFFFFu;
+        largest = magnitude > largest ? magnitude : largest;
+      }
+      join_largest(thread, &norms.largest[i], largest);
+    }
+    PEFT_FUSED_UNROLL
+    for (int j = 0; j < kVector; ++j) own.held[j] = {block.row[0][j], block.row[1][j]};
+  });
+  team.run([&](int thread, Registers& own) {
+    PEFT_FUSED_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const bool finite = norms.largest[i] < kInfinityBits;
+      const Scale scale = scale_of(-largest_exponent(norms.largest[i]), 1.f);
+      float squares = 0.f;
+      PEFT_FUSED_UNROLL
+      for (int j = 0; j < kVector; ++j) {
+        float& v = i == 0 ? own.held[j].re : own.held[j].im;
+        v = finite ? scale * v : 0.f;
+        squares += v * v;
+      }
+      join_sum(thread, &norms.squares[i], static_cast<uint32_t>(squares * (1 << kSquareBits)));
+    }
+  });
+  team.run([&](int thread, Registers& own) {
     const int column = thread * kVector;
     if (column >= length) return;
-    PairBlock block;
-    load(column, block);
+    const float re = power_of_two(-norm_exponent(norms.squares[0]));
+    const float im = power_of_two(-norm_exponent(norms.squares[1]));
     PEFT_FUSED_UNROLL
-    for (int j = 0; j < kVector; ++j) z[place(column + j)] = {block.row[0][j], block.row[1][j]};
+    for (int j = 0; j < kVector; ++j) pair.z[place(column + j)] = {re * own.held[j].re, im * own.held[j].im};
   });
 }
 
-// store(column, block) of factor * conj(z).
+// store(column, block) of factor * conj(z), the rows at their own scales again.
 template <typename Store>
-PEFT_FUSED_TEAM void give_pair(Team& team, int length, float factor, const Complex* z, const Store& store) {
+PEFT_FUSED_TEAM void give_pair(Team& team, int length, float factor, const PairBuffer& pair, const Store& store) {
   team.run([&](int thread, Registers&) {
     const int column = thread * kVector;
     if (column >= length) return;
     PairBlock block;
     PEFT_FUSED_UNROLL
     for (int j = 0; j < kVector; ++j) {
-      const Complex point = factor * conj(z[place(column + j)]);
+      const Complex point = factor * conj(pair.z[place(column + j)]);
       block.row[0][j] = point.re;
       block.row[1][j] = point.im;
+    }
+    PEFT_FUSED_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const RowScale row = row_scale(*pair.norms, i);
+      const Scale scale = scale_of(row.exponent, row.unit);
+      PEFT_FUSED_UNROLL
+      for (int j = 0; j < kVector; ++j) block.row[i][j] = scale * block.row[i][j];
     }
     store(column, block);
   });
 }
 
-// One pair of rows of fft_convolve (fft.h).
-template <typename Load, typename Store>
-PEFT_FUSED_TEAM void convolve_pair(Team& team, const FftTables& tables, bool conjugate, float scale, Complex* z,
-                                   const Load& load, const Store& store) {
-  const int length = tables.plan.length;
-  take_pair(team, length, z, load);
-  forward(team, tables, z);
-  multiply_and_return(team, tables, conjugate, z);
-  give_pair(team, length, scale / static_cast<float>(length), z, store);
+// The parts of the fft_convolve_shared bytes of a block.
+PEFT_FUSED_HD PairBuffer convolve_buffer(Complex* shared, int length) {
+  return {shared, reinterpret_cast<PairNorms*>(shared + fft_buffer(length))};
 }
 
-// The buffers of correlate_rows. FFT(x) waits in one for FFT(dy) in another. Of conj(FFT(x)) . FFT(dy) only that part
-// counts whose inverse transform is real, so that half a spectrum holds the sum: all three then fit a block of every
-// supported GPU at the longest length, where registers would spill with 1024 threads.
+// One pair of rows of fft_convolve (fft.h).
+template <typename Load, typename Store>
+PEFT_FUSED_TEAM void convolve_pair(Team& team, const FftTables& tables, bool conjugate, float scale,
+                                   const PairBuffer& pair, const Load& load, const Store& store) {
+  const int length = tables.plan.length;
+  take_pair(team, length, pair, load);
+  forward(team, tables, pair.z);
+  multiply_and_return(team, tables, conjugate, pair.z);
+  give_pair(team, length, scale / static_cast<float>(length), pair, store);
+}
+
+// The buffers of correlate_rows. FFT(x) waits in one for FFT(dy) in another. The sum is that of real rows, so that half
+// a spectrum holds it: all three then fit a block of every supported GPU at the longest length, where registers would
+// spill with 1024 threads.
 struct CorrelateBuffers {
-  Complex *x, *dy, *sum;
+  PairBuffer x, dy;
+  Complex* sum;
 };
 
+// The parts of the fft_correlate_shared bytes of a block.
 PEFT_FUSED_HD CorrelateBuffers correlate_buffers(Complex* shared, int length) {
-  return {shared, shared + fft_buffer(length), shared + 2 * fft_buffer(length)};
+  Complex *const dy = shared + fft_buffer(length), *const sum = dy + fft_buffer(length);
+  PairNorms* const norms = reinterpret_cast<PairNorms*>(sum + fft_half(length));
+  return {{shared, norms}, {dy, norms + 1}, sum};
 }
 
 // point(k) for those of the points 0 .. length / 2 that are this thread's.
@@ -291,35 +447,48 @@ PEFT_FUSED_TEAM void half_spectrum(const Team& team, int length, int thread, con
   for (int k = thread; k < fft_half(length); k += team.size()) point(k);
 }
 
+// What row i of a pair counts in the sum: its spectra are half of Z[k] + conj Z[length - k] for the first row, and of
+// Z[k] - conj Z[length - k], a quarter turn away, for the second; the turn is the same in x and dy. Beyond the range of
+// a Scale the product is beyond that of a float.
+PEFT_FUSED_HD Scale product_scale(const PairBuffer& x, const PairBuffer& dy, int i) {
+  const RowScale a = row_scale(*x.norms, i), b = row_scale(*dy.norms, i);
+  const int exponent = a.exponent + b.exponent - 2;
+  return scale_of(exponent < -252 ? -252 : exponent > 252 ? 252 : exponent, a.unit * b.unit);
+}
+
 // Rows begin .. end - 1, begin even, of fft_correlate (fft.h), into one partial sum.
 template <typename LoadX, typename LoadDy, typename StoreDx>
 PEFT_FUSED_TEAM void correlate_rows(Team& team, const FftTables& tables, bool conjugate, float scale, bool want_dx,
                                     int64_t begin, int64_t end, const CorrelateBuffers& buffers, Complex* partial,
                                     const LoadX& load_x, const LoadDy& load_dy, const StoreDx& store_dx) {
   const int length = tables.plan.length;
-  Complex *const x = buffers.x, *const dy = buffers.dy, *const sum = buffers.sum;
+  const PairBuffer x = buffers.x, dy = buffers.dy;
+  Complex* const sum = buffers.sum;
   team.run([&](int thread, Registers&) {
     half_spectrum(team, length, thread, [&](int k) { sum[k] = {0.f, 0.f}; });
   });
   for (int64_t row = begin; row < end; row += 2) {
     take_pair(team, length, x, [&](int column, PairBlock& block) { load_x(row, column, block); });
     take_pair(team, length, dy, [&](int column, PairBlock& block) { load_dy(row, column, block); });
-    forward(team, tables, x);
-    forward(team, tables, dy);
+    forward(team, tables, x.z);
+    forward(team, tables, dy.z);
     team.run([&](int thread, Registers&) {
+      const Scale first = product_scale(x, dy, 0), second = product_scale(x, dy, 1);
       half_spectrum(team, length, thread, [&](int k) {
         const int here = place(k), mirror = place(k == 0 ? 0 : length - k);
-        sum[k] = sum[k] + conj(x[here]) * dy[here] + x[mirror] * conj(dy[mirror]);
+        const Complex xk = x.z[here], xm = conj(x.z[mirror]), dyk = dy.z[here], dym = conj(dy.z[mirror]);
+        // Both rows first: one rounding of the sum per pair.
+        sum[k] = sum[k] + (first * (conj(xk + xm) * (dyk + dym)) + second * (conj(xk - xm) * (dyk - dym)));
       });
     });
     if (want_dx) {
-      multiply_and_return(team, tables, !conjugate, dy);
+      multiply_and_return(team, tables, !conjugate, dy.z);
       give_pair(team, length, scale / static_cast<float>(length), dy,
                 [&](int column, PairBlock& block) { store_dx(row, column, block); });
     }
   }
   team.run([&](int thread, Registers&) {
-    half_spectrum(team, length, thread, [&](int k) { partial[k] = 0.5f * (conjugate ? conj(sum[k]) : sum[k]); });
+    half_spectrum(team, length, thread, [&](int k) { partial[k] = conjugate ? conj(sum[k]) : sum[k]; });
   });
 }
 

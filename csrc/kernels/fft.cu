@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) convolve_kernel(const FftConvo
                  Matrix<const Y>{static_cast<const Y*>(p.add), p.m, p.n_out, p.add_row}, row, column, block);
     });
   };
-  convolve_pair(team, tables, p.conjugate, value_of(p.scale), row_buffer, load, store);
+  convolve_pair(team, tables, p.conjugate, value_of(p.scale), convolve_buffer(row_buffer, plan.length), load, store);
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1) correlate_kernel(const FftCorrelateParams p,

@@ -1,9 +1,13 @@
 // FFT convolution and correlation of rows in strict fp32, one kernel each, on raw pointers and a stream. Lengths are
 // those of fft_radices: 5-smooth, at most kFftLongest; anything else is cudaErrorInvalidValue. So is a length whose
 // fft_convolve_shared or fft_correlate_shared bytes are more than a block of the device may have
-// (cudaDevAttrMaxSharedMemoryPerBlockOptin); sm_80 and sm_90 have enough for all. Rows 2 i and 2 i + 1 share one
-// complex transform, zeros taking the place of a missing last one: rounding errors scale with the larger row of a pair,
-// and a NaN or an infinity in one row reaches the other.
+// (cudaDevAttrMaxSharedMemoryPerBlockOptin); sm_80 and sm_90 have enough for all.
+//
+// Rows 2 i and 2 i + 1 share one complex transform, zeros taking the place of a missing last one. Each is divided by a
+// power of two next to its norm and multiplied by it at the end: the errors of a row do not depend on the magnitude of
+// the other, and a zero row stays one. A row with a NaN or an infinity leaves the other alone. Its result is a row of
+// NaNs: that of y for x after dropout, that of dx for dy; and either makes all of its block's partial sum NaN.
+// |khat| * length must stay within the range of fp32 by some orders, for rows of norm 1 to 2 are what it multiplies.
 #pragma once
 #include "fft_plan.h"
 #include "lowrank.h"

@@ -62,9 +62,14 @@ constexpr int fft_buffer(int length) { return (length + 15) / 16 * 16; }
 // Points 0 .. length / 2, the half of a real row's spectrum that determines the other.
 constexpr int fft_half(int length) { return length / 2 + 1; }
 
+// Bytes of shared memory that the norms of a pair of rows take, see PairNorms in butterfly.h.
+constexpr int kFftNorms = 16;
+
 // Bytes of shared memory that a block of fft_convolve and of fft_correlate takes.
-constexpr int fft_convolve_shared(int length) { return 8 * fft_buffer(length); }
-constexpr int fft_correlate_shared(int length) { return 8 * (2 * fft_buffer(length) + fft_half(length)); }
+constexpr int fft_convolve_shared(int length) { return 8 * fft_buffer(length) + kFftNorms; }
+constexpr int fft_correlate_shared(int length) {
+  return 8 * (2 * fft_buffer(length) + fft_half(length)) + 2 * kFftNorms;
+}
 
 // Rows, and so whole pairs of them, that each of `blocks` blocks of fft_correlate takes; the last ones may get fewer.
 constexpr int64_t fft_stripe(int64_t m, int64_t blocks) { return 2 * (((m + 1) / 2 + blocks - 1) / blocks); }

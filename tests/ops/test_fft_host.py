@@ -1,6 +1,7 @@
 """The code of the FFT kernels (csrc/kernels/butterfly.h) on the CPU: at most twice the error of torch's fp32 FFT."""
 
 import ast
+import itertools
 import math
 import re
 import shutil
@@ -19,6 +20,9 @@ RADICES = (2, 3, 4, 5, 8)
 # Each radix alone and repeated, all of them together, as few points as threads of a warp and fewer, the longest.
 LENGTHS = [1, 2, 3, 4, 5, 6, 8, 9, 15, 16, 25, 27, 60, 64, 120, 125, 250, 360, 384, 512, 768, 1000, 1024, 1536, 2048]
 LONG = [3072, 4096, 5000, 6144, 6250, 6561, 7290, 8192]
+MAGNITUDES = [1e30, 1e-30, 1.0, 0.0, 1e4]
+# Lengths at which the two rows of a pair are compared: no padding of the last thread's points and some, one warp, many.
+PAIRED = [1, 3, 8, 60, 384, 1000, 4096, 8192]
 
 
 def convolution(x, k, length, n_out, conjugate=False):
@@ -109,6 +113,7 @@ def test_padding_cropping_conjugate(poisoned, length, n_in, n_out, conjugate):
 def test_no_race(poisoned, length):
     """Within a phase the order of the threads is free."""
     x, dy, k = next(draws(length, length, length))
+    x[1] *= 1e10
     forth, back = (host_convolution(x, k, length, length, backwards=order) for order in (False, True))
     assert torch.equal(forth, back)
     forth, back = (host_correlation(x, dy, k, length, backwards=order) for order in (False, True))
@@ -146,6 +151,149 @@ def test_rows_at_a_stride_and_unaligned(poisoned):
     assert torch.equal(host_convolution(x, k, length, 50), host_convolution(x.contiguous(), k, length, 50))
     got, want = (host_correlation(a, b, k, length) for a, b in ((x, dy), (x.contiguous(), dy.contiguous())))
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def check_rows(fn, x, k, names):
+    """Verdicts of fn(x, k) for the rows of each name, judged alone."""
+    length = x.shape[1]
+
+    def named(y):
+        groups = {name: [] for name in names}
+        for name, row in zip(itertools.cycle(names), y, strict=False):
+            groups[name].append(row)
+        return {name: torch.stack(rows).double() for name, rows in groups.items()}
+
+    plain, truth = named(convolution(x, k, length, length)), named(convolution(x.double(), k.double(), length, length))
+    return judge([named(fn(x, k))], [plain], [truth], dict.fromkeys(names, torch.float32))
+
+
+def packed_convolution(x, k):
+    """The control: pairs in plain PyTorch, their rows as they are."""
+    y = torch.fft.ifft(torch.fft.fft(torch.complex(x[::2], x[1::2])) * torch.fft.fft(k))
+    return torch.stack([y.real, y.imag], 1).flatten(0, 1)
+
+
+@pytest.mark.parametrize("length", PAIRED)
+def test_rows_of_any_magnitude_share_a_transform(poisoned, length):
+    """Each row has the errors that it would have alone, whatever lies beside it."""
+    pairs = [*itertools.product([*MAGNITUDES, 1e-40], repeat=2)]
+    names = [f"{own} beside {other} as {part}" for a, b in pairs for own, other, part in ((a, b, "re"), (b, a, "im"))]
+    scales = torch.tensor(pairs).flatten()[:, None]
+    x = (torch.randn(max(1, 400 // length), len(names), length) * scales).flatten(0, 1)
+    k = torch.randn(length)
+    found = check_rows(lambda x, k: host_convolution(x, k, length, length), x, k, names)
+    assert all(v.ok for v in found), [v for v in found if not v.ok]
+    assert sum(v.error == 0 for v in found) >= 2 * 6  # the zero rows
+    spoilt = {v.name for v in check_rows(packed_convolution, x, k, names) if not v.ok}
+    # One point is multiplied by a real number, which mixes nothing.
+    assert length == 1 or {"1.0 beside 10000.0 as re", "1.0 beside 1e+30 as im"} <= spoilt
+
+
+@pytest.mark.parametrize("length", [384, 4096, 8192])
+def test_rows_with_outliers(poisoned, length):
+    """It is norms that have to be alike: with equal largest elements the row of a single one would drown."""
+    names = ["dense", "sparse", "sparse again", "dense again"]
+    x = torch.randn(2, 4, length).clamp(-1, 1)
+    x[:, 1:3] *= 1e-6
+    x[:, 1:3, length // 3] = 1
+    x[:, 3, 7] = 1e4
+    k = torch.randn(length)
+    found = check_rows(lambda x, k: host_convolution(x, k, length, length), x.flatten(0, 1), k, names)
+    assert all(v.ok for v in found), found
+    assert not all(v.ok for v in check_rows(packed_convolution, x.flatten(0, 1), k, names))
+
+
+@pytest.mark.parametrize("length", [1, 60, 1000, 8192])
+def test_powers_of_two_change_no_bit(poisoned, length):
+    """Up to the largest numbers there are; the kernel is small, so that results stay in range."""
+    x, dy, k = torch.randn(2, length).clamp(-1.9, 1.9), torch.randn(2, length), torch.randn(length) / (16 * length)
+    want = host_convolution(x, k, length, length)
+    want_dx = host_correlation(dy, x, k, length)["dx"]
+    for exponents in itertools.product([-90, -1, 0, 13, 127], repeat=2):
+        factors = torch.tensor(exponents, dtype=torch.float64).exp2()[:, None]
+        scaled = (x * factors).float()
+        assert scaled.isfinite().all()
+        assert torch.equal(host_convolution(scaled, k, length, length), (want * factors).float())
+        assert torch.equal(host_correlation(dy, scaled, k, length)["dx"], (want_dx * factors).float())
+
+
+@pytest.mark.parametrize("length", [60, 1000])
+def test_correlation_of_rows_of_any_magnitude(poisoned, length):
+    """The sum has what each row of a pair contributes, be it of a large x or of a large dy."""
+    signals = [torch.randn(2, length) for _ in range(2 * max(1, 180 // length))]
+    k = torch.randn(length)
+    for scales in itertools.product(MAGNITUDES, repeat=4):
+        if max(scales[0] * scales[2], scales[1] * scales[3]) > 1e31:
+            continue  # out of the range of fp32
+        of_x, of_dy = torch.tensor(scales).view(2, 2, 1)
+        cases = [(of_x * x, of_dy * dy, k) for x, dy in zip(signals[::2], signals[1::2], strict=True)]
+        found = verdicts(
+            lambda x, dy, k: {"dk": host_correlation(x, dy, k, length, blocks=1)["dk"]},
+            lambda x, dy, k: {"dk": correlation(x, dy, k, length)["dk"]},
+            cases,
+        )
+        assert all(v.ok for v in found), (scales, found)
+
+
+@pytest.mark.parametrize("length", [384, 1000, 8192])
+@pytest.mark.parametrize("scales", [(1e30, 1e-30), (1e-30, 1e30), (1e4, 1e-4), (1e-18, 1.0)])
+def test_large_x_beside_large_dy(poisoned, length, scales):
+    """Both rows count the same in dk, and each row of dx is as right as alone."""
+    of_x = torch.tensor(scales)[:, None]
+    cases = [(x * of_x, dy / of_x, k) for x, dy, k in draws(length, length, length, rows=2)]
+
+    def by_row(fn):
+        def named(*case):
+            found = fn(*case, length)
+            return {"dk": found["dk"], "dx[0]": found["dx"][:1], "dx[1]": found["dx"][1:]}
+
+        return named
+
+    found = verdicts(by_row(host_correlation), by_row(correlation), cases)
+    assert all(v.ok for v in found), found
+    # The control: the second row at half its weight.
+    halved = verdicts(
+        lambda x, dy, k: {"dk": host_correlation(x, dy * torch.tensor([[1.0], [0.5]]), k, length)["dk"]},
+        lambda x, dy, k: {"dk": correlation(x, dy, k, length)["dk"]},
+        cases,
+    )
+    assert not any(v.ok for v in halved)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 3, 4])
+@pytest.mark.parametrize("length", [1, 60, 1000])
+def test_non_finite_rows_stay_alone(poisoned, length, row, bad):
+    """NaN wherever such a row counts; everything else is what it is beside a row of zeros."""
+    x, dy, k = torch.randn(5, length), torch.randn(5, length), torch.randn(length)
+    others = [i for i in range(5) if i != row]
+    spoilt, without = x.clone(), x.clone()
+    spoilt[row, length // 2], without[row] = bad, 0
+    y = host_convolution(spoilt, k, length, length)
+    assert y[row].isnan().all()
+    assert torch.equal(y[others], host_convolution(without, k, length, length)[others])
+
+    khat, twiddles = tables(k, length)
+    run = native.module.fft_correlate_host
+    dx, sums = run(spoilt, dy, khat, twiddles, 3)
+    dx_without, sums_without = run(without, dy, khat, twiddles, 3)
+    assert torch.equal(dx, dx_without)
+    block = row // 2
+    assert torch.view_as_real(sums[block]).isnan().all()
+    assert torch.equal(sums[[i for i in range(3) if i != block]], sums_without[[i for i in range(3) if i != block]])
+
+    dx, sums = run(dy, spoilt, khat, twiddles, 3)
+    assert dx[row].isnan().all() and torch.equal(dx[others], run(dy, without, khat, twiddles, 3)[0][others])
+    assert torch.view_as_real(sums[block]).isnan().all()
+
+
+def test_what_dropout_drops_need_not_be_finite(poisoned):
+    length, seed, threshold = 60, torch.tensor(5), dropout_threshold(0.5)
+    x, k = torch.randn(4, length), torch.randn(length)
+    dropped = ~keep_mask(seed, *x.shape, threshold)
+    assert dropped.any(1).all()
+    y = host_convolution(x.masked_fill(dropped, math.inf), k, length, length, seed=seed, threshold=threshold)
+    assert torch.equal(y, host_convolution(x, k, length, length, seed=seed, threshold=threshold))
 
 
 def test_plan():

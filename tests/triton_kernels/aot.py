@@ -63,9 +63,9 @@ def launch_source(kernel, types, constants, unaligned=frozenset()):
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_for(source, target, *, num_warps, num_stages):
+def compile_for(source, target, *, num_warps, num_stages, maxnreg=None):
     """Resources of a source compiled for a compute capability such as 90."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -79,10 +79,11 @@ def compile_for(source, target, *, num_warps, num_stages):
 
 
 def compile_all(configs, source_of, target):
-    """Resources of every configuration (which has num_warps and num_stages), in order."""
+    """Resources of every configuration (which has num_warps, num_stages and perhaps maxnreg), in order."""
 
     def resources(config):
-        return compile_for(source_of(config), target, num_warps=config.num_warps, num_stages=config.num_stages)
+        launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        return compile_for(source_of(config), target, **launch, maxnreg=getattr(config, "maxnreg", None))
 
     with ThreadPoolExecutor(2) as pool:  # most of a compilation runs outside Python
         return list(pool.map(resources, configs))
