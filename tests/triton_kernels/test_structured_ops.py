@@ -2,9 +2,10 @@
 
 import os
 
-import peft_fused
 import pytest
 import torch
+
+import peft_fused
 from peft_fused.ops import structured
 from peft_fused.ops.accuracy import compare, compare_mutated
 from peft_fused.ops.cases import make_structured
