@@ -352,8 +352,12 @@ struct Structured : torch::autograd::Function<Structured> {
       convolve_cpu(c, x2, transform(scaled(kernel, c, device_scale), c.length), add2, y, type, seed);
     } else {
       const Tensor xd = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed);
-      Tensor delta = c.method == Method::dense ? scaled(product(xd, matrix.t(), 1), c, device_scale)
-                                               : kronecker_apply(xd, scaled(p, c, device_scale).detach(), q.detach());
+      // The dense matrix and half-precision factors stay as they are: scaled, they may leave the range of their type.
+      const bool late = c.method == Method::dense || p.element_size() == 2;
+      Tensor delta = c.method == Method::dense
+                         ? product(xd, matrix.t(), 1)
+                         : kronecker_apply(xd, (late ? p : scaled(p, c, device_scale)).detach(), q.detach());
+      if (late) delta = scaled(delta, c, device_scale);
       if (add2.defined()) delta.add_(add2);
       y = delta.to(x2.scalar_type());
     }
@@ -436,14 +440,14 @@ struct Structured : torch::autograd::Function<Structured> {
     const Tensor A = p.detach(), B = q.detach();
     const int64_t a1 = A.size(0), a2 = A.size(1), b1 = B.size(0), b2 = B.size(1), m = dy2.size(0);
     const auto type = A.scalar_type();
-    const Tensor Y = dy2.to(type).reshape({m * b1, a1});
+    const Tensor Y = scaled(dy2.to(type), c, scale).reshape({m * b1, a1});
     Tensor dx, dA, dB, E, x3;
-    if (need_x || need_B) E = Y.mm(scaled(A, c, scale)).view({m, b1, a2});
+    if (need_x || need_B) E = Y.mm(A).view({m, b1, a2});
     if (need_x) dx = drop_back(c, at::matmul(B.t(), E).view({m, b2 * a2}), seed).to(dy2.scalar_type());
     if (need_A || need_B) x3 = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed).reshape({m, b2, a2});
     if (need_B)
       dB = E.transpose(0, 1).reshape({b1, m * a2}).mm(x3.transpose(0, 1).reshape({b2, m * a2}).t());
-    if (need_A) dA = scaled(Y.t().mm(at::matmul(B, x3).view({m * b1, a2})), c, scale);
+    if (need_A) dA = Y.t().mm(at::matmul(B, x3).view({m * b1, a2}));
     return {dx, dA, dB};
   }
 };

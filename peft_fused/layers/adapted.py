@@ -49,7 +49,8 @@ class AdaptedLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge: this layer is merged already; call unmerge() first")
-        delta = self.delta()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            delta = self.delta()
         merged = self.weight_nk().to(delta.dtype) + delta
         self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
         self.weight_nk().copy_(merged)

@@ -195,7 +195,10 @@ class ToeplitzMap(StructuredMap):
 
 
 class SymmetricToeplitzMap(StructuredMap):
-    """M = T(b) T(a), two symmetric Toeplitz matrices; itself neither. Square only. a ~ N(0, 0.02^2), b = 0."""
+    """M = T(t) T(s), two symmetric Toeplitz matrices; itself neither. Square only. s ~ N(0, 0.02^2), t = 0.
+
+    Not named as the vectors of CirculantMap, so that a checkpoint of one is not taken for one of the other.
+    """
 
     structure = "symmetric_toeplitz"
     op_name = "toeplitz_product"
@@ -203,13 +206,13 @@ class SymmetricToeplitzMap(StructuredMap):
     def __init__(self, in_features: int, out_features: int, *, kind="lora", dtype=None, device=None):
         super().__init__(in_features, out_features, kind)
         self.check_square()
-        self.register({"a": (in_features,), "b": (in_features,)}, ("b",), dtype, device)
+        self.register({"s": (in_features,), "t": (in_features,)}, ("t",), dtype, device)
 
     def operands(self):
-        return self.a, self.b
+        return self.s, self.t
 
-    def op(self, x, a, b, **options):
-        return toeplitz_product(x, a, b, **options)
+    def op(self, x, s, t, **options):
+        return toeplitz_product(x, s, t, **options)
 
 
 class KroneckerMap(StructuredMap):

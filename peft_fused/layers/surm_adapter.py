@@ -53,7 +53,7 @@ def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False
     like = next(module.parameters(), torch.empty(0, device="cpu"))
     with torch.inference_mode(False), torch.enable_grad():
         zero = torch.zeros(1, features, dtype=like.dtype, device=like.device, requires_grad=True)
-        value = module(zero)
+        value = module(zero.clone())  # a module that works in place must not write to the leaf
         if value.shape != zero.shape:
             raise ValueError(f"activation must keep the shape of its input, got {activation!r}")
         (slope,) = torch.autograd.grad(value.sum(), zero)

@@ -44,4 +44,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def _spares(module: nn.Module, name: str) -> bool:
     # Models bring norms of their own, named after the kind: LlamaRMSNorm, T5LayerNorm.
     norm = isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
-    return norm or name == "bias" or isinstance(module, StructuredMap | SurmAdapter)
+    # "bias", and what torch's own modules call theirs: in_proj_bias, bias_ih_l0.
+    bias = name == "bias" or name.endswith("_bias") or name.startswith("bias_")
+    return norm or bias or isinstance(module, StructuredMap | SurmAdapter)

@@ -53,7 +53,7 @@ def dense(m):
     if isinstance(m, ToeplitzMap):
         return toeplitz(p["col"], p["tail"])
     if isinstance(m, SymmetricToeplitzMap):
-        return toeplitz(p["b"], p["b"][1:]) @ toeplitz(p["a"], p["a"][1:])
+        return toeplitz(p["t"], p["t"][1:]) @ toeplitz(p["s"], p["s"][1:])
     if isinstance(m, KroneckerMap):
         return torch.kron(p["B"], p["A"])
     return sum(circulant(g) @ skew(h) for g, h in zip(p["G"], p["H"], strict=True))
@@ -149,7 +149,7 @@ def test_it_starts_as_nothing_and_can_be_trained(form, shape):
 # Standard deviation of the parameters that do not start at zero, per kind.
 STARTS = [
     ({}, "a", 1.0, 0.02),
-    ({"structure": "symmetric_toeplitz"}, "a", 0.02, 0.02),
+    ({"structure": "symmetric_toeplitz"}, "s", 0.02, 0.02),
     ({"structure": "ldr", "q": 2}, "H", 0.02, 0.02),
     # kaiming_uniform(a=sqrt(5)) is uniform within 1 / sqrt(fan_in), here of 4096 / 64.
     ({"structure": "kronecker", "r": 64}, "A", 1 / math.sqrt(3 * 64), 0.02),

@@ -170,3 +170,10 @@ def test_copies_are_equal_and_independent(copied):
 def test_bad_arguments_are_named(options, error, message):
     with pytest.raises(error, match=message):
         SurmAdapter(**{"n": 12, **options})
+
+
+def test_an_activation_may_work_in_place():
+    adapter = SurmAdapter(6, activation=nn.SiLU(inplace=True))
+    h = torch.randn(3, 6, requires_grad=True)
+    adapter(h).sum().backward()
+    assert torch.isfinite(h.grad).all()

@@ -92,3 +92,9 @@ def test_one_kind_of_parameters_gives_one_group():
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         decay_groups(*arguments)
+
+
+def test_biases_of_any_name():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.LSTM(4, 4))
+    decayed, spared = decay_groups(model, 0.1)
+    assert sorted(p.dim() for p in decayed["params"]) == [2] * 4 and {p.dim() for p in spared["params"]} == {1}

@@ -146,6 +146,7 @@ def test_leading_dimensions(kind, shape, node):
     x = torch.randn(*shape, M.shape[1], dtype=F64, requires_grad=True)
     y = OPS[kind](x, *parts)
     torch.testing.assert_close(y, x @ M.mT)
+    torch.testing.assert_close(REFERENCES[kind](x, *parts), x @ M.mT)
     y.sum().backward()
     torch.testing.assert_close(x.grad, M.sum(0).expand_as(x))
     assert all(p.grad.shape == p.shape for p in parts)
@@ -230,6 +231,30 @@ def test_large_half_precision_rows_stay_finite(kind, n, node):
     exact = x.double() @ structured.dense(OPS[kind], inputs, *(p.double() for p in parts)).mT
     assert exact.abs().max() < 65504
     torch.testing.assert_close(y.double(), exact, rtol=2e-3, atol=60)
+
+
+@pytest.mark.parametrize("sizes", [(100.0, 1e3, 1e-3), (1e-4, 1e-3, 1.0)])
+def test_the_scale_does_not_leave_the_range_of_half_factors(sizes, node):
+    """A times the scale over- or underflows fp16 here, while output and gradients are ordinary numbers."""
+    factor, scale, rows = sizes
+    A, B = (factor * torch.randn(4, 4)).half().requires_grad_(), torch.randn(4, 4).half().requires_grad_()
+    x = (rows * torch.randn(8, 16)).half().requires_grad_()
+    y, exact = structured.kronecker(x, A, B, scale=scale), x.double() @ torch.kron(B, A).double().mT * scale
+    least = 2.0**-24  # fp16's smallest number
+    torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=max(least, 1e-2 * exact.abs().max().item()))
+    dy = torch.ones_like(y) / scale
+    found = torch.autograd.grad(y, [x, A, B], dy)
+    for grad, true in zip(found, torch.autograd.grad(exact, [x, A, B], dy.double()), strict=True):
+        torch.testing.assert_close(grad, true, rtol=2e-2, atol=1e-2 * true.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_dense_form_is_exact_under_autocast(kind):
+    parts = parameters(kind, 12, F32)
+    inputs = {"toeplitz": 15, "kronecker": 39}.get(kind, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        M = structured.dense(OPS[kind], inputs, *parts)
+    torch.testing.assert_close(M, matrix(kind, *parts), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", OPS)
@@ -446,6 +471,24 @@ class TestDenseCache:
             with torch.inference_mode():
                 c.copy_(torch.randn(8))
         torch.testing.assert_close(self.call(c), circulant_matrix(c.detach()).mT)
+
+    def test_a_temporary_second_parameter(self, monkeypatch, node):
+        """Its successor may have its id, its memory and its version; on a GPU values are not compared."""
+        monkeypatch.setattr(torch, "equal", lambda a, b: True)
+        c, x = torch.nn.Parameter(torch.randn(8)).requires_grad_(False), torch.eye(8)
+        for value in range(5):
+            factor = torch.full((8,), float(value))
+            torch.testing.assert_close(structured.circulant(x, c, factor=factor), value * circulant_matrix(c).mT)
+            del factor
+        for value in range(5):
+            row = torch.full((8,), float(value))
+            torch.testing.assert_close(structured.toeplitz(x, c, row), toeplitz_matrix(c, row).mT)
+            del row
+
+    def test_meta(self):
+        c, x = torch.nn.Parameter(torch.empty(8, device="meta")), torch.empty(4, 8, device="meta")
+        for _ in range(2):
+            assert structured.circulant(x, c).shape == (4, 8)
 
     def test_it_goes_with_the_parameter(self):
         c = torch.nn.Parameter(torch.randn(8))

@@ -58,7 +58,8 @@ def export_lora(
         raise ValueError(f"adapter_name must be one of {sorted(model.peft_config)}, got {adapter_name!r}")
     containers = {name for layer in layers.values() for name in layer.adapter_layer_names}
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters_here()}
-    factors, lora_config, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        factors, lora_config, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
 
     # Saved biases and modules_to_save go along as they are.
     others = get_peft_model_state_dict(model, adapter_name=adapter_name)

@@ -205,8 +205,9 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         with torch.no_grad():
-            delta = sum(self.dense_delta(name) for name in names)
             weight = self.get_base_weight()
+            with torch.autocast(weight.device.type, enabled=False):
+                delta = sum(self.dense_delta(name) for name in names)
             merged = weight.to(delta.dtype) + (delta.t() if self.transposed else delta)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"safe_merge: the weight merged with {names} is not finite; this layer was not merged")

@@ -41,4 +41,5 @@ def dense(op, in_features: int, *parameters: torch.Tensor, **options) -> torch.T
     """
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     identity = torch.eye(in_features, dtype=dtype, device=parameters[0].device)
-    return op(identity, *(p.to(dtype) for p in parameters), **options).mT
+    with torch.autocast(identity.device.type, enabled=False):
+        return op(identity, *(p.to(dtype) for p in parameters), **options).mT

@@ -110,6 +110,8 @@ def reference(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None
     if transposed:
         columns = plain(torch.eye(n, dtype=dtype, device=x.device), pd, qd, x.shape[-1])
         delta = xd @ columns.mT
+    elif 0 in x.shape:  # which torch.fft refuses
+        delta = xd @ plain(torch.eye(x.shape[-1], dtype=dtype, device=x.device), pd, qd, n)
     else:
         delta = plain(xd, pd, qd, n)
     delta = delta * scale

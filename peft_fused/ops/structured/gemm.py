@@ -26,7 +26,11 @@ def forward(x2, A, B, add2, *, scale, threshold, seed, transposed) -> torch.Tens
     # Detached, because torch.matmul takes another order of operations for what requires a gradient.
     A, B = A.detach(), B.detach()
     A, B = (A.t(), B.t()) if transposed else (A, B)
-    delta = _apply(load(x2, A.dtype, seed, threshold), A * scale, B)
+    # In half precision a scaled factor may leave the range that the result stays in.
+    half = A.dtype.itemsize == 2
+    delta = _apply(load(x2, A.dtype, seed, threshold), A if half else A * scale, B)
+    if half:
+        delta.mul_(scale)
     if add2 is not None:
         delta.add_(add2)
     return delta.to(x2.dtype)
@@ -37,14 +41,15 @@ def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
     need_x, need_A, need_B = needs
     A, B = A.detach(), B.detach()
     (a1, a2), (b1, b2), m = A.shape, B.shape, dy2.shape[0]
-    Y = dy2.to(A.dtype).reshape(m * b1, a1)
+    Y = dy2.to(A.dtype)
+    Y = (Y if isinstance(scale, float) and scale == 1.0 else Y * scale).reshape(m * b1, a1)
     dx = dA = dB = None
-    E = (Y @ (A * scale)).view(m, b1, a2) if need_x or need_B else None
+    E = (Y @ A).view(m, b1, a2) if need_x or need_B else None
     if need_x:
         dx = load(torch.matmul(B.t(), E).view(m, b2 * a2), A.dtype, seed, threshold).to(dy2.dtype)
     x3 = load(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
     if need_B:
         dB = E.transpose(0, 1).reshape(b1, m * a2) @ x3.transpose(0, 1).reshape(b2, m * a2).t()
     if need_A:
-        dA = (Y.t() @ torch.matmul(B, x3).view(m * b1, a2)) * scale
+        dA = Y.t() @ torch.matmul(B, x3).view(m * b1, a2)
     return dx, dA, dB

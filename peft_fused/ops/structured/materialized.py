@@ -19,24 +19,30 @@ def forget(p: torch.Tensor) -> None:
     _made.pop(p, None)
 
 
+def _keeps(t: torch.Tensor) -> bool:
+    """Whether a tensor may be recognised later. A view may be one of p, which would then never be freed."""
+    return t.is_leaf and not (t.is_inference() or t.is_meta or t._is_view())
+
+
 def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The dense matrix [rows, columns] of a convolution in a dtype, new or as it was made before."""
     parts = [p] if q is None else [p, q]
     # A CUDA graph has to make the matrix itself: it replays with other values, and outlives what is kept here.
     capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
-    keeps = not capturing and all(t.is_leaf and not t.is_inference() for t in parts)
-    state = keeps and [(id(t), t.data_ptr(), t._version) for t in parts]
+    keeps = not capturing and all(map(_keeps, parts))
+    state = keeps and [(t.data_ptr(), t._version) for t in parts]
     key = (kind, rows, columns, dtype)
     found = _made.get(p, {}).get(key) if keeps else None
-    if found and found[0] == state and (p.is_cuda or all(map(torch.equal, found[1], parts))):
-        return found[2]
+    if found and found[0] is q and found[1] == state and (p.is_cuda or all(map(torch.equal, found[2], parts))):
+        return found[3]
     with torch.inference_mode(False), torch.no_grad():
         wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in parts]
         made = maps.dense(kind, wide[0], wide[1] if q is not None else None, rows, columns).to(dtype)
         if keeps:
             # Equal values on a CPU are what makes a kept matrix right there; on a GPU comparing would synchronise.
             copies = [] if p.is_cuda else [t.detach().clone() for t in parts]
-            _made.setdefault(p, {})[key] = (state, copies, made)
+            # q itself, not its id or address, which a later tensor may have again.
+            _made.setdefault(p, {})[key] = (q, state, copies, made)
     return made
 
 
