@@ -216,8 +216,9 @@ FloatControl scale_of(const Call& c, const Tensor& device_scale) {
 
 Tensor unit_columns(const Tensor& t) { return !t.defined() || t.stride(1) == 1 ? t : t.contiguous(); }
 
+// y2 = add2 + scale * the convolution of x2, dropped out; transposed: dropout of the result, as dx is made.
 void convolve_cuda(const Call& c, const Tensor& x2, const Tensor& kernel, const Tensor& add2, const Tensor& y2,
-                   const Tensor& device_scale, const Tensor& seed) {
+                   const Tensor& device_scale, const Tensor& seed, bool transposed) {
   const c10::DeviceGuard guard(x2.device());
   const Tensor x = unit_columns(x2), add = unit_columns(add2), khat = at::fft_fft(kernel);
   const Tensor twiddles = twiddles_of(c.length, x2.device());
@@ -237,6 +238,7 @@ void convolve_cuda(const Call& c, const Tensor& x2, const Tensor& kernel, const 
   p.length = static_cast<int>(c.length);
   p.threshold = static_cast<uint32_t>(c.threshold);
   p.keep_scale = keep_scale(c.threshold);
+  p.conjugate = p.mask_output = transposed;
   p.scale = scale_of(c, device_scale);
   p.x_type = type_of(x);
   p.y_type = type_of(y2);
@@ -246,32 +248,13 @@ void convolve_cuda(const Call& c, const Tensor& x2, const Tensor& kernel, const 
 // As correlate_cpu; a call without x is the transposed convolution alone.
 Tensor correlate_cuda(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, const Tensor& dx,
                       const Tensor& device_scale, const Tensor& seed) {
+  if (!x2.defined()) {
+    convolve_cuda(c, dy2, kernel, Tensor(), dx, device_scale, seed, /*transposed=*/true);
+    return Tensor();
+  }
   const c10::DeviceGuard guard(dy2.device());
   const Tensor dy = unit_columns(dy2), x = unit_columns(x2), khat = at::fft_fft(kernel);
   const Tensor twiddles = twiddles_of(c.length, dy.device());
-  const auto stream = current_stream(dy.device());
-  if (!x.defined()) {
-    FftConvolveParams p{};
-    p.x = dy.const_data_ptr();
-    p.y = dx.mutable_data_ptr();
-    p.khat = khat.const_data_ptr();
-    p.twiddles = twiddles.const_data_ptr();
-    p.seed = c.threshold > 0 ? seed.const_data_ptr<int64_t>() : nullptr;
-    p.m = dy.size(0);
-    p.x_row = dy.stride(0);
-    p.y_row = dx.stride(0);
-    p.n_in = static_cast<int>(dy.size(1));
-    p.n_out = static_cast<int>(c.k);
-    p.length = static_cast<int>(c.length);
-    p.threshold = static_cast<uint32_t>(c.threshold);
-    p.keep_scale = keep_scale(c.threshold);
-    p.conjugate = p.mask_output = true;
-    p.scale = scale_of(c, device_scale);
-    p.x_type = type_of(dy);
-    p.y_type = type_of(dx);
-    check_launch(fft_convolve(p, stream), "fft_convolve");
-    return Tensor();
-  }
   int blocks = 1;
   check_launch(fft_correlate_blocks(dy.size(0), static_cast<int>(c.length), &blocks), "fft_correlate");
   const Tensor partial =
@@ -297,7 +280,7 @@ Tensor correlate_cuda(const Call& c, const Tensor& dy2, const Tensor& x2, const 
   p.scale = scale_of(c, device_scale);
   p.x_type = type_of(x);
   p.dy_type = type_of(dy);
-  check_launch(fft_correlate(p, stream), "fft_correlate");
+  check_launch(fft_correlate(p, current_stream(dy.device())), "fft_correlate");
   return at::fft_irfft(partial.sum(0), c.length);
 }
 #endif
@@ -345,7 +328,7 @@ struct Structured : torch::autograd::Function<Structured> {
       const Tensor kernel = kernel_of(c, p, q);
 #ifdef PEFT_FUSED_CUDA
       if (x2.is_cuda()) {
-        convolve_cuda(c, x2, kernel, add2, y, device_scale, seed);
+        convolve_cuda(c, x2, kernel, add2, y, device_scale, seed, /*transposed=*/false);
         return unflatten(y, x);
       }
 #endif
