@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 
 from . import layers, methods, ops
-from .methods import decay_groups, evaluate_ranks, on_step, set_rank
+from .methods import check_sync, decay_groups, evaluate_ranks, on_step, set_rank
 from .ops.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "SurmConfig",
     "accelerate",
     "build_info",
+    "check_sync",
     "decay_groups",
     "evaluate_ranks",
     "explain",

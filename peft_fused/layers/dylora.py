@@ -1,8 +1,6 @@
 """DyLoRA as a plain PyTorch layer, and the state by which a schedule tells any DyLoRA layer its rank."""
 
 import math
-import warnings
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +9,10 @@ from torch import nn
 from ..ops import lowrank_linear
 from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
 from .lowrank import LowRankLinear
+from .scheduled import ScheduleState
 
 DISTRIBUTIONS = ("uniform", "geometric")
 RESAMPLE = ("step", "micro")
-# A training loop that has not called the schedule after this many forwards is not going to.
-FORWARDS_BEFORE_WARNING = 50
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class RankPolicy:
             raise ValueError(f"r_min must be in 1..r = 1..{r}, got {self.r_min}")
 
 
-class RankState(nn.Module):
+class RankState(ScheduleState):
     """The rank and scale of one adapter of one layer, for training and for evaluation, as 0-d buffers on its device.
 
     The buffers are written in place, so that neither a compiled nor a captured forward pass has to be made anew when
@@ -62,14 +59,12 @@ class RankState(nn.Module):
     """
 
     def __init__(self, r: int, alpha: float, policy: RankPolicy, group: str = "default", use_rslora: bool = False):
-        super().__init__()
+        super().__init__(group)
         policy.check_r(r)
-        self.r, self.alpha, self.policy, self.group, self.use_rslora = r, alpha, policy, group, use_rslora
+        self.r, self.alpha, self.policy, self.use_rslora = r, alpha, policy, use_rslora
         self.train_value = self.eval_value = r
         # Ranks that contributed gradients to the optimizer step under way.
         self.used = {r}
-        self.scheduled = False
-        self.forwards = 0
         for name in ("train", "eval"):
             self.register_buffer(f"{name}_rank", torch.tensor(r), persistent=False)
             self.register_buffer(f"{name}_scale", torch.tensor(self.scale_at(r), dtype=torch.float32), persistent=False)
@@ -82,13 +77,8 @@ class RankState(nn.Module):
         """(rank, scale) of a forward pass in training or evaluation mode."""
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
-    def count_forward(self) -> None:
-        """Warns, once per model, when many training forwards have passed without a schedule."""
-        if torch.compiler.is_compiling() or self.scheduled:
-            return
-        self.forwards += 1
-        if self.forwards == FORWARDS_BEFORE_WARNING + 1:
-            _warn_unscheduled(self)
+    def unscheduled(self) -> str:
+        return f"DyLoRA has trained at the fixed rank {self.train_value}"
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -101,24 +91,6 @@ class RankState(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.r}, train={self.train_value}, eval={self.eval_value}"
-
-
-_last_to_warn: weakref.ref | None = None
-
-
-def _warn_unscheduled(state: RankState) -> None:
-    global _last_to_warn
-    # The layers of one model come here in one pass, during which the first of them does not run again.
-    first = _last_to_warn and _last_to_warn()
-    if first is not None and first.forwards == state.forwards:
-        return
-    _last_to_warn = weakref.ref(state)
-    warnings.warn(
-        f"DyLoRA has run {FORWARDS_BEFORE_WARNING} training forwards at the fixed rank {state.train_value} because no "
-        "schedule sets it. Add peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, "
-        "step=...) before each step.",
-        stacklevel=5,
-    )
 
 
 @torch.no_grad()
@@ -147,6 +119,10 @@ class RankMember:
     A: nn.Parameter
     B: nn.Parameter
     merged: bool
+
+    def choices(self) -> tuple:
+        """What all processes have to agree on."""
+        return (self.state.group, self.state.policy, self.state.train_value)
 
 
 class DyLoRALinear(LowRankLinear):

@@ -3,5 +3,6 @@
 from .decay import decay_groups
 from .dylora import draw_rank, evaluate_ranks, set_rank
 from .stepping import on_step
+from .sync import check_sync
 
-__all__ = ["decay_groups", "draw_rank", "evaluate_ranks", "on_step", "set_rank"]
+__all__ = ["check_sync", "decay_groups", "draw_rank", "evaluate_ranks", "on_step", "set_rank"]

@@ -14,7 +14,7 @@ from torch import nn
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, write_ranks
 from . import schedule
-from .stepping import METHODS, members_of
+from .stepping import METHODS, Method, Step, members_of
 from .strict import Guarded, guard_updates
 
 
@@ -26,26 +26,26 @@ def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
     return schedule.draw_int(policy.r_min, r, policy.seed, step, **key)
 
 
-class DyLoRA:
+class DyLoRA(Method):
     """The method as `peft_fused.on_step` calls it."""
 
-    def before_step(self, members: list[RankMember], *, step, micro, total_steps, optimizer) -> None:
+    def before_step(self, members: list[RankMember], step: Step) -> None:
         strict = [member for member in members if member.state.policy.strict_frozen]
         if strict:
-            _guard(strict, optimizer)
+            _guard(strict, step.optimizer)
         groups = defaultdict(list)
         for member in members:
             groups[member.state.policy, member.state.group].append(member.state)
         states, ranks = [], []
         for (policy, _), group in groups.items():
-            if micro > 0 and policy.resample == "step":
+            if step.micro > 0 and policy.resample == "step":
                 continue
-            rank = draw_rank(policy, max(state.r for state in group), step, micro)
+            rank = draw_rank(policy, max(state.r for state in group), step.step, step.micro)
             for state in group:
                 state.scheduled = True
                 states.append(state)
                 ranks.append(min(rank, state.r))
-                state.used = {ranks[-1]} if micro == 0 else state.used | {ranks[-1]}
+                state.used = {ranks[-1]} if step.micro == 0 else state.used | {ranks[-1]}
         write_ranks(states, train=ranks)
 
 

@@ -1,23 +1,50 @@
-"""The one call by which a training loop tells the methods that a step begins.
+"""The one call by which a training loop drives the methods, and the protocol by which they answer.
 
 A layer that takes part in a schedule defines `schedule_members()`, a list of objects whose `method` names the method
 that sets them. A method is registered under that name and gets all its members of the model in one call, so that it
 can make one choice for all of them, or compare them.
+
+Per optimizer step a method is called before the forward passes, when the gradients are ready (unscaled, and clipped
+where the loop clips), and after the update, while the gradients are still there. The last two come from hooks of the
+optimizer, so that a loop has nothing more to call than `on_step`.
 """
 
 from collections import defaultdict
-from typing import Protocol
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.checks import check_int
+from . import sync
 
 
-class Method(Protocol):
-    def before_step(
-        self, members: list, *, step: int, micro: int, total_steps: int | None, optimizer: Optimizer | None
-    ) -> None: ...
+@dataclass(frozen=True)
+class Step:
+    """Where in the run a method is called: the arguments of `on_step`, the optimizer unwrapped."""
+
+    step: int
+    micro: int = 0
+    total_steps: int | None = None
+    epoch: int | None = None
+    optimizer: Optimizer | None = None
+
+
+class Method:
+    """What `on_step` calls. `members` are those of all layers of the model, in the order of its modules.
+
+    Whatever is chosen is a function of the members' configuration and the step's numbers, so that all processes agree.
+    """
+
+    def before_step(self, members: list, step: Step) -> None:
+        """Before the forward passes of every micro-batch (step.micro) of every step. May be called again for one."""
+
+    def gradients_ready(self, members: list, step: Step) -> None:
+        """Before the optimizer's update, once per step; not called for a step that a loss scaler skips."""
+
+    def after_step(self, members: list, step: Step) -> None:
+        """After the optimizer's update."""
 
 
 METHODS: dict[str, Method] = {}
@@ -45,31 +72,68 @@ def unwrap_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
     return optimizer
 
 
+class _Hooks:
+    """The two later calls of the protocol, made by one optimizer for the steps that on_step has announced."""
+
+    def __init__(self, optimizer: Optimizer):
+        self.announced: WeakKeyDictionary[nn.Module, tuple[dict[str, list], Step]] = WeakKeyDictionary()
+        optimizer.register_step_pre_hook(self._gradients_ready)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def _gradients_ready(self, optimizer, args, kwargs):
+        for found, step in self.announced.values():
+            for name, members in found.items():
+                METHODS[name].gradients_ready(members, step)
+
+    def _after_step(self, optimizer, args, kwargs):
+        for found, step in self.announced.values():
+            for name, members in found.items():
+                METHODS[name].after_step(members, step)
+        # A step that nobody announces is none of the schedule's.
+        self.announced.clear()
+
+
+_HOOKS: WeakKeyDictionary[Optimizer, _Hooks] = WeakKeyDictionary()
+
+
 def on_step(
     model: nn.Module,
     *,
     step: int,
     micro: int = 0,
     total_steps: int | None = None,
+    epoch: int | None = None,
     optimizer: Optimizer | None = None,
 ) -> int:
-    """Call before the forward passes of every optimizer step: sets what the model's methods choose per step.
+    """Call before the forward passes of every optimizer step: drives what the model's methods choose and change.
 
-    step: number of optimizer steps done, from 0; a resumed run passes the step it resumes at, and nothing else has to
-    be saved. micro: index of the micro-batch, from 0, where gradients are accumulated; a method that chooses once per
-    step ignores calls with micro > 0. total_steps: of the run, for methods with a ramp. optimizer: for methods that
-    change its state or mask its update; may be wrapped. model: may be wrapped or compiled.
+    step: number of optimizer steps done, from 0; a resumed run passes the step it resumes at. micro: index of the
+    micro-batch, from 0, where gradients are accumulated; a method that chooses once per step ignores calls with micro >
+    0. total_steps: of the run, for methods with a ramp. epoch: number of epochs done, for methods that act once per
+    epoch. optimizer: for methods that read gradients, change its state or mask its update; may be wrapped. model: may
+    be wrapped or compiled.
 
-    Every choice is a function of the configuration and these numbers, so all processes of a distributed run agree.
-    Returns the number of adapters told; 0 means that the model has no method with a schedule. Raises TypeError or
-    ValueError naming the argument.
+    Every choice is a function of the configuration and these numbers, so all processes of a distributed run agree; the
+    first calls compare notes, see `check_sync`. Returns the number of adapters told; 0 means that the model has no
+    method with a schedule. Raises TypeError or ValueError naming the argument, RuntimeError where processes disagree.
     """
     check_int("step", step)
     check_int("micro", micro)
-    if total_steps is not None:
-        check_int("total_steps", total_steps)
+    for name, value in (("total_steps", total_steps), ("epoch", epoch)):
+        if value is not None:
+            check_int(name, value)
     optimizer = unwrap_optimizer(optimizer)
     found = members_of(model)
+    if not found:
+        return 0
+    sync.refuse_zero3(model)
+    now = Step(step, micro, total_steps, epoch, optimizer)
+    if optimizer is not None:
+        hooks = _HOOKS.get(optimizer)
+        if hooks is None:
+            hooks = _HOOKS[optimizer] = _Hooks(optimizer)
+        hooks.announced[model] = (found, now)
     for name, members in found.items():
-        METHODS[name].before_step(members, step=step, micro=micro, total_steps=total_steps, optimizer=optimizer)
+        METHODS[name].before_step(members, now)
+    sync.check_first_steps(model, found)
     return sum(map(len, found.values()))

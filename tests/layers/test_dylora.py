@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_fused.layers import DyLoRALinear, RankPolicy
-from peft_fused.layers import dylora as dylora_module
+from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import on_step, set_rank
 from peft_fused.ops.dispatch import use_backend
 
@@ -154,7 +154,7 @@ def test_training_without_a_schedule_warns_once_per_model():
     x = torch.randn(1, 12)
     for model in models:
         with pytest.warns(UserWarning) as caught:
-            for _ in range(dylora_module.FORWARDS_BEFORE_WARNING):
+            for _ in range(FORWARDS_BEFORE_WARNING):
                 model(x)
             assert not caught
             for _ in range(3):
@@ -167,7 +167,7 @@ def test_training_without_a_schedule_warns_once_per_model():
 def test_neither_a_schedule_nor_evaluation_warns():
     scheduled, evaluated = make(), make().eval()
     on_step(scheduled, step=0)
-    for _ in range(dylora_module.FORWARDS_BEFORE_WARNING + 5):
+    for _ in range(FORWARDS_BEFORE_WARNING + 5):
         scheduled(torch.randn(1, 12))
         evaluated(torch.randn(1, 12))
 

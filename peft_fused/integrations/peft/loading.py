@@ -82,16 +82,25 @@ class Snapshot:
             parameter.requires_grad_(trainable)
 
 
-def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, state_dict: dict) -> None:
+def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, state_dict: dict) -> list[tuple]:
     """ValueError unless a state dict, keyed as the model is, has exactly the adapter's tensors, in the right shapes.
 
-    Further tensors are let pass if the model has them: saved biases, embeddings and modules_to_save.
+    Further tensors are let pass if the model has them: saved biases, embeddings and modules_to_save. Those of a
+    schedule's state are not checked but returned, as (layer, {"<container>.<name>": tensor}) of every layer with any.
     """
     own = model.state_dict()
     given = {
         key if key in own or not key.startswith(WRAPPER) else key.removeprefix(WRAPPER): value
         for key, value in state_dict.items()
     }
+    states = []
+    for layer_name, layer in model.named_modules():
+        for container in getattr(type(layer), "state_names", ()):
+            start = f"{layer_name}.{container}.{adapter_name}."
+            found = {f"{container}.{key.removeprefix(start)}": t for key, t in given.items() if key.startswith(start)}
+            states.append((layer, found))
+            given = {key: t for key, t in given.items() if not key.startswith(start)}
+            own = {key: t for key, t in own.items() if not key.startswith(start)}
     expected = _filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name))
     problems = []
     missing = [key for key in expected if key not in given]
@@ -113,6 +122,7 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
             f"the checkpoint does not fit adapter {adapter_name!r} ({prefix.rstrip('_')}); nothing was loaded. "
             + "; ".join(problems)
         )
+    return states
 
 
 def remember_checkpoint(config, keys: list[str] | None) -> None:

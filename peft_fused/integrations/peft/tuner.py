@@ -24,6 +24,7 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
 from .loading import (
     Snapshot,
@@ -40,6 +41,9 @@ class FusedPeftType(str, Enum):
 
     DYLORA = "DYLORA"
     SURM = "SURM"
+    ADAMIX = "ADAMIX"
+    AFLORA = "AFLORA"
+    ROSA = "ROSA"
 
 
 def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> None:
@@ -123,9 +127,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
     problem(adapter_name, x, has_weight): what the op of `fused_linear` (has_weight) or `add_delta` is given.
     is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
+    check_state, fit_state(adapter_name, tensors): for state whose shapes change over time; see there.
     """
 
     linear_op: str | None = None
+    # Of other_param_names, those that hold what a schedule keeps for a resumed run: tensors which a checkpoint may lack,
+    # or have in other shapes.
+    state_names: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
         super().__init__()
@@ -246,6 +254,15 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """ValueError, naming it, if a tensor of a checkpoint is none that this adapter's state could hold.
+
+        tensors: those under `state_names`, keyed "<container>.<name>"; empty where the checkpoint has none.
+        """
+
+    def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Gives the adapter's state the shapes of a checkpoint that `check_state` let pass and is loaded next."""
+
     def explain_path(self) -> tuple[str, list[str]]:
         """(path of a forward call, reasons against the fully fused one); see `peft_fused.explain`."""
         if self.disable_adapters or self.merged or not self.adapters_in_use():
@@ -295,6 +312,7 @@ class FusedTuner(BaseTuner):
         raise NotImplementedError
 
     def _prepare_model(self, peft_config, model):
+        refuse_zero3(model)
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise NotImplementedError(
                 f"{peft_config.peft_type.value} does not support tensor-parallel models; load the model without tp_plan"
@@ -330,7 +348,7 @@ class FusedTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT's looks for it in the last two places only; an adapter may be a module of modules.
-        for container in cls.tuner_layer_cls.adapter_layer_names:
+        for container in cls.tuner_layer_cls.adapter_layer_names + cls.tuner_layer_cls.state_names:
             layer, found, name = key.rpartition(f".{container}.{adapter_name}.")
             if found:
                 return f"{layer}.{container}.{name}"
@@ -340,9 +358,13 @@ class FusedTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            check_state_dict(model, cls.prefix, adapter_name, remapped)
+            states = check_state_dict(model, cls.prefix, adapter_name, remapped)
+            for layer, tensors in states:
+                layer.check_state(adapter_name, tensors)
         except ValueError:
             undo_injection(model, adapter_name)
             raise
+        for layer, tensors in states:
+            layer.fit_state(adapter_name, tensors)
         forget_checkpoint(model, config)
         return remapped

@@ -1,0 +1,53 @@
+"""What the state of any scheduled adapter has in common: it notices when no schedule ever sets it."""
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+
+# A training loop that has not called the schedule after this many forwards is not going to.
+FORWARDS_BEFORE_WARNING = 50
+
+
+class ScheduleState(nn.Module):
+    """State that a method sets from outside the forward pass. Subclasses define `unscheduled()`.
+
+    scheduled: whether a method has set it. group: name of the adapter; its layers are scheduled together.
+    """
+
+    def __init__(self, group: str = "default"):
+        super().__init__()
+        self.group = group
+        self.scheduled = False
+        self.forwards = 0
+
+    def unscheduled(self) -> str:
+        """What training does while no schedule sets this state, as a clause: "DyLoRA trains at the fixed rank 8"."""
+        raise NotImplementedError
+
+    def count_forward(self) -> None:
+        """Warns, once per model, when many training forwards have passed without a schedule."""
+        if torch.compiler.is_compiling() or self.scheduled:
+            return
+        self.forwards += 1
+        if self.forwards == FORWARDS_BEFORE_WARNING + 1:
+            _warn_unscheduled(self)
+
+
+_last_to_warn: weakref.ref | None = None
+
+
+def _warn_unscheduled(state: ScheduleState) -> None:
+    global _last_to_warn
+    # The layers of one model come here in one pass, during which the first of them does not run again.
+    first = _last_to_warn and _last_to_warn()
+    if first is not None and first.forwards == state.forwards:
+        return
+    _last_to_warn = weakref.ref(state)
+    warnings.warn(
+        f"{state.unscheduled()} for {FORWARDS_BEFORE_WARNING} training forwards because no schedule sets it. Add "
+        "peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=..., optimizer=...) "
+        "before each step.",
+        stacklevel=5,
+    )
