@@ -131,8 +131,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     """
 
     linear_op: str | None = None
-    # Of other_param_names, those that hold what a schedule keeps for a resumed run: tensors which a checkpoint may lack,
-    # or have in other shapes.
+    # Of other_param_names, those that hold what a schedule keeps for a resumed run: a checkpoint may lack these tensors,
+    # or have them in other shapes.
     state_names: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
