@@ -2,6 +2,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "autograd/bottleneck.h"
 #include "autograd/lowrank.h"
 #include "autograd/structured.h"
 #include "dropout.h"
@@ -85,6 +86,34 @@ py::object lowrank(const py::object& x, const py::object& weight, const py::obje
   return y.defined() ? py::cast(y) : py::none();
 }
 
+bool read_pair(const py::object& value, Control& first, Control& second) {
+  bool present;
+  if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
+    const auto pair = py::reinterpret_borrow<py::sequence>(value);
+    return pair.size() == 2 && read_index(pair[0], first, present) && read_index(pair[1], second, present);
+  }
+  return read_index(value, first, present) && read_index(value, second, present);
+}
+
+py::object bottleneck(const py::object& h, const py::object& down, const py::object& down_bias, const py::object& up,
+                      const py::object& up_bias, const py::object& activation, const py::object& residual,
+                      const py::object& scale, const py::object& expert, const std::optional<std::string>& backend) {
+  peft_fused::BottleneckArguments a;
+  const bool readable = read_tensor(h, a.h, true) && read_tensor(down, a.down, true) &&
+                        read_tensor(down_bias, a.down_bias, false) && read_tensor(up, a.up, true) &&
+                        read_tensor(up_bias, a.up_bias, false) && read_tensor(residual, a.residual, false) &&
+                        read_control(scale, a.scale) && read_pair(expert, a.expert_d, a.expert_u) &&
+                        PyUnicode_Check(activation.ptr());
+  if (!readable) return py::none();
+  a.activation = py::cast<std::string>(activation);
+  at::Tensor y;
+  {
+    py::gil_scoped_release release;
+    y = peft_fused::bottleneck(a, backend.value_or(""));
+  }
+  return y.defined() ? py::cast(y) : py::none();
+}
+
 at::Tensor structured(const std::string& structure, const std::string& method, const at::Tensor& x,
                       const at::Tensor& p, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& add,
                       int64_t n, int64_t length, const py::object& scale, int64_t threshold,
@@ -110,6 +139,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Autograd functions of peft_fused in C++.";
   m.def("lowrank", &lowrank,
         "The op of ops/lowrank.py, or None where Python has to decide: bad arguments, autocast, another backend.");
+  m.def("bottleneck", &bottleneck, "The op of ops/bottleneck.py, or None where Python has to decide.");
   m.def("structured", &structured, "A structured op of ops/structured/engine.py, whose arguments that has checked.");
   m.def("drop", [](const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
     py::gil_scoped_release release;

@@ -12,37 +12,68 @@ import importlib
 import importlib.util
 
 from . import layers, methods, ops
-from .methods import check_sync, decay_groups, evaluate_ranks, on_step, set_rank
+from .methods import (
+    adamix_loss,
+    check_sync,
+    consistency_loss,
+    decay_groups,
+    evaluate_ranks,
+    freezing_history,
+    on_step,
+    set_pass,
+    set_rank,
+    set_routing,
+)
 from .ops.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
 
 # Names that need PEFT or transformers, and where they are. PEFT's are imported below, so that the methods are known to
 # PEFT's loaders; the Trainer callback, which pulls in the whole Trainer, on first use.
-_LAZY = {"PeftFusedCallback": ".integrations.transformers"}
-_PEFT = ("DyLoraConfig", "SurmConfig", "accelerate", "export_lora", "restore")
+_LAZY = dict.fromkeys(("AdaMixTrainerMixin", "PeftFusedCallback"), ".integrations.transformers")
+_PEFT = (
+    "AdaMixConfig",
+    "AfLoraConfig",
+    "DyLoraConfig",
+    "RosaConfig",
+    "SurmConfig",
+    "accelerate",
+    "export_lora",
+    "merge_experts",
+    "restore",
+)
 
 if importlib.util.find_spec("peft") is not None:
-    from .integrations.peft import DyLoraConfig, SurmConfig, export_lora
+    from .integrations.peft import AdaMixConfig, AfLoraConfig, DyLoraConfig, SurmConfig, export_lora, merge_experts
     from .integrations.peft.accelerate import accelerate, restore
 
 __all__ = [
+    "AdaMixConfig",
+    "AdaMixTrainerMixin",
+    "AfLoraConfig",
     "DyLoraConfig",
     "PeftFusedCallback",
+    "RosaConfig",
     "SurmConfig",
     "accelerate",
+    "adamix_loss",
     "build_info",
     "check_sync",
+    "consistency_loss",
     "decay_groups",
     "evaluate_ranks",
     "explain",
     "export_lora",
+    "freezing_history",
     "layers",
+    "merge_experts",
     "methods",
     "on_step",
     "ops",
     "restore",
+    "set_pass",
     "set_rank",
+    "set_routing",
     "use_backend",
 ]
 

@@ -148,11 +148,13 @@ struct Adapter {
     }
   }
   Tensor mask(const Tensor& S) const { return kept.defined() ? S * kept : S; }
-  Tensor inner(const Tensor& S, const Device& d) const {
-    Tensor P = u.defined() ? S * u : S;
-    return d.scale.defined() ? P * d.scale : P;
+  // v . B
+  Tensor weighted() const { return v.defined() ? B * v.unsqueeze(1) : B; }
+  // v . B . u, by a scale of the device: the operand beside S forward and beside dY backward.
+  Tensor outer(const Device& d) const {
+    const Tensor Q = u.defined() ? weighted() * u : weighted();
+    return d.scale.defined() ? Q * d.scale : Q;
   }
-  Tensor outer() const { return v.defined() ? B * v.unsqueeze(1) : B; }
 };
 
 #ifdef PEFT_FUSED_CUDA
@@ -192,7 +194,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
   const int64_t m = x2.size(0), n = ad.B.size(0);
   const bool base_first = weight.defined() && uses_onednn(x2, weight.t());
   const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
-  const Tensor Q = ad.outer().t();
+  const Tensor Q = ad.outer(d).t();
   Tensor S;
   bool have_S = false;
 #ifdef PEFT_FUSED_CUDA
@@ -204,16 +206,15 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
   const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor part = have_S ? blocks.of(S, i) : product(blocks.load(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
+    Tensor P = have_S ? blocks.of(S, i) : product(blocks.load(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
     if (!have_S) {
-      part = ad.mask(part);
+      P = ad.mask(P);
       if (blocks.whole()) {
-        S = part;
+        S = P;
       } else {
-        blocks.of(S, i).copy_(part);
+        blocks.of(S, i).copy_(P);
       }
     }
-    const Tensor P = ad.inner(part, d);
     Tensor rows = blocks.of(y, i);
     const Tensor onto = base_first ? rows : blocks.of(add2, i);
     if (c.mixed) {
@@ -294,32 +295,27 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Adapter ad(A, B, u, v, c, d);
     const Tensor dy2 = rows_of(dy);
     const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0, width = ad.width;
-    const bool need_dS = need(kX) || need(kA) || need(kU), need_raw = need(kB) || need(kV);
+    const bool need_dS = need(kX) || need(kA), need_raw = need(kB) || need(kU) || need(kV);
     const Tensor S = saved[6];
 
-    // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dB, du, dA and dx.
+    // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dY^T S, dA and dx.
     const auto type = B.defined() ? B.scalar_type() : dy2.scalar_type();
     const bool blocked = c.mixed || c.threshold > 0;
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;
-    const Tensor outer = need_dS ? ad.outer() : Tensor();
+    const Tensor outer = need_dS ? ad.mask(ad.outer(d)) : Tensor();
     const bool base_first = need(kX) && weight.defined() && uses_onednn(dy2, weight);
     Tensor dx;
     if (need(kX)) dx = base_first ? onednn_linear(dy2, weight.t(), Tensor()) : at::empty({m, k}, dy2.options());
-    Tensor raw, du, dA;
+    Tensor raw, dA;
     const bool raw_transposed = m * n > kSmallProduct;
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Tensor dyi = blocks.of(dy2, i).to(type), Si = blocks.of(S, i);
       if (need_raw) {
-        const Tensor P = ad.inner(Si, d);
-        accumulate(raw, raw_transposed ? product(P.t(), dyi, c.scale) : product(dyi.t(), P, c.scale));
+        accumulate(raw, raw_transposed ? product(Si.t(), dyi, c.scale) : product(dyi.t(), Si, c.scale));
       }
       if (!need_dS) continue;
-      Tensor dS = product(dyi, outer, c.scale);
-      if (d.scale.defined()) dS.mul_(d.scale);
-      dS = ad.mask(dS);
-      if (need(kU)) accumulate(du, (dS * Si).sum(0));
-      if (ad.u.defined()) dS = dS * ad.u;
+      const Tensor dS = product(dyi, outer, c.scale);
       if (need(kA)) accumulate(dA, product(dS.t(), blocks.load(x2, i, type, c.threshold, d.seed), 1));
       if (need(kX)) {
         Tensor out_rows = blocks.of(dx, i);
@@ -332,12 +328,14 @@ struct LowRank : torch::autograd::Function<LowRank> {
         }
       }
     }
-    if (need(kU)) {
-      out[kU] = at::zeros_like(u);
-      out[kU].narrow(0, 0, width).copy_(du);
-    }
     if (need_raw) {
       if (raw_transposed) raw = raw.t();
+      if (d.scale.defined()) raw = raw * d.scale;
+      if (need(kU)) {
+        out[kU] = at::zeros_like(u);
+        out[kU].narrow(0, 0, width).copy_((ad.weighted() * raw).sum(0));
+      }
+      if (ad.u.defined()) raw = raw * ad.u;
       if (need(kV)) out[kV] = (ad.B * raw).sum(1);
       if (need(kB))
         out[kB] = place(v.defined() ? raw * v.unsqueeze(1) : raw, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);

@@ -10,7 +10,7 @@ optimizer, so that a loop has nothing more to call than `on_step`.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -22,13 +22,17 @@ from . import sync
 
 @dataclass(frozen=True)
 class Step:
-    """Where in the run a method is called: the arguments of `on_step`, the optimizer unwrapped."""
+    """Where in the run a method is called: the arguments of `on_step`, the optimizer unwrapped.
+
+    model: as it was given, wrappers and all; only in `before_step`.
+    """
 
     step: int
     micro: int = 0
     total_steps: int | None = None
     epoch: int | None = None
     optimizer: Optimizer | None = None
+    model: nn.Module | None = None
 
 
 class Method:
@@ -134,6 +138,6 @@ def on_step(
             hooks = _HOOKS[optimizer] = _Hooks(optimizer)
         hooks.announced[model] = (found, now)
     for name, members in found.items():
-        METHODS[name].before_step(members, now)
+        METHODS[name].before_step(members, replace(now, model=model))
     sync.check_first_steps(model, found)
     return sum(map(len, found.values()))

@@ -70,7 +70,7 @@ def compare(fn: Callable, reference: Callable, case: Case) -> list[Verdict]:
 
     Several upstream gradients are drawn and judged together: for a vector of r numbers one draw is a coin toss.
     """
-    x = case.tensors["x"]
+    x = case.input
     shape = (*x.shape[:-1], case.outputs)
     generator = torch.Generator().manual_seed(99)
     dys = [torch.randn(shape, generator=generator).to(x) for _ in range(DRAWS)]
@@ -81,10 +81,53 @@ def compare(fn: Callable, reference: Callable, case: Case) -> list[Verdict]:
     return judge(got, plain, truth, {n: x.dtype if n == "y" else case.tensors[n].dtype for n in truth[0]})
 
 
+@dataclass(frozen=True)
+class _WithoutDerivative(Case):
+    """A bottleneck whose output is right and whose gradient takes the activation for the identity."""
+
+    def call(self, fn: Callable) -> torch.Tensor:
+        inner, outer = dict(self.tensors), dict(self.tensors)
+        for name, tensor in self.tensors.items():
+            if tensor is not None:
+                (outer if name in ("h", "down", "down_bias") else inner)[name] = tensor.detach()
+        linear = fn(**inner, **{**self.options, "activation": "identity"})
+        return fn(**outer, **self.options) + (linear - linear.detach())
+
+
+# What a defect shows in, where that is not the output.
+SHOWS_IN = {"activation derivative missing": "h"}
+
+
+def _bottleneck_mutations(case: Case) -> dict[str, Case]:
+    tensors, options = case.tensors, case.options
+
+    def replaced(name: str, change: Callable) -> Case:
+        wrong = tensors[name].detach().clone()
+        change(wrong)
+        return replace(case, tensors=tensors | {name: wrong.requires_grad_(tensors[name].requires_grad)})
+
+    found = {"one unit dropped": replaced("up", lambda up: up[..., 0].zero_())}
+    for name in ("down_bias", "up_bias"):
+        if tensors[name] is not None:
+            found[f"{name} dropped"] = replaced(name, torch.Tensor.zero_)
+    if options.get("activation", "gelu") != "identity" and "h" in case.wrt:
+        found["activation derivative missing"] = _WithoutDerivative(**vars(case))
+    expert = options.get("expert")
+    pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
+    for position, name in enumerate(("down", "up")):
+        if tensors[name].dim() == 3 and len(tensors[name]) > 1:
+            wrong = (0 if pair[position] is None else pair[position]) + 1
+            chosen = (*pair[:position], wrong % len(tensors[name]), *pair[position + 1 :])
+            found[f"wrong expert of {name}"] = replace(case, options={**options, "expert": chosen})
+    return found
+
+
 def mutations(case: Case) -> dict[str, Case]:
-    """The same call with a typical defect: judged against the sound one, each must fail."""
+    """The same call with a typical defect: judged as the sound one, each must fail, in the output or `SHOWS_IN`."""
     found = {"scale x 1.02": replace(case, options={**case.options, "scale": case.options["scale"] * 1.02})}
-    if case.op in STRUCTURES:
+    if case.op == "bottleneck":
+        found |= _bottleneck_mutations(case)
+    elif case.op in STRUCTURES:
         name = STRUCTURES[case.op].names[0]
         wrong = case.tensors[name].detach().clone()
         wrong.view(-1)[0] = 0

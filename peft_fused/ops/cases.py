@@ -15,7 +15,10 @@ GRADIENTS = ("x", "weight", "bias", "A", "B", "u", "v", "add")
 
 @dataclass(frozen=True)
 class Case:
-    """One call `op(**tensors, **options)`, the features of its output, and the tensors whose gradients count."""
+    """One call `op(**tensors, **options)`, the features of its output, and the tensors whose gradients count.
+
+    The first tensor is the op's input, whose rows and type its output has.
+    """
 
     op: str
     name: str
@@ -23,6 +26,10 @@ class Case:
     tensors: dict[str, torch.Tensor | None]
     options: dict[str, object]
     wrt: tuple[str, ...] = field(default=())
+
+    @property
+    def input(self) -> torch.Tensor:
+        return next(iter(self.tensors.values()))
 
     def call(self, fn: Callable) -> torch.Tensor:
         return fn(**self.tensors, **self.options)
@@ -227,3 +234,71 @@ def structured_cases(
         yield make(31, 2, 3, 15, factor=True)
         yield make(31, 50, inputs=50, out_features=33)
         yield make(31, 50, inputs=33, out_features=50)
+
+
+def make_bottleneck(
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    data_seed: int = 0,
+    experts: tuple[int | None, int | None] = (None, None),
+    bias: bool = True,
+    residual: str = "zeros",
+    strided: bool = False,
+    wrt: tuple[str, ...] | None = None,
+    **options,
+) -> Case:
+    """A case of `bottleneck`.
+
+    experts: stack sizes of down and up, None for a plain weight. residual: "zeros" leaves the delta alone, "h" is h
+    itself, "other" a tensor of its own. strided: every second row of a larger h. wrt: default all tensors there are but
+    a residual of zeros.
+    """
+    normal = _Normal(torch.Generator().manual_seed(data_seed), device, dtype)
+    adapter_dtype = adapter_dtype or dtype
+    stack = lambda size, *shape: shape if size is None else (size, *shape)  # noqa: E731
+    parameter = lambda std, size, *shape: normal(*stack(size, *shape), std=std, kind=adapter_dtype)  # noqa: E731
+    down, up = experts
+    tensors = {"h": normal.x(m, k, strided)}
+    tensors |= {"down": parameter(k**-0.5, down, r, k), "down_bias": parameter(0.5, down, r) if bias else None}
+    tensors |= {"up": parameter(r**-0.5, up, n, r), "up_bias": parameter(0.5, up, n) if bias else None}
+    tensors["residual"] = {"h": None, "zeros": tensors["h"].new_zeros(m, n), "other": normal(m, n)}[residual]
+    tensors = {name: t if t is None else t.detach() for name, t in tensors.items()}
+    options = {"scale": 2.0, **options}
+    if wrt is None:
+        left_out = ("residual",) if residual == "zeros" else ()
+        wrt = tuple(name for name, t in tensors.items() if t is not None and name not in left_out)
+    for name in wrt:
+        tensors[name].requires_grad_()
+    more = "".join(
+        f", {text}"
+        for text, on in (
+            ("no bias", not bias), ("strided", strided), (f"residual {residual}", residual != "zeros"),
+            (f"stacks {down} and {up}", experts != (None, None)),
+        )
+        if on
+    )  # fmt: skip
+    return Case("bottleneck", _label(f"{m}x{k}x{n}, r={r}{more}", options), n, tensors, options, wrt)
+
+
+def bottleneck_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:
+    """The sizes and features every backend is held to: every activation, kind of index and residual, no multiples."""
+    make = lambda *sizes, **more: make_bottleneck(  # noqa: E731
+        *sizes, dtype=dtype, adapter_dtype=adapter_dtype, device=device, **more
+    )
+    index = lambda value: torch.tensor(value, device=device)  # noqa: E731
+    yield make(1, 40, 24, 4)
+    yield make(97, 96, 80, 8, activation="gelu_tanh")
+    yield make(97, 200, 72, 1, activation="relu", bias=False)
+    yield make(64, 72, 72, 16, activation="silu", residual="h", strided=True)
+    yield make(53, 88, 104, 33, activation="tanh", residual="other")
+    yield make(7, 80, 64, 6, activation="swish", experts=(3, None), expert=2)
+    yield make(97, 72, 56, 5, activation="identity", experts=(3, 4), expert=(index(1), index(3)))
+    yield make(96, 64, 64, 12, experts=(4, None), expert=index([2, 0]), residual="h")
+    yield make(105, 72, 56, 6, experts=(3, 2), expert=index([0, 1, 1, 0, 1]), scale=torch.tensor(1.5, device=device))
+    yield make(96, 56, 72, 6, experts=(3, 5), expert=(index([2, 0, 2]), index([1, 4, 4, 0, 1, 4])), bias=False)

@@ -52,3 +52,18 @@ def _structured_backward_flops(dy, x, p, q, kind, k, *rest, out_shape=None, **kw
     """Of structured_bwd, in the same way: a pass for dx and one for the vectors."""
     need_x, *need_vectors = rest[-1]
     return _structured(math.prod(dy[:-1]), kind, p, q, need_x + any(need_vectors))
+
+
+@register_flop_formula(torch.ops.peft_fused.bottleneck_fwd)
+def _bottleneck_forward_flops(h, down, down_bias, up, *rest, out_shape=None, **kwargs) -> int:
+    """Of bottleneck_fwd: its two products. Additions and the activation count nothing, as in the mode itself."""
+    return 2 * math.prod(h[:-1]) * down[-2] * (h[-1] + up[-2])
+
+
+@register_flop_formula(torch.ops.peft_fused.bottleneck_bwd)
+def _bottleneck_backward_flops(dy, h, down, up, z, experts_d, experts_u, r, *rest, out_shape=None, **kwargs) -> int:
+    """Of bottleneck_bwd, in the same way."""
+    need_h, need_down, need_down_bias, need_up, _ = rest[-1]
+    n, k = dy[-1], h[-1] if h is not None else down[-1] if down is not None else 0
+    passes = (need_h or need_down or need_down_bias) + need_up
+    return 2 * math.prod(dy[:-1]) * r * (n * passes + k * (need_h + need_down))

@@ -55,7 +55,9 @@ def _expert(factor, index):
 
 
 class _Adapter:
-    """The factors one call works with: experts chosen, rank applied, v folded into B and u into S.
+    """The factors one call works with: experts chosen, rank applied, u, v and scale folded into B.
+
+    All that is done to single elements is done to matrices of B's shape: none of it is a pass over the rows of x.
 
     Backward may come without A, where no gradient reads it.
     """
@@ -79,14 +81,14 @@ class _Adapter:
     def scaled(self, S, by):
         return S if isinstance(by, float) and by == 1.0 else S * by
 
-    def inner(self, S):
-        """scale * u . S, the small operand of the product with B."""
-        S = self.scaled(S, self.c.scale)
-        return S if self.u is None else S * self.u
-
-    def outer(self):
+    def weighted(self):
         """v . B."""
         return self.B if self.v is None else self.B * self.v.unsqueeze(1)
+
+    def outer(self):
+        """scale * v . B . u, the operand beside S forward and beside dY backward."""
+        outer = self.scaled(self.weighted(), self.c.scale)
+        return outer if self.u is None else outer * self.u
 
 
 def _blocks(rows: int, columns: int, device: torch.device):
@@ -142,7 +144,7 @@ def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     else:
         kept.copy_(ad.mask(product(x2, ad.A.t())))
 
-    P, Q = ad.inner(kept), ad.outer().t()
+    P, Q = kept, ad.outer().t()
     y = _base(x2, weight, bias) if weight is not None else None
     onto = y
     if y is None and weight is None:
@@ -190,25 +192,24 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
     mixed = B.dtype != dy.dtype
     if S is not None:
         S = S[:, :b]
-    need_dS = need_x or need_A or need_u
+    need_dS = need_x or need_A
 
     dS = dy2.new_empty(M, b, dtype=B.dtype) if need_dS else None
-    raw = dy2.new_zeros(b, N, dtype=B.dtype) if need_B or need_v else None
-    inner = ad.inner(S) if raw is not None else None
-    outer = ad.outer() if need_dS else None
+    raw = dy2.new_zeros(b, N, dtype=B.dtype) if need_B or need_u or need_v else None
+    outer = ad.mask(ad.outer()) if need_dS else None
     for i, j in _blocks(M, N, dy.device) if mixed else [(0, M)]:
         block = dy2[i:j].to(B.dtype)
         if need_dS:
             dS[i:j] = product(block, outer)
         if raw is not None:
-            raw += product(inner[i:j].t(), block)
-    if need_dS:
-        dS = ad.mask(ad.scaled(dS, c.scale))
+            raw += product(S[i:j].t(), block)
+    if raw is not None:
+        raw = ad.scaled(raw, c.scale)
     if need_u:
         du = u.new_zeros(u.shape)
-        du[:b] = (dS * S).sum(0)
-    if need_dS and u is not None:
-        dS = dS * ad.u
+        du[:b] = (ad.weighted().t() * raw).sum(1)
+    if raw is not None and u is not None:
+        raw = raw * ad.u.unsqueeze(1)
     if need_v:
         dv = (ad.B.t() * raw).sum(0)
     if need_B:

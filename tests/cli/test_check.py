@@ -7,7 +7,8 @@ import torch
 
 from peft_fused.cli import check
 from peft_fused.ops import dispatch, lowrank_linear, native, structured
-from peft_fused.ops.cases import make_case, make_structured
+from peft_fused.ops.bottleneck import ACTIVATIONS
+from peft_fused.ops.cases import make_bottleneck, make_case, make_structured
 from peft_fused.ops.structured.engine import STRUCTURES
 
 
@@ -17,6 +18,9 @@ def few_cases(op, dtype, adapter_dtype, device):
         sizes = {"toeplitz": (12, 9), "kronecker": (3, 2, 4, 5), "ldr": (2, 12)}.get(op, (12,))
         yield make_structured(op, 67, *sizes, **make)
         yield make_structured(op, 53, *sizes, dropout_p=0.3, seed=5, add=True, **make)
+    elif op == "bottleneck":
+        yield make_bottleneck(67, 96, 80, 8, **make)
+        yield make_bottleneck(54, 40, 40, 6, experts=(3, 3), expert=torch.tensor([2, 0]), residual="h", **make)
     else:
         yield make_case(op, 67, 96, 80, 8, base=False, **make)
         yield make_case(op, 53, 40, 24, 6, uv=True, rank=4, base=False, **make)
@@ -50,8 +54,13 @@ def test_every_combination_is_listed_and_what_ran_is_right(cli, small):
     assert {row["path"] for row in found["ok"]} >= {"reference", "torch, Python node"}
     for row in found["ok"]:
         assert row["cases"] == 2 and row["worst"]["ratio"] <= 1
-        defect = "one entry zeroed" if row["op"] in STRUCTURES else "one rank dropped"
-        assert row["controls"] == {"scale x 1.02": True, defect: True}
+        defects = {"scale x 1.02", "one entry zeroed" if row["op"] in STRUCTURES else "one rank dropped"}
+        if row["op"] == "bottleneck":
+            defects = {
+                "scale x 1.02", "one unit dropped", "down_bias dropped", "up_bias dropped",
+                "activation derivative missing", "wrong expert of down", "wrong expert of up",
+            }  # fmt: skip
+        assert row["controls"] == dict.fromkeys(defects, True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -61,7 +70,7 @@ def test_what_cannot_run_says_why_and_is_not_counted_as_right(cli, small):
     for row in found:
         assert row["reasons"] and row["cases"] == 0 and row["worst"] is None and row["controls"] is None
     text = cli("check").stdout
-    assert "CUDA kernels need a CUDA device" in text and "cannot run here and are not checked" in text
+    assert "CUDA kernels need a CUDA" in text and "cannot run here and are not checked" in text
 
 
 def test_without_the_extension_its_node_cannot_run(cli, small, monkeypatch):
@@ -157,6 +166,19 @@ def test_the_full_set_reaches_every_base_product():
     sizes = [case.tensors["x"].numel() * case.tensors["B"].shape[-2] for case in cases]
     assert min(sizes) < dispatch.ONEDNN_LEAST < max(sizes)
     assert any(case.tensors["weight"].any() for case in cases), "a zero base weight hides a wrong base product"
+
+
+def test_the_bottleneck_cases_reach_every_option():
+    entry = check.OPS["bottleneck"]
+    cases = list(entry.cases("bottleneck", torch.float32, torch.float32, "cpu"))
+    assert len({case.name for case in cases}) == len(cases), "a verdict names its case"
+    assert {case.options.get("activation", "gelu") for case in cases} == set(ACTIVATIONS)
+    assert {entry.problem(case).groups for case in cases} == {1, 2, 5, 6}
+    assert {case.tensors["residual"] is None for case in cases} == {True, False}
+    assert any(case.tensors["down_bias"] is None for case in cases)
+    assert any(not case.tensors["h"].is_contiguous() for case in cases)
+    for case in cases:
+        assert case.call(entry.reference).shape == (case.input.shape[0], case.outputs)
 
 
 @pytest.mark.parametrize("op", STRUCTURES)

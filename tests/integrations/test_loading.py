@@ -163,7 +163,7 @@ def test_export_arguments_are_checked(tmp_path):
         export_lora(model, tmp_path, rank=5)
     with pytest.raises(ValueError, match="adapter_name must be one of"):
         export_lora(model, tmp_path, adapter_name="other")
-    with pytest.raises(ValueError, match="no DyLoRA adapter"):
+    with pytest.raises(ValueError, match="no peft_fused adapter"):
         export_lora(llama(), tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -1,9 +1,26 @@
 """Our methods as PEFT tuners. Importing this makes them known to PEFT's loaders."""
 
 from ...ops import flops as flops  # PEFT has imported Triton by now, if it is there
+from .adamix import AdaMixConfig, AdaMixModel, merge_experts
+from .aflora import AfLoraConfig, AfLoraModel
 from .dylora import DyLoraConfig, DyLoraModel
 from .export import export_lora
+from .rosa import RosaConfig, RosaModel
 from .surm import SurmConfig, SurmModel
 from .tuner import FusedPeftType
 
-__all__ = ["DyLoraConfig", "DyLoraModel", "FusedPeftType", "SurmConfig", "SurmModel", "export_lora"]
+__all__ = [
+    "AdaMixConfig",
+    "AdaMixModel",
+    "AfLoraConfig",
+    "AfLoraModel",
+    "DyLoraConfig",
+    "DyLoraModel",
+    "FusedPeftType",
+    "RosaConfig",
+    "RosaModel",
+    "SurmConfig",
+    "SurmModel",
+    "export_lora",
+    "merge_experts",
+]

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 
 from ...layers.checks import check_rank
 from ...layers.surm_adapter import NO_DELTA
+from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
+from .aflora import AfLoraConfig, AfLoraLinear
 from .config import FusedConfig
 from .dylora import DyLoraConfig, DyLoraLinear
 from .loading import WRAPPER
@@ -38,6 +40,10 @@ def export_lora(
     Those matrices are of full rank as a rule, so that the rank, which must be given, decides on the error; a layer
     whose smaller size is less than rank gets that one and is exact. Returns the largest relative error of a layer,
     ||delta - B A|| / ||delta|| in the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
+
+    AFLoRA: equal to the adapter, at its own rank; A and B take in the vectors. Sharded parameters as for DyLoRA.
+
+    AdaMix, kind "lora": the average of its experts, which is what it evaluates with. Sharded parameters as for DyLoRA.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,7 +53,7 @@ def export_lora(
         raise TypeError(f"adapter_name must be a str or None, got {type(adapter_name).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}
     if not layers:
-        raise ValueError("export_lora: the model has no DyLoRA adapter and no SURM adapter")
+        raise ValueError("export_lora: the model has adapter of ours")
     if adapter_name is None:
         active = next(iter(layers.values())).active_adapters
         if len(active) != 1:
@@ -56,7 +62,7 @@ def export_lora(
     config = model.peft_config.get(adapter_name)
     if type(config) not in _EXPORTS:
         raise ValueError(f"adapter_name must be one of {sorted(model.peft_config)}, got {adapter_name!r}")
-    containers = {name for layer in layers.values() for name in layer.adapter_layer_names}
+    containers = {name for layer in layers.values() for name in layer.adapter_layer_names + layer.state_names}
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters_here()}
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
         factors, lora_config, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
@@ -104,8 +110,7 @@ def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name:
 @torch.no_grad()
 def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, rank: int | None):
     """(factors by key, LoRA configuration, largest relative error) of a SURM adapter's best approximation of a rank."""
-    if config.kind != "lora":
-        raise ValueError(f"adapter {adapter_name!r} is of kind {config.kind!r}, which LoRA cannot express: {NO_DELTA}")
+    _check_additive(config, adapter_name)
     most = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
     if rank is None:
         raise ValueError(f"rank must be given for a SURM adapter, 1..{max(most.values())}")
@@ -129,7 +134,49 @@ def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, 
     return factors, lora_config, max(errors)
 
 
-_EXPORTS = {DyLoraConfig: _dylora, SurmConfig: _surm}
+def _adamix(config: AdaMixConfig, layers: dict[str, AdaMixLinear], adapter_name: str, rank: int | None):
+    """(factors by key, LoRA configuration, None) of the average of an AdaMix adapter's experts."""
+    _check_additive(config, adapter_name)
+    if rank is not None:
+        raise ValueError(f"rank must be None for an AdaMix adapter, which is exported whole, got {rank!r}")
+    if all(config.policy().stacks):
+        warn_of_products(adapter_name)
+    factors = {}
+    for name, layer in layers.items():
+        block = layer.adamix_block[adapter_name]
+        factors[f"{name}.lora_A.weight"] = _whole(block.down.averaged()[0])
+        factors[f"{name}.lora_B.weight"] = _whole(block.up.averaged()[0])
+    options = dict(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.adamix_dropout)
+    return factors, _lora_config(config, layers, **options), None
+
+
+def _check_additive(config: FusedConfig, adapter_name: str) -> None:
+    if config.kind != "lora":
+        raise ValueError(f"adapter {adapter_name!r} is of kind {config.kind!r}, which LoRA cannot express: {NO_DELTA}")
+
+
+def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraLinear], adapter_name: str, rank: int | None):
+    """(factors by key, LoRA configuration, None) of an AFLoRA adapter."""
+    if rank is not None:
+        raise ValueError(f"rank must be None for an AFLoRA adapter, which is exported whole, got {rank!r}")
+    factors, ranks, alphas = {}, {}, {}
+    for name, layer in layers.items():
+        vectors = layer.aflora_vectors[adapter_name]
+        A, B = _whole(layer.aflora_A[adapter_name].weight), _whole(layer.aflora_B[adapter_name].weight)
+        d, b = _whole(vectors.d), _whole(vectors.b)
+        factors |= {f"{name}.lora_A.weight": d.unsqueeze(1) * A, f"{name}.lora_B.weight": b.unsqueeze(1) * B}
+        key, r = name.removeprefix(WRAPPER), len(d)
+        ranks[key], alphas[key] = r, vectors.scale * r
+    alpha = config.r if config.lora_alpha is None else config.lora_alpha
+    lora_config = _lora_config(
+        config, layers, r=config.r, lora_alpha=alpha, lora_dropout=config.lora_dropout,
+        rank_pattern={key: r for key, r in ranks.items() if r != config.r},
+        alpha_pattern={key: each for key, each in alphas.items() if each != alpha},
+    )  # fmt: skip
+    return factors, lora_config, None
+
+
+_EXPORTS = {AdaMixConfig: _adamix, AfLoraConfig: _aflora, DyLoraConfig: _dylora, SurmConfig: _surm}
 
 
 def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], **options) -> LoraConfig:

@@ -8,21 +8,12 @@ import torch
 from ...layers.checks import check_alpha, check_dropout
 from ...layers.structured import StructuredDelta
 from ...layers.structured_maps import MapSpec
-from ...layers.surm_adapter import NO_DELTA, SurmAdapter, make_activation
+from ...layers.surm_adapter import SurmAdapter, make_activation
 from ...ops.structured import StructuredProblem
 from .config import FusedConfig
 from .loading import awaits_checkpoint
+from .positions import default_targets
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
-
-_BERT, _LLAMA = ["output.dense"], ["o_proj", "down_proj"]
-# Where the adapter kind goes by default: outputs of the attention and of the feed-forward block, by model type.
-ADAPTER_TARGETS = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "deberta", "deberta-v2"), _BERT),
-    "vit": [*_BERT, "o_proj", "mlp.fc2"],  # before and after transformers renamed them
-    "distilbert": ["out_lin", "lin2"],
-    "gpt2": ["c_proj"],
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
-}
 
 
 @dataclass
@@ -123,7 +114,6 @@ class SurmLinear(FusedLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def on_output(self, name: str) -> bool:
-        """Whether an adapter is of the kind that reads the layer's output rather than its input."""
         return isinstance(self.surm_block[name], SurmAdapter)
 
     def factor(self, name: str) -> torch.Tensor:
@@ -131,9 +121,6 @@ class SurmLinear(FusedLayer):
 
     def is_untouched(self, name: str) -> bool:
         return name not in self.surm_block or self.surm_block[name].is_zero()
-
-    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        return super()._add(name, result if self.on_output(name) else x, result)
 
     def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         block = self.surm_block[name]
@@ -150,12 +137,7 @@ class SurmLinear(FusedLayer):
         return block.problem(x[..., :1].expand(*x.shape[:-1], block.map.in_features))
 
     def dense_delta(self, name: str) -> torch.Tensor:
-        if self.on_output(name):
-            raise ValueError(f"adapter {name!r} is of kind 'adapter' and cannot be merged: {NO_DELTA}")
         return self.surm_block[name].delta()
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return adapter_name not in self.surm_block or not self.on_output(adapter_name)
 
 
 class SurmModel(FusedTuner):
@@ -178,31 +160,10 @@ class SurmModel(FusedTuner):
         )
 
     def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:
-        if peft_config.kind != "adapter" or peft_config.target_modules is not None:
-            return super()._prepare_adapter_config(peft_config, model_config)
-        model_type = model_config.get("model_type")
-        if model_type not in ADAPTER_TARGETS:
-            known = ", ".join(sorted(ADAPTER_TARGETS))
-            raise ValueError(
-                f"target_modules must be given for kind='adapter' on a model of type {model_type!r}; known are {known}"
-            )
-        peft_config.target_modules = set(ADAPTER_TARGETS[model_type])
-        return peft_config
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_additive(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        if merge:
-            self._check_additive(adapter_names)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-
-    def _check_additive(self, adapter_names: list[str] | None) -> None:
-        """ValueError, before any layer is merged, if an adapter to merge is of the other kind."""
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            if name in self.peft_config and self.peft_config[name].kind == "adapter":
-                raise ValueError(f"adapter {name!r} is of kind 'adapter' and cannot be merged: {NO_DELTA}")
+        if peft_config.kind == "adapter" and peft_config.target_modules is None:
+            peft_config.target_modules = default_targets("houlsby", model_config.get("model_type"))
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
 
 register(FusedPeftType.SURM, SurmConfig, SurmModel)

@@ -65,6 +65,11 @@ def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> Non
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
 
 
+NOT_ADDITIVE = (
+    "is of kind 'adapter' and cannot be merged: its non-linear block on the layer's output is no change of the weight"
+)
+
+
 def check_target(module: nn.Module, key: str) -> None:
     """TypeError if a module cannot carry one of our adapters."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -131,8 +136,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     """
 
     linear_op: str | None = None
-    # Of other_param_names, those that hold what a schedule keeps for a resumed run: a checkpoint may lack these tensors,
-    # or have them in other shapes.
+    # Of other_param_names, those that hold what a schedule keeps for a resumed run: tensors that a checkpoint may lack,
+    # or have in other shapes.
     state_names: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
@@ -147,12 +152,18 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         )
         base = self.get_base_layer()
         self.transposed = isinstance(base, Conv1D)
-        if self.transposed:
-            self.in_features, self.out_features = base.weight.shape
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = self.sizes(base)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **options)
+
+    @staticmethod
+    def sizes(base: nn.Module) -> tuple[int, int]:
+        """(input, output) features of a base layer."""
+        return tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+    def on_output(self, adapter_name: str) -> bool:
+        """Whether an adapter works on the layer's output: not linear in the weight, it cannot be merged."""
+        return False
 
     def adapters_here(self) -> nn.ModuleDict:
         """The first container, whose keys are the names of the adapters that this layer has."""
@@ -194,6 +205,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         return factor == dtype or (factor == torch.float32 and dtype.itemsize == 2)
 
     def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        x = result if self.on_output(name) else x
         autocast = torch.is_autocast_enabled(x.device.type)
         if (autocast or x.dtype == result.dtype) and self._mixes(name, result.dtype):
             return self.add_delta(name, x, result)
@@ -212,6 +224,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
         if not names:
             return
+        for name in names:
+            self._check_additive(name)
         with torch.no_grad():
             weight = self.get_base_weight()
             with torch.autocast(weight.device.type, enabled=False):
@@ -245,14 +259,19 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         self._unmerged = None
         self.merged_adapters = []
 
+    def _check_additive(self, name: str) -> None:
+        if self.on_output(name):
+            raise ValueError(f"adapter {name!r} {NOT_ADDITIVE}")
+
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The adapter's change of the base weight, in the layout of that weight, fp32."""
+        """The adapter's change of the base weight, in the layout of that weight, fp32. ValueError if it has none."""
+        self._check_additive(adapter)
         delta = self.dense_delta(adapter)
         return delta.t() if self.transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return adapter_name not in self.adapters_here() or not self.on_output(adapter_name)
 
     def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
         """ValueError, naming it, if a tensor of a checkpoint is none that this adapter's state could hold.
@@ -307,6 +326,26 @@ class FusedTuner(BaseTuner):
         loading = awaits_checkpoint(config) or config.inference_mode
         self.before_load = (adapter_name, before) if loading else None
 
+    def layer_cls_for(self, base: nn.Module, config, key: str) -> type:
+        """The class that adapts a target. TypeError if none does."""
+        check_target(base, key)
+        return self.tuner_layer_cls
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_additive(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._check_additive(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_additive(self, adapter_names: list[str] | None) -> None:
+        """ValueError, before any layer is merged, if an adapter to merge is of a kind that no weight can express."""
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if getattr(self.peft_config.get(name), "kind", None) == "adapter":
+                raise ValueError(f"adapter {name!r} {NOT_ADDITIVE}")
+
     def layer_options(self, config, key: str) -> dict:
         """Arguments of the layer's `update_layer` for the module named key."""
         raise NotImplementedError
@@ -323,13 +362,16 @@ class FusedTuner(BaseTuner):
     ):
         options = self.layer_options(peft_config, current_key)
         wrapped = isinstance(target, self.tuner_layer_cls)
+        layer_cls = self.tuner_layer_cls
         if not wrapped:
-            check_target(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, current_key)
+            layer_cls = self.layer_cls_for(
+                target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, peft_config, current_key
+            )
         try:
             if wrapped:
                 target.update_layer(adapter_name, **options)
                 return
-            layer = self.tuner_layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+            layer = layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
         except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
             raise ValueError(f"target module {current_key!r}: {error}") from error
         if adapter_name not in self.active_adapters:

@@ -1,0 +1,315 @@
+// The bottleneck op as one autograd node. The composition is the one ops/bottleneck_torch.py explains; here it is made of
+// ATen calls without Python between them, and a block of rows passes both products before the next one.
+#include "bottleneck.h"
+
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+namespace peft_fused {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Below this size the two layouts of dU's product cost the same and the direct one saves a transposition.
+constexpr int64_t kSmallProduct = 1 << 16;
+
+enum class Activation { gelu, gelu_tanh, relu, silu, tanh, identity };
+
+std::optional<Activation> activation_of(const std::string& name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "relu") return Activation::relu;
+  if (name == "silu" || name == "swish") return Activation::silu;
+  if (name == "tanh") return Activation::tanh;
+  if (name == "identity") return Activation::identity;
+  return std::nullopt;
+}
+
+Tensor activate(Activation activation, const Tensor& z) {
+  switch (activation) {
+    case Activation::gelu: return at::gelu(z);
+    case Activation::gelu_tanh: return at::gelu(z, "tanh");
+    case Activation::relu: return at::relu(z);
+    case Activation::silu: return at::silu(z);
+    case Activation::tanh: return at::tanh(z);
+    case Activation::identity: return z;
+  }
+  return Tensor();
+}
+
+// dz from da and z, which the identity does not read.
+Tensor derive(Activation activation, const Tensor& da, const Tensor& z) {
+  switch (activation) {
+    case Activation::gelu: return at::gelu_backward(da, z);
+    case Activation::gelu_tanh: return at::gelu_backward(da, z, "tanh");
+    case Activation::relu: return at::threshold_backward(da, z, 0);
+    case Activation::silu: return at::silu_backward(da, z);
+    case Activation::tanh: return at::tanh_backward(da, at::tanh(z));
+    case Activation::identity: return da;
+  }
+  return Tensor();
+}
+
+// ------------------------------------------------------------------------------------------------ which calls to take
+
+// Everything backward needs that is no tensor to be differentiated.
+enum Input { kH, kDown, kDownBias, kUp, kUpBias, kResidual, kInputs };
+struct Call : torch::CustomClassHolder {
+  Activation activation;
+  double scale;
+  std::vector<int64_t> expert_d, expert_u;  // one, or one per group of rows
+  int64_t stack_d, stack_u, r, k;           // experts in a stack (0: none), units, features of h
+  at::ScalarType type;                      // of the parameters
+  bool residual_is_h;
+  // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
+  int edge[kInputs];
+};
+
+// The indices of one side; false where they are not what the op takes.
+bool read_experts(const Control& control, const Tensor& weight, int64_t rows, std::vector<int64_t>& experts) {
+  const Tensor& t = control.tensor;
+  if (!t.defined()) {
+    experts = {static_cast<int64_t>(control.number)};
+  } else {
+    if (t.dim() > 1 || !plain(t) || !t.is_cpu() || !c10::isIntegralType(t.scalar_type(), /*includeBool=*/false))
+      return false;
+    if (t.numel() < 1 || rows % t.numel() != 0) return false;
+    const Tensor flat = t.reshape({-1}).to(at::kLong).contiguous();
+    experts.assign(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+  }
+  if (weight.dim() == 2) {
+    experts = {0};
+    return true;
+  }
+  for (const int64_t expert : experts)
+    if (expert < 0 || expert >= weight.size(0)) return false;
+  return true;
+}
+
+bool fits(const Tensor& t, at::ScalarType type, at::IntArrayRef shape) {
+  return plain(t) && t.is_cpu() && t.scalar_type() == type && t.sizes() == shape;
+}
+
+bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
+  const Tensor &h = a.h, &down = a.down, &up = a.up;
+  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them for
+  // the user's operations; the registered op is one piece.
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
+  if (!backend.empty() && backend != "torch") return false;
+  if (!plain(h) || !h.is_cpu() || h.dim() < 1) return false;
+  if ((down.dim() != 2 && down.dim() != 3) || (up.dim() != 2 && up.dim() != 3)) return false;
+  const auto type = h.scalar_type(), adapter = down.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
+  if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
+  if (at::autocast::is_autocast_enabled(at::kCPU)) return false;
+
+  const int64_t k = h.size(-1), r = down.size(-2), n = up.size(-2);
+  if (r < 1 || r > kMaxRank || down.size(-1) != k || up.size(-1) != r) return false;
+  if (!fits(down, adapter, down.sizes()) || !fits(up, adapter, up.sizes())) return false;
+  if (a.down_bias.defined() && !fits(a.down_bias, adapter, down.sizes().slice(0, down.dim() - 1))) return false;
+  if (a.up_bias.defined() && !fits(a.up_bias, adapter, up.sizes().slice(0, up.dim() - 1))) return false;
+  if (a.residual.defined()) {
+    auto shape = h.sizes().vec();
+    shape.back() = n;
+    if (!fits(a.residual, type, shape)) return false;
+  } else if (n != k) {
+    return false;
+  }
+
+  const auto activation = activation_of(a.activation);
+  if (!activation) return false;
+  const Tensor& scale = a.scale.tensor;
+  if (scale.defined() && (scale.dim() != 0 || !plain(scale) || !scale.is_cpu() || scale.requires_grad() ||
+                          !c10::isFloatingType(scale.scalar_type())))
+    return false;
+  c.scale = scale.defined() ? scale.item().toDouble() : a.scale.number;
+  const int64_t rows = c10::multiply_integers(h.sizes().slice(0, h.dim() - 1));
+  if (!std::isfinite(c.scale) || !read_experts(a.expert_d, down, rows, c.expert_d) ||
+      !read_experts(a.expert_u, up, rows, c.expert_u))
+    return false;
+  c.activation = *activation;
+  c.stack_d = down.dim() == 3 ? down.size(0) : 0;
+  c.stack_u = up.dim() == 3 ? up.size(0) : 0;
+  c.r = r;
+  c.k = k;
+  c.type = adapter;
+  c.residual_is_h = !a.residual.defined();
+  const Tensor* inputs[kInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
+  int edges = 0;
+  for (int i = 0; i < kInputs; ++i) c.edge[i] = inputs[i]->defined() ? edges++ : -1;
+  return true;
+}
+
+// ------------------------------------------------------------------------------------------------------------ pieces
+
+// Rows that are worked on at a time: of one pair of experts, and in blocks where they are converted.
+struct Piece {
+  int64_t first, count, down, up;
+  Tensor of(const Tensor& t) const { return t.defined() && count != t.size(0) ? t.narrow(0, first, count) : t; }
+};
+
+std::vector<Piece> pieces_of(const Call& c, int64_t rows, int64_t columns, bool blocked) {
+  const int64_t down = static_cast<int64_t>(c.expert_d.size()), up = static_cast<int64_t>(c.expert_u.size());
+  const int64_t groups = std::lcm(down, up), size = rows / groups;
+  std::vector<Piece> spans;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t d = c.expert_d[g * down / groups], u = c.expert_u[g * up / groups];
+    if (!spans.empty() && spans.back().down == d && spans.back().up == u) {
+      spans.back().count += size;
+    } else {
+      spans.push_back({g * size, size, d, u});
+    }
+  }
+  if (!blocked) return spans;
+  const int64_t step = std::max<int64_t>(1, Blocks::kElementsCpu / std::max<int64_t>(1, columns));
+  std::vector<Piece> blocks;
+  for (const Piece& span : spans)
+    for (int64_t i = 0; i < std::max<int64_t>(1, span.count); i += step)
+      blocks.push_back({span.first + i, std::min(step, span.count - i), span.down, span.up});
+  return blocks;
+}
+
+Tensor expert_of(const Tensor& parameter, int64_t stack, int64_t index) {
+  return parameter.defined() && stack > 0 ? parameter.select(0, index) : parameter;
+}
+
+// The gradient of a parameter or of a stack of them, added up over the pieces in their order.
+struct Sum {
+  int64_t stack;
+  Tensor total;
+
+  void add(int64_t index, const Tensor& part) {
+    if (stack == 0) return accumulate(total, part);
+    if (!total.defined()) {
+      auto shape = part.sizes().vec();
+      shape.insert(shape.begin(), stack);
+      // Several pieces may meet in one expert: they are added up in fp32 at least and rounded once.
+      total = at::zeros(shape, part.options().dtype(at::promote_types(part.scalar_type(), at::kFloat)));
+    }
+    total.select(0, index).add_(part);
+  }
+};
+
+// -------------------------------------------------------------------------------------------------------------- node
+
+struct Bottleneck : torch::autograd::Function<Bottleneck> {
+  using Optional = std::optional<Tensor>;
+
+  static Tensor forward(AutogradContext* ctx, const Tensor& h, const Tensor& down, const Optional& down_bias_,
+                        const Tensor& up, const Optional& up_bias_, const Optional& residual_,
+                        const c10::intrusive_ptr<Call>& call) {
+    const BelowAutograd guard;
+    const Call& c = *call;
+    const Tensor down_bias = down_bias_.value_or(Tensor()), up_bias = up_bias_.value_or(Tensor());
+    const Tensor h2 = rows_of(h), start = residual_ ? rows_of(*residual_) : h2;
+    const int64_t m = h2.size(0), n = up.size(-2);
+    const bool mixed = c.type != h.scalar_type();
+    const auto pieces = pieces_of(c, m, std::max(c.k, n), mixed);
+    const Tensor y = at::empty({m, n}, h2.options());
+    Tensor z;
+    if (pieces.size() > 1) z = at::empty({m, c.r}, down.options());
+    for (const Piece& piece : pieces) {
+      const Tensor D = expert_of(down, c.stack_d, piece.down), b = expert_of(down_bias, c.stack_d, piece.down);
+      const Tensor rows = piece.of(h2).to(c.type);
+      const Tensor part = b.defined() ? at::addmm(b, rows, D.t()) : product(rows, D.t(), 1);
+      pieces.size() > 1 ? piece.of(z).copy_(part) : z = part;
+      const Tensor a = activate(c.activation, part);
+
+      const Tensor U = expert_of(up, c.stack_u, piece.up), bias = expert_of(up_bias, c.stack_u, piece.up);
+      Tensor out = piece.of(y);
+      if (mixed) {
+        Tensor delta = product(a, U.t(), c.scale);
+        if (bias.defined()) delta.add_(bias, c.scale);
+        out.copy_(delta.add_(piece.of(start)));
+        continue;
+      }
+      bias.defined() ? at::add_out(out, piece.of(start), bias, c.scale) : out.copy_(piece.of(start));
+      out.addmm_(a, U.t(), 1, c.scale);
+    }
+    const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
+    const auto keep = [](bool keeps, const Tensor& t) { return keeps ? t : Tensor(); };
+    const bool needs_dz = needs(h) || needs(down) || needs(down_bias);
+    const bool keeps_z = needs(up) || (needs_dz && c.activation != Activation::identity);
+    ctx->save_for_backward({keep(needs(down), h), keep(needs(h), down), keep(needs_dz, up), keep(keeps_z, z)});
+    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    return unflatten(y, h);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    // One gradient per argument of forward; what is no tensor, or absent, gets none.
+    variable_list out(kInputs + 1);
+    const Tensor& dy = grads[0];
+    if (!dy.defined()) return out;
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "peft_fused: the bottleneck op has no second derivative; use_backend('reference') has one");
+    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Call& c = *call;
+    const auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+    const BelowAutograd guard;
+    const Tensor &h = saved[0], &down = saved[1], &up = saved[2], &z = saved[3];
+    const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
+    const bool need_dz = need(kH) || need(kDown) || need(kDownBias);
+    if (need(kResidual)) out[kResidual] = dy;
+    if (!need_dz && !need(kUp) && !need(kUpBias)) return out;
+
+    const Tensor dy2 = rows_of(dy), h2 = need(kDown) ? rows_of(h) : Tensor();
+    const int64_t m = dy2.size(0), n = dy2.size(1);
+    const bool mixed = c.type != dy.scalar_type(), transposed = m * n > kSmallProduct;
+    Tensor dh;
+    if (need(kH)) dh = at::empty({m, c.k}, dy2.options());
+    Sum d_down{c.stack_d, {}}, d_down_bias{c.stack_d, {}}, d_up{c.stack_u, {}}, d_up_bias{c.stack_u, {}};
+    for (const Piece& piece : pieces_of(c, m, std::max(c.k, n), mixed)) {
+      const Tensor rows = piece.of(dy2).to(c.type), zi = piece.of(z);
+      if (need(kUp)) {
+        const Tensor a = activate(c.activation, zi);
+        d_up.add(piece.up, transposed ? product(a.t(), rows, c.scale) : product(rows.t(), a, c.scale));
+      }
+      if (need(kUpBias)) d_up_bias.add(piece.up, c.scale == 1 ? rows.sum(0) : rows.sum(0) * c.scale);
+      if (!need_dz) continue;
+      const Tensor dz = derive(c.activation, product(rows, expert_of(up, c.stack_u, piece.up), c.scale), zi);
+      if (need(kDownBias)) d_down_bias.add(piece.down, dz.sum(0));
+      if (need(kDown)) d_down.add(piece.down, product(dz.t(), piece.of(h2).to(c.type), 1));
+      if (need(kH)) {
+        const Tensor D = expert_of(down, c.stack_d, piece.down);
+        Tensor out_rows = piece.of(dh);
+        if (c.residual_is_h && !mixed) {
+          at::addmm_out(out_rows, rows, dz, D);
+        } else {
+          Tensor back = product(dz, D, 1);
+          out_rows.copy_(c.residual_is_h ? back.add_(rows) : back);
+        }
+      }
+    }
+    const auto finish = [&](const Sum& sum) { return sum.total.to(c.type).contiguous(); };
+    if (need(kUp)) {
+      if (transposed) d_up.total = d_up.total.transpose(-1, -2);
+      out[kUp] = finish(d_up);
+    }
+    if (need(kUpBias)) out[kUpBias] = finish(d_up_bias);
+    if (need(kDown)) out[kDown] = finish(d_down);
+    if (need(kDownBias)) out[kDownBias] = finish(d_down_bias);
+    if (need(kH)) {
+      auto shape = dy.sizes().vec();
+      shape.back() = c.k;
+      out[kH] = dh.view(shape);
+    }
+    return out;
+  }
+};
+
+}  // namespace
+
+Tensor bottleneck(const BottleneckArguments& a, const std::string& backend) {
+  auto call = c10::make_intrusive<Call>();
+  if (!takes(a, backend, *call)) return Tensor();
+  return Bottleneck::apply(a.h, a.down, optional(a.down_bias), a.up, optional(a.up_bias), optional(a.residual), call);
+}
+
+}  // namespace peft_fused

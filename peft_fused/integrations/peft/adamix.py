@@ -1,0 +1,258 @@
+"""AdaMix as a PEFT method: `get_peft_model(model, AdaMixConfig(...))`."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
+from ...layers.checks import check_alpha, check_choice, check_dropout, check_rank
+from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
+from ...ops.dispatch import Problem
+from .config import FusedConfig
+from .loading import awaits_checkpoint
+from .positions import POSITIONS, default_targets
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+
+KINDS = ("adapter", "lora")
+
+
+@dataclass
+class AdaMixConfig(FusedConfig):
+    """Configuration of AdaMix (Wang et al. 2022): num_experts down and up projections, one of which works per pass.
+
+    kind="adapter": h + U_j act(D_i h + b_i) + c_j on the output h of a target. kind="lora": y = W x + bias +
+    (lora_alpha / r) B_j A_i drop(x), with A the down side and B the up side. i and j are drawn per layer and forward
+    pass by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, for every micro-batch anew. Evaluation, merging and
+    export use the average of the experts of each side, computed whenever it is needed; `peft_fused.set_routing` makes
+    evaluation draw. The average of factors is that of their products if one side is shared and nothing non-linear is
+    between them: exact for kind="lora" with share_down or share_up, otherwise the approximation that the paper makes.
+
+    position, of kind="adapter", gives target_modules where the model type is known: "adamix", after the output of the
+    feed-forward block; "houlsby", also after that of the attention; "pfeiffer", on the norm that ends the feed-forward
+    block: y = norm(z + block(norm(z))). Train with `peft_fused.AdaMixTrainerMixin` or `peft_fused.adamix_loss` for the
+    consistency loss. Raises TypeError or ValueError naming the field, the value and what is allowed.
+    """
+
+    fused_type: ClassVar = FusedPeftType.ADAMIX
+
+    num_experts: int = field(default=4, metadata={"help": "Experts of a side that is not shared, 1..1024."})
+    share_down: bool = field(default=False, metadata={"help": "One down projection (A) instead of num_experts."})
+    share_up: bool = field(default=True, metadata={"help": "One up projection (B) instead of num_experts."})
+    kind: str = field(default="adapter", metadata={"help": "'adapter': on a layer's output. 'lora': beside a weight."})
+    r: int = field(default=16, metadata={"help": "Units of the bottleneck, or rank of the LoRA factors, 1..256."})
+    activation: str = field(
+        default="gelu", metadata={"help": "Of the adapter kind: 'gelu', 'relu', 'silu', 'swish', 'tanh', ..."}
+    )
+    position: str = field(
+        default="adamix", metadata={"help": "Of the adapter kind: 'adamix', 'houlsby' or 'pfeiffer'."}
+    )
+    lora_alpha: float = field(default=16, metadata={"help": "Of the LoRA kind: its scale is lora_alpha / r."})
+    adamix_dropout: float = field(default=0.0, metadata={"help": "Dropout on the block's input, in [0, 1)."})
+    routing: str = field(
+        default="batch", metadata={"help": "One expert for the whole 'batch', as the paper, or one per 'sequence'."}
+    )
+    expert_init: str = field(
+        default="independent", metadata={"help": "Experts start 'independent', or 'identical' copies of one."}
+    )
+    strict_experts: bool = field(
+        default=False,
+        metadata={"help": "Keep experts that were not drawn from moving by momentum or weight decay."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the routes drawn."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("kind", self.kind, KINDS)
+        self.policy()
+        check_rank("r", self.r)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("position", self.position, tuple(POSITIONS))
+        check_alpha("lora_alpha", self.lora_alpha)
+        check_dropout("adamix_dropout", self.adamix_dropout)
+        check_choice("expert_init", self.expert_init, EXPERT_INITS)
+        other = {"adapter": ("lora_alpha",), "lora": ("activation", "position")}[self.kind]
+        for name in other:
+            if getattr(self, name) != getattr(AdaMixConfig, name):
+                kind = next(kind for kind in KINDS if kind != self.kind)
+                raise ValueError(f"{name} is an option of kind={kind!r}, got {getattr(self, name)!r}")
+
+    def policy(self) -> RoutePolicy:
+        return RoutePolicy(
+            self.num_experts, self.share_down, self.share_up, self.routing, self.strict_experts, self.seed
+        )
+
+
+class AdaMixLinear(FusedLayer):
+    """A linear layer with AdaMix adapters of either kind, applied in the order in which they are active."""
+
+    adapter_layer_names = ("adamix_block",)
+    linear_op = "lowrank_linear"
+
+    def update_layer(
+        self, adapter_name: str, *, kind: str, r: int, policy: RoutePolicy, alpha: float, activation: str,
+        dropout: float, expert_init: str, init_weights: bool, inference_mode: bool,
+    ) -> None:  # fmt: skip
+        shared = dict(expert_init=expert_init, dropout=dropout, group=adapter_name)
+        if kind == "adapter":
+            block = AdaMixAdapter(self.out_features, r, policy, activation=activation, **shared)
+        else:
+            block = AdaMixDelta(self.in_features, self.out_features, r, policy, alpha=alpha, **shared)
+        if not init_weights:
+            block.randomize()
+        self.adamix_block[adapter_name] = block
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def schedule_members(self) -> list[RouteMember]:
+        return [block.member() for block in self.adamix_block.values()]
+
+    def on_output(self, name: str) -> bool:
+        return isinstance(self.adamix_block[name], AdaMixAdapter)
+
+    def factor(self, name: str) -> torch.Tensor:
+        return self.adamix_block[name].down.weight
+
+    def is_untouched(self, name: str) -> bool:
+        return name not in self.adamix_block or self.adamix_block[name].is_zero()
+
+    def reasons_against_linear(self, name: str) -> list[str]:
+        if self.on_output(name):
+            return ["the adapter works on the output of the base layer"]
+        if self.adamix_block[name].routes.grouped:
+            return ["rows of one batch go to different experts"]
+        return super().reasons_against_linear(name)
+
+    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self.adamix_block[name].linear(x, weight, bias)
+
+    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        block = self.adamix_block[name]
+        if not self.on_output(name):
+            return block(x, result)
+        # x is the result, or a copy of it in the dtype of the adapter, whose change alone is wanted then.
+        return block(x) if result is not None else block(x, torch.zeros_like(x))
+
+    def delta_path(self, name: str) -> str:
+        return "bottleneck on its output" if self.on_output(name) else "bottleneck added to it"
+
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem | BottleneckProblem:
+        block = self.adamix_block[name]
+        if not self.on_output(name):
+            return block.problem(x, has_weight)
+        return block.problem(x[..., :1].expand(*x.shape[:-1], block.in_features))
+
+    def dense_delta(self, name: str) -> torch.Tensor:
+        return self.adamix_block[name].delta()
+
+
+class AdaMixNorm(AdaMixLinear):
+    """A norm with AdaMix adapters in Pfeiffer's position: y = norm(z + block(norm(z))), several one after the other."""
+
+    @staticmethod
+    def sizes(base: nn.Module) -> tuple[int, int]:
+        return base.normalized_shape[-1], base.normalized_shape[-1]
+
+    def forward(self, z: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if not self.disable_adapters and not self.merged:
+            for name in self.adapters_in_use():
+                h = self.base_layer(z, *args, **kwargs)
+                block, dtype = self.adamix_block[name], h.dtype
+                if self._mixes(name, dtype) or torch.is_autocast_enabled(z.device.type):
+                    z = block(h, z.to(dtype))
+                else:
+                    wide = self.factor(name).dtype
+                    z = block(h.to(wide), z.to(wide)).to(dtype)
+        return self.base_layer(z, *args, **kwargs)
+
+    def delta_path(self, name: str) -> str:
+        return "bottleneck on its output, added to its input, and base layer"
+
+
+class AdaMixModel(FusedTuner):
+    """The AdaMix tuner, made by `get_peft_model` and PEFT's loaders."""
+
+    prefix = "adamix_"
+    tuner_layer_cls = AdaMixLinear
+
+    def layer_options(self, config: AdaMixConfig, key: str) -> dict:
+        return dict(
+            kind=config.kind,
+            r=config.r,
+            policy=config.policy(),
+            alpha=config.lora_alpha,
+            activation=config.activation,
+            dropout=config.adamix_dropout,
+            expert_init=config.expert_init,
+            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
+            init_weights=config.init_weights or awaits_checkpoint(config),
+            inference_mode=config.inference_mode,
+        )
+
+    def layer_cls_for(self, base: nn.Module, config: AdaMixConfig, key: str) -> type:
+        if config.kind != "adapter" or config.position != "pfeiffer":
+            return super().layer_cls_for(base, config, key)
+        if not isinstance(base, nn.LayerNorm):
+            raise TypeError(
+                f"target module {key!r} is a {type(base).__name__}; position='pfeiffer' adapts a torch.nn.LayerNorm"
+            )
+        return AdaMixNorm
+
+    def _prepare_adapter_config(self, peft_config: AdaMixConfig, model_config: dict) -> AdaMixConfig:
+        if peft_config.kind == "adapter" and peft_config.target_modules is None:
+            peft_config.target_modules = default_targets(peft_config.position, model_config.get("model_type"))
+            return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._warn_of_products(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._warn_of_products(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _warn_of_products(self, adapter_names: list[str] | None) -> None:
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            config = self.peft_config.get(name)
+            if isinstance(config, AdaMixConfig) and config.kind == "lora" and all(config.policy().stacks):
+                warn_of_products(name)
+
+
+def warn_of_products(adapter_name: str) -> None:
+    warnings.warn(
+        f"adapter {adapter_name!r} routes both sides: the average of its A times that of its B, which evaluation uses "
+        "too, approximates the average of its experts' products",
+        stacklevel=3,
+    )
+
+
+@torch.no_grad()
+def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
+    """Turns AdaMix adapters, in place, into one expert each: the average of each side, for which num_experts is 1.
+
+    What is then saved has the size of a plain adapter. Parameters are replaced, so it is for the end of training.
+    adapter_name: None means all. The function that evaluation computes does not change. ValueError if the model has
+    no such adapter.
+    """
+    layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]
+    names = sorted({name for layer in layers for name in layer.adamix_block})
+    if not names:
+        raise ValueError("merge_experts: the model has no AdaMix adapter")
+    if adapter_name is not None and adapter_name not in names:
+        raise ValueError(f"adapter_name must be one of {names}, got {adapter_name!r}")
+    chosen = set(names if adapter_name is None else [adapter_name])
+    if any(chosen.intersection(layer.merged_adapters) for layer in layers):
+        raise ValueError("merge_experts: the adapter is merged into the base weights; unmerge it first")
+    for layer in layers:
+        for name in chosen.intersection(layer.adamix_block):
+            layer.adamix_block[name].average_()
+    for name in chosen:
+        config = model.peft_config[name]
+        config.num_experts, config.routing, config.strict_experts = 1, "batch", False
+
+
+register(FusedPeftType.ADAMIX, AdaMixConfig, AdaMixModel)

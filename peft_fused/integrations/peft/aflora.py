@@ -1,0 +1,282 @@
+"""AFLoRA as a PEFT method: `get_peft_model(model, AfLoraConfig(...))`."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_delta, draw_factors, keep_frozen
+from ...layers.checks import check_alpha, check_dropout, check_rank
+from ...ops import lowrank, lowrank_linear
+from ...ops.dispatch import Problem, problem_of
+from .config import FusedConfig
+from .loading import awaits_checkpoint
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+
+_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
+_LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+_FFN = ["intermediate.dense", "output.dense"]
+
+# model type -> the paper's targets: all linear layers of an encoder, and of decoders those of its experiments on LLaMA.
+TARGETS = {
+    **{name: ["query", "key", "value", *_FFN] for name in _BERT_LIKE},
+    "deberta": ["in_proj", *_FFN],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", *_FFN],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    # Before and after transformers renamed them.
+    "vit": ["query", "key", "value", *_FFN, "q_proj", "k_proj", "v_proj", "o_proj", "mlp.fc1", "mlp.fc2"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    **{name: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"] for name in _LLAMA_LIKE},
+}
+# model type -> the attention's projections, whose matrices the paper never trains.
+ATTENTION = {
+    **{name: ["query", "key", "value", "attention.output.dense"] for name in _BERT_LIKE},
+    "deberta": ["in_proj", "pos_proj", "pos_q_proj", "attention.output.dense"],
+    "deberta-v2": [
+        "query_proj", "key_proj", "value_proj", "pos_query_proj", "pos_key_proj", "attention.output.dense",
+    ],
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin"],
+    "vit": ["query", "key", "value", "attention.output.dense", "q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt2": ["c_attn", "q_attn", "attn.c_proj", "crossattention.c_proj"],
+    **{name: ["q_proj", "k_proj", "v_proj", "o_proj"] for name in _LLAMA_LIKE},
+}  # fmt: skip
+
+
+@dataclass
+class AfLoraConfig(FusedConfig):
+    """Configuration of AFLoRA (Liu et al. 2024): y = x W^T + bias + scale * b . (B (d . (A drop(x)))).
+
+    The vectors d [r] and b [N] always train. A and B of the attention stay as they were drawn, the others are frozen
+    one after another by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, which need the number of steps of the
+    run; `peft_fused.freezing_history` tells when. Fields beside those of LoraConfig: d_initial, frozen_modules, and
+    t_i, t_f, ramp, rule, beta1, beta2, window; see `peft_fused.layers.FreezingPolicy`. A checkpoint holds the state of
+    the schedule; the optimizer of a resumed run is made, as Trainer does, of the parameters that then need gradients.
+    Under DistributedDataParallel find_unused_parameters=True is needed. Raises TypeError or ValueError naming the
+    field, the value and what is allowed.
+    """
+
+    fused_type: ClassVar = FusedPeftType.AFLORA
+
+    r: int = field(default=4, metadata={"help": "Rank, 1..256."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "Scale lora_alpha / r. None: the scale is 1."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, in [0, 1)."})
+    rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Rank by module name."})
+    alpha_pattern: dict | None = field(default_factory=dict, metadata={"help": "lora_alpha by module name."})
+    d_initial: float = field(default=0.1, metadata={"help": "Start of the vector d."})
+    frozen_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules whose A and B are frozen from the start: names or a regular expression. None: the "
+            "attention's projections, where the model's type is known; [] for none."
+        },
+    )
+    t_i: float | int = field(
+        default=0.05, metadata={"help": "Nothing is frozen before: fraction of the run (float) or steps (int)."}
+    )
+    t_f: float | int = field(
+        default=0.7, metadata={"help": "Everything is frozen for so long at the end: fraction (float) or steps (int)."}
+    )
+    ramp: str = field(default="cubic", metadata={"help": "How the frozen share grows: 'cubic' or 'quadratic'."})
+    rule: str = field(
+        default="paper", metadata={"help": "What is frozen: least scores first ('paper'), or as the program ('code')."}
+    )
+    beta1: float = field(default=0.85, metadata={"help": "Of the average of |gradient|, in [0, 1)."})
+    beta2: float = field(default=0.95, metadata={"help": "Of the average of its change, in [0, 1)."})
+    window: int = field(default=10, metadata={"help": "Steps averaged before the averages, and between decisions."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rank("r", self.r)
+        if self.lora_alpha is not None:
+            check_alpha("lora_alpha", self.lora_alpha)
+        check_dropout("lora_dropout", self.lora_dropout)
+        check_alpha("d_initial", self.d_initial)
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise TypeError(f"{name} must be a dict or None, got {type(getattr(self, name)).__name__}")
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        for name, rank in self.rank_pattern.items():
+            check_rank(f"rank_pattern[{name!r}]", rank)
+        for name, alpha in self.alpha_pattern.items():
+            check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        names = self.frozen_modules
+        if isinstance(names, set | tuple):
+            names = self.frozen_modules = sorted(names)
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise ValueError(f"frozen_modules must be a regular expression, got {names!r}: {error}") from error
+        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise TypeError(f"frozen_modules must be a list of str, a str or None, got {names!r}")
+        self.policy()
+
+    def policy(self) -> FreezingPolicy:
+        return FreezingPolicy(self.t_i, self.t_f, self.ramp, self.rule, self.beta1, self.beta2, self.window)
+
+    def is_frozen(self, key: str) -> bool:
+        """Whether the matrices of the module named key are frozen from the start; names match as target_modules do."""
+        if isinstance(self.frozen_modules, str):
+            return re.fullmatch(self.frozen_modules, key) is not None
+        return any(key == name or key.endswith(f".{name}") for name in self.frozen_modules or ())
+
+
+class Vectors(nn.Module):
+    """The vectors of one adapter of one layer, d [r] between the matrices and b [N] on the output, and its scale."""
+
+    def __init__(self, r: int, out_features: int, d_initial: float, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.d = nn.Parameter(torch.full((r,), float(d_initial)))
+        self.b = nn.Parameter(torch.zeros(out_features))
+
+
+class AfLoraLinear(FusedLayer):
+    """A linear layer with AFLoRA adapters: aflora_A [r, K], aflora_B [N, r] and aflora_vectors d [r], b [N]."""
+
+    adapter_layer_names = ("aflora_A", "aflora_B", "aflora_vectors")
+    other_param_names = ("aflora_state", "aflora_dropout")
+    state_names = ("aflora_state",)
+    linear_op = "lowrank_linear"
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
+        super().__init__(base_layer, adapter_name, **options)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        r: int,
+        alpha: float | None,
+        dropout: float,
+        d_initial: float,
+        init_weights: bool,
+        frozen: bool,
+        policy: FreezingPolicy,
+        inference_mode: bool,
+    ) -> None:
+        A, B = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
+        draw_factors(A.weight, B.weight)
+        vectors = Vectors(r, self.out_features, d_initial, 1.0 if alpha is None else alpha / r)
+        if not init_weights:
+            nn.init.normal_(vectors.b)
+        self.aflora_A[adapter_name], self.aflora_B[adapter_name] = A, B
+        self.aflora_vectors[adapter_name] = vectors
+        features = self.in_features, self.out_features
+        self.aflora_state[adapter_name] = AfLoraState(r, features, policy, frozen, group=adapter_name)
+        self.aflora_dropout[adapter_name] = nn.Dropout(dropout)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def schedule_members(self) -> list[AfLoraMember]:
+        return [
+            AfLoraMember(state, self.aflora_A[name].weight, self.aflora_B[name].weight, self.aflora_vectors[name].b)
+            for name, state in self.aflora_state.items()
+        ]
+
+    def keep_frozen(self) -> None:
+        """Takes the gradients of frozen matrices away again, after PEFT has switched those of whole adapters."""
+        for member in self.schedule_members():
+            keep_frozen(member.state, member.A, member.B, member.trains)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self.keep_frozen()
+
+    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.keep_frozen()
+
+    def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.aflora_state[adapter_name].check(_without_container(tensors))
+
+    def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.aflora_state[adapter_name].fit(_without_container(tensors))
+
+    def factor(self, adapter_name: str) -> torch.Tensor:
+        return self.aflora_A[adapter_name].weight
+
+    def delta_path(self, adapter_name: str) -> str:
+        return "lowrank added to it"
+
+    def is_untouched(self, adapter_name: str) -> bool:
+        """Whether the adapter is as it was made, and so changes nothing."""
+        if adapter_name not in self.aflora_vectors:
+            return True
+        b = self.aflora_vectors[adapter_name].b
+        return b.is_meta or not b.any()
+
+    def _arguments(self, name: str) -> dict:
+        vectors, dropout = self.aflora_vectors[name], self.aflora_dropout[name]
+        if self.training and vectors.b.requires_grad:
+            self.aflora_state[name].count_forward()
+        return dict(
+            u=vectors.d, v=vectors.b, scale=vectors.scale, dropout_p=dropout.p if dropout.training else 0.0
+        )  # fmt: skip
+
+    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
+        return lowrank_linear(x, weight, bias, A, B, **self._arguments(name))
+
+    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
+        return lowrank(x, A, B, add=result, **self._arguments(name))
+
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
+        dropout = self.aflora_dropout[name]
+        dropped = dropout.training and dropout.p > 0
+        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
+        return problem_of(x, A, B, has_weight=has_weight, dropout=dropped)
+
+    def dense_delta(self, name: str) -> torch.Tensor:
+        vectors = self.aflora_vectors[name]
+        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
+        return dense_delta(A, B, vectors.d, vectors.b, vectors.scale)
+
+
+def _after_load(layer: AfLoraLinear, incompatible_keys) -> None:
+    layer.keep_frozen()
+
+
+def _without_container(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.partition(".")[2]: tensor for key, tensor in tensors.items()}
+
+
+class AfLoraModel(FusedTuner):
+    """The AFLoRA tuner, made by `get_peft_model` and PEFT's loaders."""
+
+    prefix = "aflora_"
+    tuner_layer_cls = AfLoraLinear
+    target_module_mapping: ClassVar = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, **TARGETS}
+
+    def _prepare_adapter_config(self, peft_config: AfLoraConfig, model_config: dict) -> AfLoraConfig:
+        if peft_config.frozen_modules is None:
+            peft_config.frozen_modules = list(ATTENTION.get(model_config.get("model_type"), ()))
+        elif peft_config.frozen_modules and not self._has(peft_config.is_frozen):
+            raise ValueError(f"frozen_modules must name modules of the model, got {peft_config.frozen_modules!r}")
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _has(self, matches: Callable[[str], bool]) -> bool:
+        return any(matches(name) for name, _ in self.model.named_modules())
+
+    def layer_options(self, config: AfLoraConfig, key: str) -> dict:
+        return dict(
+            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
+            alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
+            dropout=config.lora_dropout,
+            d_initial=config.d_initial,
+            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
+            init_weights=config.init_weights or awaits_checkpoint(config),
+            frozen=config.is_frozen(key),
+            policy=config.policy(),
+            inference_mode=config.inference_mode,
+        )
+
+
+register(FusedPeftType.AFLORA, AfLoraConfig, AfLoraModel)

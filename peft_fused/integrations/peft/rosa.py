@@ -1,0 +1,387 @@
+"""ROSA as a PEFT method: `get_peft_model(model, RosaConfig(...))`."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ...layers.rosa import (
+    RosaMember,
+    RosaState,
+    SubspaceFactor,
+    SubspaceHost,
+    SubspacePolicy,
+    check_subspace_rank,
+    check_writable,
+    draw_factors,
+    subspace_rank,
+    whole,
+)
+from ...ops import lowrank, lowrank_linear
+from ...ops.arguments import FLOATING
+from ...ops.dispatch import Problem, problem_of
+from .config import FusedConfig
+from .loading import Snapshot, awaits_checkpoint
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+
+
+@dataclass
+class RosaConfig(FusedConfig):
+    """Configuration of ROSA (Gamboa et al. 2024), random subspace adaptation: y = x W_f^T + bias + B (A x).
+
+    Not the "robust adaptation" of the same name, which adds a sparse matrix. A and B start as r singular directions of
+    the weight, W_f as the rest of it, so that the function is the pretrained one; during training the directions are
+    drawn anew by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, and over time all of the weight is trained.
+
+    The base weight is changed in place, and rounded once to its dtype; the pretrained one is kept on the host, and is
+    back, bit for bit, under `disable_adapter` and after `unload` or `delete_adapter`. So one ROSA adapter at a time is
+    active in a layer, and quantised weights, and weights that another module shares, are refused. The adapter is saved
+    with all it has changed so far: at first two factors of rank r, twice, then 2 r (N + K) numbers per N x K weight more
+    for every draw, up to N K.
+
+    Weight decay pulls A and B, which have pretrained content, to zero: `peft_fused.decay_groups` spares them. The
+    scale alpha / r of the authors' `use_scale` is not offered, as it would change the function at the start. Fields
+    beside PEFT's: r, split, sample, resample_every, seed; see `peft_fused.layers.SubspacePolicy`. Raises TypeError or
+    ValueError naming the field, the value and what is allowed.
+    """
+
+    fused_type: ClassVar = FusedPeftType.ROSA
+
+    r: int | float = field(
+        default=8, metadata={"help": "Rank, 1..256; or in (0, 1), a fraction of a weight's smaller size."}
+    )
+    rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Rank by module name."})
+    split: str = field(
+        default="us_v", metadata={"help": "Where the singular values are: on A ('us_v'), or their roots on both ('sqrt')."}
+    )
+    sample: str = field(
+        default="random", metadata={"help": "Which directions: 'random', a random 'window', 'top' or 'bottom'."}
+    )
+    resample_every: str | int = field(
+        default="epoch", metadata={"help": "When to draw anew: every 'epoch', or a number of optimizer steps."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the directions drawn."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_subspace_rank("r", self.r)
+        if not isinstance(self.rank_pattern or {}, dict):
+            raise TypeError(f"rank_pattern must be a dict or None, got {type(self.rank_pattern).__name__}")
+        self.rank_pattern = self.rank_pattern or {}
+        for name, rank in self.rank_pattern.items():
+            check_subspace_rank(f"rank_pattern[{name!r}]", rank)
+        self.policy()
+
+    def policy(self) -> SubspacePolicy:
+        return SubspacePolicy(self.split, self.sample, self.resample_every, self.seed)
+
+
+class RosaPeftLinear(SubspaceHost, FusedLayer):
+    """A linear layer with ROSA adapters: rosa_A [r, K] and rosa_B [N, r], taken out of the base weight.
+
+    What the base weight holds follows from which adapter is active, merged or disabled; see `wanted`.
+    """
+
+    adapter_layer_names = ("rosa_A", "rosa_B")
+    other_param_names = ("rosa_state",)
+    state_names = ("rosa_state",)
+    linear_op = "lowrank_linear"
+    WEIGHT = "base_layer.weight"
+
+    def update_layer(
+        self, adapter_name: str, *, r: int | float, policy: SubspacePolicy, layer: str, inference_mode: bool
+    ) -> None:
+        r = subspace_rank(r, self.in_features, self.out_features)
+        weight = self.base_weight()
+        if "_pretrained" not in self.__dict__:
+            self.keep_pretrained()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        # A change of nothing, until `start` or a checkpoint.
+        where = dict(dtype=wide, device=weight.device)
+        self.rosa_A[adapter_name] = SubspaceFactor(r, self.in_features, **where)
+        self.rosa_B[adapter_name] = SubspaceFactor(self.out_features, r, **where)
+        self.rosa_state[adapter_name] = RosaState(
+            r, self.in_features, self.out_features, policy, wide, adapter_name, layer
+        )  # fmt: skip
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def base_weight(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [r, K] and B [N, r] of an adapter."""
+        return self.rosa_A[name].weight, self.rosa_B[name].weight
+
+    # --------------------------------------------------------------------------------------------------- the base weight
+
+    def wanted(self) -> tuple[str, str | None]:
+        """What the base weight must hold: W0, all of an adapter's, or what an adapter's factors leave of it."""
+        if self.merged:
+            return "merged", self.merged_adapters[0]
+        names = [] if self.disable_adapters else self.adapters_in_use()
+        return ("frozen", names[0]) if names else ("pretrained", None)
+
+    def wanted_change(self) -> torch.Tensor | None:
+        kind, name = self.wanted()
+        if kind == "pretrained":
+            return None
+        return self._total_change(name) if kind == "merged" else self.rosa_state[name].frozen_change(self.weight.device)
+
+    @torch.no_grad()
+    def _total_change(self, name: str) -> torch.Tensor:
+        return self.rosa_state[name].total_change(*map(whole, self.factors(name)))
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.check_single(names)
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.refresh()
+
+    def check_single(self, names: list[str]) -> None:
+        """ValueError if several of the adapters are this layer's."""
+        here = [name for name in names if name in self.rosa_A]
+        if len(here) > 1:
+            raise ValueError(f"only one ROSA adapter can be active or merged in a layer, as it owns the weight; got {here}")
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        self.refresh()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.refresh()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Sets the base weight to round(W0 + everything learned), whether or not the adapter is the active one.
+
+        safe_merge: ValueError, and an unchanged weight, if that is not finite. ValueError for more than one adapter.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rosa_A]
+        if not names:
+            return
+        self.check_single([*self.merged_adapters, *names])
+        if safe_merge:
+            merged = self._pretrained.plus(self.base_weight(), self._in_layout(self._total_change(names[0])))
+            if not torch.isfinite(merged).all():
+                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; this layer was not merged")
+        self.merged_adapters.extend(names)
+        self.refresh()
+
+    def unmerge(self) -> None:
+        """Puts back, bit for bit, what `merge` replaced; the pretrained weight if the adapter is not the active one."""
+        if not self.merged:
+            super().unmerge()  # which warns
+            return
+        self.merged_adapters = []
+        self.refresh()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, with the adapter merged, or as it was pretrained."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if not (merge and self.merged):
+            self.release()
+        return self.get_base_layer()
+
+    def release(self) -> None:
+        """Puts back W0, for the base layer to be used without this one."""
+        self._pretrained.write(self.base_weight(), None)
+        self._holds = None
+
+    # ---------------------------------------------------------------------------------------------------- the subspace
+
+    def start(self, name: str, factors: tuple[torch.Tensor, torch.Tensor] | None = None, perturb: bool = False) -> None:
+        """Draws a new adapter's first factors. perturb: and then changes them, which the base weight does not follow."""
+        self._draw(name, 0)
+        if perturb:
+            for factor in self.factors(name):
+                factor.data.add_(torch.randn_like(factor) * factor.std() / 4)
+
+    def _draw(self, name: str, phase: int, agree=None) -> None:
+        draw_factors(self.rosa_state[name], self.pretrained_nk(), *self.factors(name), phase, agree)
+        self.refresh(force=True)
+
+    @torch.no_grad()
+    def narrow(self, name: str, dtype: torch.dtype) -> None:
+        """Casts a new adapter's factors; the base weight takes up what they lose."""
+        state = self.rosa_state[name]
+        if not state.is_untouched(*self.factors(name)):
+            return
+        for factor in (self.rosa_A[name], self.rosa_B[name]):
+            factor.weight = nn.Parameter(factor.weight.to(dtype), requires_grad=factor.weight.requires_grad)
+        if not self.rosa_A[name].weight.is_meta:
+            state.anchor(*self.factors(name))
+            self.refresh(force=True)
+
+    def schedule_members(self) -> list[RosaMember]:
+        names = [] if self.disable_adapters else self.adapters_in_use()
+        return [
+            RosaMember(
+                self.rosa_state[name],
+                lambda: self.factors(name),
+                self.merged,
+                lambda phase, agree: self._draw(name, phase, agree),
+            )
+            for name in names[:1]
+        ]
+
+    # ------------------------------------------------------------------------------------------------- for the base class
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Not to its dtype too: factors with pretrained content would lose digits that the base weight does not have.
+        device = self.base_weight().device if device is None else device
+        for factor in (self.rosa_A[adapter_name], self.rosa_B[adapter_name]):
+            if not factor.weight.is_meta:
+                factor.to(device)
+
+    def factor(self, adapter_name: str) -> torch.Tensor:
+        return self.rosa_A[adapter_name].weight
+
+    def delta_path(self, adapter_name: str) -> str:
+        return "lowrank added to it"
+
+    def is_untouched(self, adapter_name: str) -> bool:
+        """Whether the adapter is as it was made, and so changes nothing."""
+        return adapter_name not in self.rosa_A or self.rosa_state[adapter_name].is_untouched(*self.factors(adapter_name))
+
+    def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        given = {key.removeprefix("rosa_state."): tensor for key, tensor in tensors.items()}
+        problems = self.rosa_state[adapter_name].problems(given)
+        if problems:
+            raise ValueError(
+                f"the checkpoint does not fit the state of adapter {adapter_name!r} (rosa); nothing was loaded. "
+                + "; ".join(problems)
+            )
+
+    def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            name = key.removeprefix("rosa_state.")
+            if name in RosaState.TENSORS:
+                self.rosa_state[adapter_name].reshape(name, tensor.shape)
+
+    def _count(self, name: str) -> None:
+        if self.training:
+            self.rosa_state[name].count_forward()
+
+    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self._count(name)
+        return lowrank_linear(x, weight, bias, *self.factors(name))
+
+    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
+        self._count(name)
+        return lowrank(x, *self.factors(name), add=result)
+
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
+        return problem_of(x, *self.factors(name), has_weight=has_weight, dropout=False)
+
+    def dense_delta(self, name: str) -> torch.Tensor:
+        return self._total_change(name).to(self.rosa_state[name].dtype)
+
+
+class RosaModel(FusedTuner):
+    """The ROSA tuner, made by `get_peft_model` and PEFT's loaders."""
+
+    prefix = "rosa_"
+    tuner_layer_cls = RosaPeftLinear
+    # Names of the modules that hold a parameter, by the parameter's identity, while an adapter is added.
+    _holders: dict[int, list[str]] | None = None
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        """As the base class's; no weight is changed before all layers have their factors, or if one cannot."""
+        before, holders = Snapshot(model), defaultdict(list)
+        for name, module in model.named_modules():
+            for parameter in module._parameters.values():
+                holders[id(parameter)].append(name)
+        self._holders = holders
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._holders = None
+        config = self.peft_config[adapter_name]
+        if not awaits_checkpoint(config):
+            self._start(model, adapter_name, config, before)
+
+    def _start(self, model: nn.Module, adapter_name: str, config: RosaConfig, before: Snapshot) -> None:
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, RosaPeftLinear) and adapter_name in m.rosa_A}
+        try:
+            for name, layer in layers.items():
+                if not torch.isfinite(layer._pretrained.values).all():
+                    raise ValueError(
+                        f"target module {name!r}: the weight has values that are not finite, so that it has no singular "
+                        "directions"
+                    )
+            for layer in layers.values():
+                if not layer.factor(adapter_name).is_meta:  # low_cpu_mem_usage: weights come later
+                    layer.start(adapter_name, perturb=not config.init_weights)
+        except Exception:
+            self.before_load = None
+            before.restore()
+            for layer in layers.values():
+                layer.release()
+                layer.refresh()
+            raise
+
+    def layer_cls_for(self, base: nn.Module, config: RosaConfig, key: str) -> type:
+        cls = super().layer_cls_for(base, config, key)
+        weight = getattr(base, "weight", None)
+        plain = isinstance(weight, torch.Tensor) and weight.dtype in FLOATING
+        if not plain or (type(weight) not in (nn.Parameter, torch.Tensor) and not hasattr(weight, "full_tensor")):
+            found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else "not a tensor"
+            raise TypeError(
+                f"target module {key!r}: the weight of this {type(base).__name__} is quantised or otherwise not plain "
+                f"({found}); ROSA changes the base weight in place, which only fp32, fp16, bf16 or fp64 can hold"
+            )
+        check_writable(f"target module {key!r}", weight)
+        others = sorted(set(self._holders[id(weight)]) - {key})
+        if others:
+            raise ValueError(
+                f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight in "
+                "place, which would change both. Exclude it with exclude_modules, or untie the weights first."
+            )
+        return cls
+
+    def layer_options(self, config: RosaConfig, key: str) -> dict:
+        return dict(
+            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
+            policy=config.policy(),
+            layer=key,
+            inference_mode=config.inference_mode,
+        )
+
+    def _layers(self) -> list[RosaPeftLinear]:
+        return [module for module in self.model.modules() if isinstance(module, RosaPeftLinear)]
+
+    def _check_single(self, names: str | list[str]) -> None:
+        for layer in self._layers():
+            layer.check_single([names] if isinstance(names, str) else names)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self._check_single(adapter_name)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_single(self.active_adapters if adapter_names is None else adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._check_single(self.active_adapters if adapter_names is None else adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:  # factors are made in fp32
+            for layer in self._layers():
+                if adapter_name in layer.rosa_A:
+                    layer.narrow(adapter_name, layer.base_weight().dtype)
+
+
+register(FusedPeftType.ROSA, RosaConfig, RosaModel)

@@ -1,0 +1,276 @@
+"""The bottleneck op by PyTorch alone: the fast composition behind the `torch` backend, forward and backward.
+
+What it avoids, against writing the formula down: the residual is the start of the second product and its sum, not a
+pass of its own; the activation is recomputed from z instead of kept; rows of one expert are slices, not copies; half
+rows beside fp32 parameters are converted in blocks. Indices on a CPU are read, and equal neighbours share a product;
+on a device they stay there, and the groups are one batched product. `csrc/autograd/bottleneck.cpp` is the same in C++.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+from .lowrank_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU, product, rows, unflatten
+
+_aten = torch.ops.aten
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "identity": lambda z: z,
+}
+# d(a) -> d(z), from z.
+_DERIVATIVES = {
+    "gelu": lambda da, z: _aten.gelu_backward(da, z),
+    "gelu_tanh": lambda da, z: _aten.gelu_backward(da, z, approximate="tanh"),
+    "relu": lambda da, z: _aten.threshold_backward(da, z, 0),
+    "silu": lambda da, z: _aten.silu_backward(da, z),
+    "swish": lambda da, z: _aten.silu_backward(da, z),
+    "tanh": lambda da, z: _aten.tanh_backward(da, torch.tanh(z)),
+    "identity": lambda da, z: da,
+}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Runtime values of the op: numbers, or tensors on the device of h; an expert's may hold one index per group."""
+
+    activation: str
+    scale: float | torch.Tensor
+    expert_d: int | torch.Tensor
+    expert_u: int | torch.Tensor
+
+    def on_host(self) -> "Controls":
+        """With tensors of the CPU, where reading them costs nothing, as numbers and lists."""
+        read = lambda value: value.tolist() if isinstance(value, torch.Tensor) and value.is_cpu else value  # noqa: E731
+        return Controls(self.activation, read(self.scale), read(self.expert_d), read(self.expert_u))
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What backward knows of parameters that it may not be given: stack sizes, 0 for none, units and type."""
+
+    experts_d: int
+    experts_u: int
+    r: int
+    dtype: torch.dtype
+
+
+# An index of one expert, or on a device of one per group.
+Index = int | torch.Tensor
+
+
+def _pieces(index, count: int, columns: int, device: torch.device, blocked: bool) -> Iterator[tuple[int, int, Index]]:
+    """(first row, last row, expert) of the pieces that the rows are worked on in.
+
+    index: a number, a list with one per group (neighbours with the same one share a piece), a 0-d tensor, or a 1-D
+    tensor, of which a piece gets the part for its groups. blocked: in blocks of bounded size, but whole groups of a
+    1-D tensor.
+    """
+    block = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_GPU) // max(1, columns)) if blocked else max(1, count)
+    if isinstance(index, torch.Tensor) and index.dim() == 1:
+        size = count // len(index)
+        step = max(1, block // size) if size else len(index)
+        for g in range(0, len(index), step):
+            part = index[g : g + step]
+            yield g * size, (g + len(part)) * size, part
+        return
+    spans = [(0, count, index)]
+    if isinstance(index, list):
+        size, first, spans = count // len(index), 0, []
+        for expert, group in groupby(index):
+            last = first + size * len(list(group))
+            spans.append((first, last, expert))
+            first = last
+    for first, last, expert in spans:
+        for i in range(first, max(last, first + 1), block):
+            yield i, min(last, i + block), expert
+
+
+def _choose(parameter, index: Index, stacked: bool):
+    """The parameter of one expert, or for a 1-D index those of its groups, [G, ...]."""
+    if parameter is None or not stacked:
+        return parameter
+    if isinstance(index, int):
+        return parameter[index]
+    chosen = parameter.index_select(0, index.reshape(-1))
+    return chosen if index.dim() else chosen.squeeze(0)
+
+
+def _groups(x2, count: int):
+    return x2.reshape(count, x2.shape[0] // count, x2.shape[1])
+
+
+def _product(x2, matrix):
+    """x2 [m, a] with matrix [a, b], or with one per group of its rows, [G, a, b]: [m, b]."""
+    if matrix.dim() == 2:
+        return product(x2, matrix)
+    return torch.bmm(_groups(x2, len(matrix)), matrix).view(x2.shape[0], matrix.shape[2])
+
+
+def _outer(p2, q2, index: Index, stacked: bool):
+    """p2^T q2, or one per group."""
+    if not stacked or isinstance(index, int) or index.dim() == 0:
+        return product(p2.t(), q2)
+    return torch.bmm(_groups(p2, len(index)).mT, _groups(q2, len(index)))
+
+
+def _column_sums(x2, index: Index, stacked: bool):
+    if not stacked or isinstance(index, int) or index.dim() == 0:
+        return x2.sum(0)
+    return _groups(x2, len(index)).sum(1)
+
+
+def _add_rows(x2, bias):
+    """x2 += bias [b], or one per group, [G, b]."""
+    if bias.dim() == 1:
+        x2 += bias
+    else:
+        _groups(x2, len(bias)).add_(bias.unsqueeze(1))
+
+
+class _Sum:
+    """The gradient of a parameter or of a stack of them, added up over the pieces in their order."""
+
+    def __init__(self, experts: int):
+        self.experts, self.total, self.dtype = experts, None, None
+
+    def add(self, index: Index, part: torch.Tensor) -> None:
+        self.dtype = part.dtype
+        if not self.experts:
+            self.total = part if self.total is None else self.total.add_(part)
+            return
+        per_group = isinstance(index, torch.Tensor) and index.dim() == 1
+        if self.total is None:
+            # Several pieces may meet in one expert: they are added up in fp32 at least and rounded once.
+            wide = torch.promote_types(part.dtype, torch.float32)
+            self.total = part.new_zeros(self.experts, *part.shape[1 if per_group else 0 :], dtype=wide)
+        if isinstance(index, int):
+            self.total[index] += part
+        else:
+            # On CUDA it sorts the indices; index_add_ would add atomically, in any order.
+            part = part if per_group else part.unsqueeze(0)
+            self.total.index_put_((index.reshape(-1).long(),), part.to(self.total.dtype), accumulate=True)
+
+    def result(self) -> torch.Tensor:
+        return self.total.to(self.dtype)
+
+
+def _scaled(x, scale):
+    return x if isinstance(scale, float) and scale == 1.0 else x * scale
+
+
+def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
+    """(y [..., N] in h's type, z [M, r] in down's type)."""
+    c = controls.on_host()
+    h2, start = rows(h), rows(h if residual is None else residual)
+    M, K = h2.shape
+    N, r = up.shape[-2:]
+    mixed = down.dtype != h.dtype
+
+    z = h.new_empty(M, r, dtype=down.dtype)
+    stacked = down.dim() == 3
+    for i, j, index in _pieces(c.expert_d if stacked else 0, M, K, h.device, mixed):
+        D, b = _choose(down, index, stacked), _choose(down_bias, index, stacked)
+        part = h2[i:j].to(down.dtype)
+        if D.dim() == 2 and b is not None:
+            torch.addmm(b, part, D.t(), out=z[i:j])
+            continue
+        z[i:j] = _product(part, D.mT)
+        if b is not None:
+            _add_rows(z[i:j], b)
+    a = ACTIVATIONS[c.activation](z)
+
+    y = h.new_empty(M, N)
+    stacked = up.dim() == 3
+    # A number goes into the product, where half units keep their digits; a tensor has to be multiplied by.
+    number = isinstance(c.scale, float)
+    if not number:
+        a = a * c.scale
+    alpha = c.scale if number else 1.0
+    for i, j, index in _pieces(c.expert_u if stacked else 0, M, N, h.device, mixed):
+        U, bias = _choose(up, index, stacked), _choose(up_bias, index, stacked)
+        bias = None if bias is None else _scaled(bias, c.scale)
+        if mixed:
+            delta = _scaled(_product(a[i:j], U.mT), alpha)
+            if bias is not None:
+                _add_rows(delta, bias)
+            torch.add(delta, start[i:j], out=delta)
+            y[i:j] = delta
+            continue
+        out = y[i:j]
+        if bias is None:
+            out.copy_(start[i:j])
+        elif bias.dim() == 1:
+            torch.add(start[i:j], bias, out=out)
+        else:
+            torch.add(_groups(start[i:j], len(bias)), bias.unsqueeze(1), out=_groups(out, len(bias)))
+        if U.dim() == 2:
+            out.addmm_(a[i:j], U.t(), alpha=alpha)
+        else:
+            _groups(out, len(U)).baddbmm_(_groups(a[i:j], len(U)), U.mT, alpha=alpha)
+    return unflatten(y, h), z
+
+
+def backward(dy, h, down, up, z, controls: Controls, like: Likeness, residual_is_h: bool, needs: list[bool]):
+    """Gradients of (h, down, down_bias, up, up_bias), None where not needed, each in its tensor's type.
+
+    h is read for down, down for h, up for these two and down_bias, z for up and, but for the identity, for those three;
+    what is not read may be None.
+    """
+    c = controls.on_host()
+    need_h, need_down, need_down_bias, need_up, need_up_bias = needs
+    need_dz = need_h or need_down or need_down_bias
+    dy2 = rows(dy)
+    M, N = dy2.shape
+    dtype = like.dtype
+    mixed = dtype != dy.dtype
+    grads = [None] * 5
+
+    inner = _scaled(ACTIVATIONS[c.activation](z), c.scale) if need_up else None
+    dz = dy2.new_empty(M, like.r, dtype=dtype) if need_dz else None
+    sums = [_Sum(like.experts_u), _Sum(like.experts_u)]
+    stacked = like.experts_u > 0
+    if need_dz or need_up or need_up_bias:
+        for i, j, index in _pieces(c.expert_u if stacked else 0, M, N, dy.device, mixed):
+            part = dy2[i:j].to(dtype)
+            if need_dz:
+                dz[i:j] = _scaled(_product(part, _choose(up, index, stacked)), c.scale)
+            if need_up:
+                sums[0].add(index, _outer(inner[i:j], part, index, stacked))
+            if need_up_bias:
+                sums[1].add(index, _scaled(_column_sums(part, index, stacked), c.scale))
+    grads[3] = sums[0].result().mT if need_up else None
+    grads[4] = sums[1].result() if need_up_bias else None
+    if not need_dz:
+        return grads
+    dz = _DERIVATIVES[c.activation](dz, z)
+
+    K = down.shape[-1] if need_h else h.shape[-1] if need_down else 0
+    h2 = rows(h) if need_down else None
+    dh = dy2.new_empty(M, K) if need_h else None
+    sums = [_Sum(like.experts_d), _Sum(like.experts_d)]
+    stacked = like.experts_d > 0
+    for i, j, index in _pieces(c.expert_d if stacked else 0, M, K, dy.device, mixed):
+        part = dz[i:j]
+        if need_down:
+            sums[0].add(index, _outer(part, h2[i:j].to(dtype), index, stacked))
+        if need_down_bias:
+            sums[1].add(index, _column_sums(part, index, stacked))
+        if need_h:
+            D = _choose(down, index, stacked)
+            if residual_is_h and not mixed and D.dim() == 2:
+                torch.addmm(dy2[i:j], part, D, out=dh[i:j])
+                continue
+            back = _product(part, D)
+            dh[i:j] = back.add_(dy2[i:j]) if residual_is_h else back
+    grads[0] = dh.view(*dy.shape[:-1], K) if need_h else None
+    grads[1] = sums[0].result() if need_down else None
+    grads[2] = sums[1].result() if need_down_bias else None
+    return grads

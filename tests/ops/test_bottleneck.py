@@ -1,0 +1,679 @@
+"""The bottleneck op on the CPU: reference, PyTorch path and C++ node. Triton's kernels: tests/triton_kernels."""
+
+import functools
+import importlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+import peft_fused
+from peft_fused.ops import bottleneck, bottleneck_reference, bottleneck_torch, dispatch, native
+from peft_fused.ops.accuracy import SHOWS_IN, compare, compare_mutated
+from peft_fused.ops.bottleneck import ACTIVATIONS, NAMES, problem_of
+from peft_fused.ops.cases import bottleneck_cases, make_bottleneck
+
+F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
+TYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
+TYPE_IDS = ["fp32", "bf16", "fp16", "bf16+fp32", "fp16+fp32"]
+NODES = [
+    pytest.param(True, id="cpp", marks=pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")),
+    pytest.param(False, id="python"),
+]
+both_nodes = pytest.mark.parametrize("cpp", NODES)
+# (stacks of down and up, expert): every form of an index, with an expert that nothing takes wherever there are three.
+FORMS = {
+    "plain": ((None, None), None),
+    "default": ((3, 3), None),
+    "number": ((3, 3), 2),
+    "0-d": ((3, 3), torch.tensor(1)),
+    "pair": ((3, 2), (torch.tensor(2, dtype=torch.int32), 1)),
+    "down alone": ((3, None), torch.tensor([2, 0])),
+    "up alone": ((None, 3), (0, torch.tensor([1, 1, 0]))),
+    "groups": ((3, 3), torch.tensor([2, 0, 0, 2, 2, 0])),
+    "two numbers of groups": ((3, 3), (torch.tensor([2, 0]), torch.tensor([1, 0, 1]))),
+    "groups and one": ((3, 3), (torch.tensor([2, 0]), torch.tensor(1))),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def failures(verdicts):
+    return [f"{v.name}: {v.ratio:.2f} of what is allowed" for v in verdicts if not v.ok]
+
+
+def leaves(case):
+    return [case.tensors[name] for name in case.wrt]
+
+
+def call_of(function, case):
+    """function of the case's leaves alone."""
+    return lambda *tensors: function(**{**case.tensors, **dict(zip(case.wrt, tensors, strict=True))}, **case.options)
+
+
+def form_case(form, m=12, k=5, n=5, r=3, **more):
+    experts, expert = FORMS[form]
+    return make_bottleneck(m, k, n, r, experts=experts, expert=expert, **more)
+
+
+# ---------------------------------------------------------------------------------------------------------- reference
+
+
+def by_rows(h, down, down_bias, up, up_bias, act, residual, scale, experts_d, experts_u):
+    """The formula, one row after the other; experts: the index of every row."""
+    out = []
+    for t, (i, j) in enumerate(zip(experts_d, experts_u, strict=True)):
+        D, b = (p if p.dim() == dims else p[i] for p, dims in ((down, 2), (down_bias, 1)))
+        U, c = (p if p.dim() == dims else p[j] for p, dims in ((up, 2), (up_bias, 1)))
+        out.append(residual[t] + scale * (U @ act(D @ h[t] + b) + c))
+    return torch.stack(out)
+
+
+def expanded(index, rows):
+    """The index of every row."""
+    if index is None or isinstance(index, int):
+        return [index or 0] * rows
+    flat = index.reshape(-1)
+    return [int(flat[t * len(flat) // rows]) for t in range(rows)]
+
+
+@every_form
+@pytest.mark.parametrize("residual", ["h", "other"])
+def test_reference_is_the_formula_row_by_row(form, residual):
+    case = form_case(form, dtype=F64, residual=residual, activation="gelu")
+    t, expert = case.tensors, case.options["expert"]
+    pair = expert if isinstance(expert, tuple) else (expert, expert)
+    act = lambda z: z * 0.5 * (1 + torch.erf(z / 2**0.5))  # noqa: E731
+    start = t["h"] if residual == "h" else t["residual"]
+    parameters = (t["down"], t["down_bias"], t["up"], t["up_bias"])
+    want = by_rows(t["h"], *parameters, act, start, 2.0, *(expanded(e, 12) for e in pair))
+    torch.testing.assert_close(case.call(bottleneck_reference), want)
+
+
+@pytest.mark.parametrize(
+    ("activation", "formula"),
+    [
+        ("gelu_tanh", lambda z: 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))),
+        ("relu", lambda z: z.clamp(min=0)),
+        ("silu", lambda z: z / (1 + torch.exp(-z))),
+        ("swish", lambda z: z / (1 + torch.exp(-z))),
+        ("tanh", lambda z: (1 - torch.exp(-2 * z)) / (1 + torch.exp(-2 * z))),
+        ("identity", lambda z: z),
+    ],
+)
+def test_activations_are_their_formulas(activation, formula):
+    case = make_bottleneck(9, 5, 4, 3, dtype=F64, activation=activation)
+    t = case.tensors
+    a = formula(t["h"] @ t["down"].mT + t["down_bias"])
+    torch.testing.assert_close(case.call(bottleneck_reference), 2.0 * (a @ t["up"].mT + t["up_bias"]))
+
+
+@pytest.mark.parametrize("function", [bottleneck_reference, "cpp", "python"], ids=["reference", "cpp", "python"])
+@every_form
+@every_activation
+def test_gradcheck(activation, form, function):
+    case = form_case(form, dtype=F64, residual="h" if form == "groups" else "other", activation=activation)
+    if isinstance(function, str):
+        if function == "cpp" and native.module is None:
+            pytest.skip(native.why_missing)
+        with peft_fused.use_backend("torch", native=function == "cpp"):
+            assert torch.autograd.gradcheck(call_of(bottleneck, case), leaves(case))
+    else:
+        assert torch.autograd.gradcheck(call_of(function, case), leaves(case))
+
+
+@both_nodes
+def test_relu_has_no_slope_at_zero(cpp):
+    h = torch.zeros(2, 3, requires_grad=True)
+    with peft_fused.use_backend("torch", native=cpp):
+        y = bottleneck(h, torch.ones(1, 3), None, torch.ones(3, 1), None, "relu")
+    y.sum().backward()
+    assert torch.equal(h.grad, torch.ones(2, 3))
+
+
+# --------------------------------------------------------------------------------------------- right in every dtype
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("types", [*TYPES, (F64, F64)], ids=[*TYPE_IDS, "fp64"])
+def test_the_cpp_node_takes_every_case(types):
+    """Otherwise what is called its test would be Python's."""
+    for case in bottleneck_cases("bottleneck", *types):
+        t, o = case.tensors, {"activation": "gelu", "expert": None, **case.options}
+        parameters = (t["down"], t["down_bias"], t["up"], t["up_bias"])
+        arguments = (t["h"], *parameters, o["activation"], t["residual"], o["scale"], o["expert"])
+        assert native.module.bottleneck(*arguments, None).grad_fn is not None, case.name
+        assert native.module.bottleneck(*arguments, "triton") is None
+
+
+@both_nodes
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_error_is_at_most_twice_pytorchs(types, cpp, poisoned):
+    for case in bottleneck_cases("bottleneck", *types):
+        with peft_fused.use_backend("torch", native=cpp):
+            assert not failures(compare(bottleneck, bottleneck_reference, case)), case.name
+
+
+@both_nodes
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+def test_defects_do_not_pass(types, cpp):
+    seen = set()
+    for case in bottleneck_cases("bottleneck", *types):
+        with peft_fused.use_backend("torch", native=cpp):
+            for defect, verdicts in compare_mutated(bottleneck, bottleneck_reference, case).items():
+                seen.add(defect)
+                shown = next(v for v in verdicts if v.name == SHOWS_IN.get(defect, "y"))
+                assert not shown.ok, f"{defect} passed on {case.name}"
+    assert seen == {
+        "scale x 1.02", "one unit dropped", "down_bias dropped", "up_bias dropped", "activation derivative missing",
+        "wrong expert of down", "wrong expert of up",
+    }  # fmt: skip
+
+
+@both_nodes
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32)], ids=["fp32", "bf16+fp32"])
+@pytest.mark.parametrize("expert", [None, torch.tensor([1, 0, 0, 2, 1])], ids=["one", "groups"])
+def test_large_enough_for_onednn_and_row_blocks(types, expert, cpp, poisoned):
+    experts = (None, None) if expert is None else (3, 3)
+    case = make_bottleneck(
+        2100, 640, 512, 24, dtype=types[0], adapter_dtype=types[1], experts=experts, expert=expert, residual="other"
+    )
+    with peft_fused.use_backend("torch", native=cpp):
+        assert not failures(compare(bottleneck, bottleneck_reference, case))
+
+
+@pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
+@every_form
+@pytest.mark.parametrize("block", [None, 40])
+def test_indices_that_stay_on_a_device(types, form, block, monkeypatch, poisoned):
+    """What the composition does where indices and scale may not be read, without the device."""
+    monkeypatch.setattr(bottleneck_torch.Controls, "on_host", lambda self: self)
+    if block is not None:
+        monkeypatch.setitem(bottleneck_torch.BLOCK_ELEMENTS, "cpu", block)
+    scale = torch.tensor(2.0)
+    for residual in ("h", "zeros"):
+        case = form_case(form, 48, 20, 20, 6, dtype=types[0], adapter_dtype=types[1], residual=residual, scale=scale)
+        with peft_fused.use_backend("torch", native=False):
+            assert not failures(compare(bottleneck, bottleneck_reference, case)), residual
+
+
+@both_nodes
+def test_any_subset_may_be_frozen(cpp, poisoned):
+    every = (*NAMES, "residual")
+    options = dict(dtype=F64, residual="other", experts=(3, 3), expert=torch.tensor([2, 0]))
+    full = make_bottleneck(12, 7, 5, 3, **options)
+    dy = torch.randn(12, 5, dtype=F64)
+    truth = dict(zip(every, torch.autograd.grad(full.call(bottleneck_reference), leaves(full), dy), strict=True))
+    for size in range(1, len(every) + 1):
+        for wrt in itertools.combinations(every, size):
+            part = make_bottleneck(12, 7, 5, 3, wrt=wrt, **options)
+            with peft_fused.use_backend("torch", native=cpp):
+                part.call(bottleneck).backward(dy)
+            for name in every:
+                if name in wrt:
+                    torch.testing.assert_close(part.tensors[name].grad, truth[name])
+                else:
+                    assert part.tensors[name].grad is None
+    assert not truth["down"][1].any() and truth["down"][2].any(), "expert 1 was not routed to"
+
+
+@both_nodes
+@pytest.mark.parametrize("form", ["plain", "number", "groups"])
+@pytest.mark.parametrize("shape", [(0,), (6, 0), (12,), (6, 2), (2, 3, 2)], ids=str)
+def test_leading_dimensions_and_no_tokens(shape, form, cpp):
+    case = form_case(form, dtype=F64, residual="h")
+    h = torch.randn(*shape, 5, dtype=F64, requires_grad=True)
+    options = {**case.tensors, "h": h, **case.options}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = bottleneck(**options)
+    assert y.shape == (*shape, 5)
+    y.square().sum().backward()
+    names = ("h", *NAMES[1:])
+    want = torch.autograd.grad(bottleneck_reference(**options).square().sum(), [options[n] for n in names])
+    for name, grad in zip(names, want, strict=True):
+        torch.testing.assert_close(options[name].grad, grad)
+
+
+@both_nodes
+@pytest.mark.parametrize("rows", [1, 7, 97])
+def test_numbers_of_rows(rows, cpp):
+    case = make_bottleneck(rows, 9, 9, 4, dtype=F64, residual="h")
+    with peft_fused.use_backend("torch", native=cpp):
+        torch.testing.assert_close(case.call(bottleneck), case.call(bottleneck_reference))
+
+
+@both_nodes
+def test_one_row_as_a_vector(cpp):
+    case = make_bottleneck(1, 6, 6, 2, dtype=F64, residual="h")
+    options = {**case.tensors, "h": torch.randn(6, dtype=F64), **case.options}
+    with peft_fused.use_backend("torch", native=cpp):
+        torch.testing.assert_close(bottleneck(**options), bottleneck_reference(**options))
+
+
+@both_nodes
+@pytest.mark.parametrize("expert", [None, torch.tensor([2, 0, 2])], ids=["one", "groups"])
+def test_strides_of_any_kind(expert, cpp):
+    """A permuted h, column-major weights, biases with gaps, indices with gaps, an expanded gradient."""
+    stack = () if expert is None else (3,)
+    h = torch.randn(8, 3, 4, dtype=F64).permute(2, 1, 0).requires_grad_()
+    down = torch.randn(*stack, 8, 2, dtype=F64).mT.requires_grad_()
+    up = torch.randn(*stack, 2, 8, dtype=F64).mT.requires_grad_()
+    down_bias = torch.randn(*stack, 4, dtype=F64)[..., ::2].requires_grad_()
+    up_bias = torch.randn(*stack, 16, dtype=F64)[..., ::2].requires_grad_()
+    if expert is not None:
+        expert = expert.repeat_interleave(2)[::2]
+    tensors, grads = [h, down, down_bias, up, up_bias], []
+    for function in (bottleneck, bottleneck_reference):
+        with peft_fused.use_backend("torch", native=cpp):
+            y = function(*tensors, expert=expert)
+        grads.append(torch.autograd.grad(y.sum(), tensors))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+@both_nodes
+@pytest.mark.parametrize("residual", ["h", "other"])
+@pytest.mark.parametrize("form", ["plain", "groups"])
+def test_inputs_and_outputs_keep_to_themselves(form, residual, cpp):
+    """Neither inputs nor saved tensors are written to, and the output may be changed in place by the next layer."""
+    case = form_case(form, residual=residual, activation="identity")
+    before = {name: t.detach().clone() for name, t in case.tensors.items() if t is not None}
+    want = torch.autograd.grad(case.call(bottleneck_reference).sum(), leaves(case))
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(bottleneck)
+    y.add_(1.0)
+    y.sum().backward()
+    for name, value in before.items():
+        assert torch.equal(case.tensors[name], value), name
+    torch.testing.assert_close([leaf.grad for leaf in leaves(case)], list(want))
+
+
+@both_nodes
+@pytest.mark.parametrize("form", ["groups", "two numbers of groups"])
+def test_a_route_is_the_same_as_one_call_per_group(form, cpp):
+    case = form_case(form, dtype=F64, residual="h")
+    expert = case.options["expert"]
+    pair = expert if isinstance(expert, tuple) else (expert, expert)
+    of_rows = [expanded(e, 12) for e in pair]
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(bottleneck)
+        for i in range(12):
+            one = {**case.tensors, "h": case.tensors["h"][i : i + 1]}
+            alone = bottleneck(**one, scale=2.0, expert=(of_rows[0][i], of_rows[1][i]))
+            torch.testing.assert_close(y[i : i + 1], alone)
+
+
+# ------------------------------------------------------------------------------------- what backward keeps and repeats
+
+
+def saved_tensors(function):
+    """Tensors that autograd keeps for the backward of function()."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function()
+    return kept
+
+
+@both_nodes
+def test_frozen_parameters_save_nothing(cpp):
+    def kept(wrt, **options):
+        case = make_bottleneck(50, 40, 30, 4, wrt=wrt, **options)
+        with peft_fused.use_backend("torch", native=cpp):
+            tensors = saved_tensors(lambda: case.call(bottleneck))
+        known = {t.data_ptr(): name for name, t in case.tensors.items() if t is not None}
+        return sorted(known.get(t.data_ptr(), str(tuple(t.shape))) for t in tensors)
+
+    z = str((50, 4))
+    assert kept(NAMES) == sorted(["h", "down", "up", z])
+    assert kept(NAMES[1:]) == sorted(["h", "up", z]), "an h without gradient keeps no down"
+    assert kept(("h", "up")) == sorted(["down", "up", z]), "a frozen down keeps no h"
+    assert kept(("down",)) == kept(("down", "down_bias")) == sorted(["h", "up", z])
+    assert kept(("down_bias",)) == sorted(["up", z])
+    assert kept(("up",)) == kept(("up", "up_bias")) == [z], "dU needs z alone"
+    assert kept(("up_bias",)) == kept(("residual",)) == kept(()) == []
+    assert kept(("h", "down"), activation="identity") == sorted(["h", "down", "up"]), "a line's slope needs no z"
+    assert kept(("up",), activation="identity") == [z]
+
+
+@both_nodes
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32)], ids=["fp32", "bf16+fp32"])
+def test_two_runs_are_bitwise_equal(types, cpp):
+    def run():
+        expert = torch.tensor([2, 0, 2, 1, 0, 2, 2])
+        case = make_bottleneck(
+            700, 600, 600, 16, dtype=types[0], adapter_dtype=types[1], experts=(4, 4), expert=expert, residual="h"
+        )
+        with peft_fused.use_backend("torch", native=cpp):
+            y = case.call(bottleneck)
+        return [y, *torch.autograd.grad(y, leaves(case), torch.ones_like(y))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@both_nodes
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_plain_gradients(use_reentrant, cpp):
+    case = form_case("groups", residual="h")
+
+    def run(wrapped):
+        with peft_fused.use_backend("torch", native=cpp):
+            y = wrapped(lambda h: bottleneck(**{**case.tensors, "h": h}, **case.options), case.tensors["h"])
+            y.square().sum().backward()
+        grads = [leaf.grad for leaf in leaves(case)]
+        for leaf in leaves(case):
+            leaf.grad = None
+        return grads
+
+    plain = run(lambda function, h: function(h))
+    for got, want in zip(run(lambda f, h: checkpoint(f, h, use_reentrant=use_reentrant)), plain, strict=True):
+        assert torch.equal(got, want)
+
+
+@both_nodes
+@pytest.mark.parametrize("saved", ["mm", "bottleneck_fwd", "nothing"])
+def test_selective_checkpointing_gives_the_plain_gradients(saved, cpp):
+    """Whatever the policy keeps: it sees the op as one operation, none of whose intermediate results it could keep."""
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if saved in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    case = form_case("groups", residual="h")
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    block = lambda h: bottleneck(**{**case.tensors, "h": h}, **case.options).sin()  # noqa: E731
+    with peft_fused.use_backend("torch", native=cpp):
+        plain = torch.autograd.grad(block(case.tensors["h"]).sum(), leaves(case))
+        y = checkpoint(block, case.tensors["h"], use_reentrant=False, context_fn=contexts)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), leaves(case)), plain)
+
+
+@both_nodes
+@pytest.mark.parametrize("control", ["expert", "scale"])
+def test_a_control_changed_before_backward_is_no_silent_error(control, cpp):
+    """A tensor read again in backward must be the one of the forward, or autograd must object."""
+    values = {"expert": torch.tensor([0, 1]), "scale": torch.tensor(2.0)}
+    case = make_bottleneck(20, 12, 10, 4, experts=(2, 2), **values)
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(bottleneck)
+        want = torch.autograd.grad(y.sum(), [case.tensors["down"]], retain_graph=True)[0]
+        values[control].fill_(1)
+        try:
+            got = torch.autograd.grad(y.sum(), [case.tensors["down"]])[0]
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+        else:
+            assert torch.equal(got, want)
+
+
+@both_nodes
+def test_no_second_derivative_without_saying_so(cpp):
+    case = make_bottleneck(4, 3, 2, 1)
+    with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(case.call(bottleneck).sum(), [case.tensors["h"]], create_graph=True)
+    with peft_fused.use_backend("reference"):
+        torch.autograd.grad(case.call(bottleneck).sum(), [case.tensors["h"]], create_graph=True)
+
+
+@both_nodes
+@pytest.mark.parametrize("wrt", [NAMES, NAMES[1:], ("h", "up"), ("down_bias",), ("up",), ("up_bias",)])
+def test_operations_are_counted_as_those_of_the_formula(wrt, cpp):
+    importlib.import_module("peft_fused.ops.flops")
+    case = make_bottleneck(40, 30, 20, 4, wrt=wrt)
+
+    def count(function):
+        with FlopCounterMode(display=False) as counter:
+            case.call(function).sum().backward()
+        return counter.get_total_flops()
+
+    with peft_fused.use_backend("torch", native=cpp):
+        assert count(bottleneck) == count(bottleneck_reference) > 0
+
+
+def test_the_op_runs_without_importing_triton():
+    """On the CPU, without PEFT, whose transformers import it."""
+    code = (
+        "import importlib.util, sys, torch; found = importlib.util.find_spec;"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'peft' else found(name, package);"
+        "import peft_fused;"
+        "peft_fused.ops.bottleneck(torch.ones(2, 3), torch.ones(1, 3), None, torch.ones(3, 1), None);"
+        "assert not {'peft', 'transformers', 'triton'} & set(sys.modules), 'imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@both_nodes
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)], ids=["K = 0", "N = 0", "both"])
+def test_layers_without_inputs_or_outputs(sizes, cpp):
+    k, n = sizes
+    shapes = dict(h=(3, 2, k), down=(4, k), down_bias=(4,), up=(n, 4), up_bias=(n,), residual=(3, 2, n))
+    tensors = {name: torch.ones(shape, requires_grad=True) for name, shape in shapes.items()}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = bottleneck(**tensors, activation="relu")
+        assert torch.equal(y, torch.full((3, 2, n), 6.0))
+        y.sum().backward()
+    assert all(tensor.grad.shape == shapes[name] for name, tensor in tensors.items())
+
+
+@both_nodes
+def test_meta_tensors_have_the_shape_alone(cpp):
+    case = make_bottleneck(6, 5, 4, 3, residual="other")
+    tensors = {name: t.detach().to("meta") for name, t in case.tensors.items()}
+    with peft_fused.use_backend(None, native=cpp):
+        y = bottleneck(**tensors)
+    assert (y.shape, y.device.type) == ((6, 4), "meta")
+
+
+# ------------------------------------------------------------------------------------------------- compile and opcheck
+
+
+def test_compile_is_one_graph_and_values_do_not_recompile():
+    expert, scale = (torch.tensor([0, 1]), torch.tensor(0)), torch.tensor(2.0)
+    case = make_bottleneck(24, 16, 16, 4, experts=(3, 3), expert=expert, scale=scale, residual="h")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **k: bottleneck(**k), backend=counter, fullgraph=True)
+    for step in range(4):
+        expert[0].copy_(torch.tensor([step % 3, (step + 2) % 3]))
+        expert[1].fill_(step % 3)
+        scale.fill_(8.0 / (step + 1))
+        got = torch.autograd.grad(compiled(**case.tensors, **case.options).square().sum(), leaves(case))
+        want = torch.autograd.grad(case.call(bottleneck_reference).square().sum(), leaves(case))
+        for a, c in zip(got, want, strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-3)
+    assert counter.frame_count == 1
+
+
+def test_compile_takes_any_number_of_rows():
+    case = make_bottleneck(24, 16, 16, 4, experts=(3, 3), expert=torch.tensor([2, 0]), residual="h")
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda **k: bottleneck(**k), backend=counter, fullgraph=True)
+    for rows in range(4, 20, 2):
+        tensors = {**case.tensors, "h": case.tensors["h"].detach()[:1].expand(rows, -1)}
+        torch.testing.assert_close(compiled(**tensors, **case.options), bottleneck(**tensors, **case.options))
+    assert counter.frame_count == 2, "one for the first number of rows, one for all others"
+
+
+def test_inductor():
+    case = form_case("groups", residual="h")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda **k: bottleneck(**k) * 2, fullgraph=True)
+    got = torch.autograd.grad(compiled(**case.tensors, **case.options).sum(), leaves(case))
+    want = torch.autograd.grad(case.call(bottleneck_reference).sum() * 2, leaves(case))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", ["plain", "0-d", "two numbers of groups"])
+@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32)], ids=["fp32", "bf16+fp32"])
+def test_opcheck(form, types):
+    case = form_case(form, residual="other", dtype=types[0], adapter_dtype=types[1])
+    t, expert = case.tensors, case.options["expert"]
+    pair = expert if isinstance(expert, tuple) else (expert, expert)
+    controls = ("gelu", 2.0, None, 0, pair[0], 0, pair[1], "torch")
+    torch.library.opcheck(torch.ops.peft_fused.bottleneck_fwd, (*t.values(), *controls))
+    h, down, up = (t[name].detach() for name in ("h", "down", "up"))
+    dy, z = torch.randn(12, 5, dtype=types[0]), torch.randn(12, 3, dtype=types[1])
+    experts = [p.shape[0] if p.dim() == 3 else 0 for p in (down, up)]
+    for needs in ([True] * 5, [False, False, True, False, True]):
+        arguments = (dy, h, down, up, z, *experts, 3, types[1], True, *controls, needs)
+        torch.library.opcheck(torch.ops.peft_fused.bottleneck_bwd, arguments)
+
+
+# -------------------------------------------------------------------------------------------------- autocast and modes
+
+
+@both_nodes
+@pytest.mark.parametrize("residual", ["h", "other"])
+def test_autocast_is_that_of_linear(residual, cpp):
+    case = make_bottleneck(32, 24, 24, 4, residual=residual)
+    with peft_fused.use_backend("torch", native=cpp), torch.autocast("cpu", dtype=BF16):
+        y = case.call(bottleneck)
+    assert y.dtype == BF16
+    truth = case.to(F64).call(bottleneck_reference)
+    assert (y.double() - truth).norm() / truth.norm() < 1e-2
+    y.float().sum().backward()
+    assert all(case.tensors[name].grad.dtype == F32 for name in case.wrt)
+
+
+@both_nodes
+@pytest.mark.parametrize("size", [8, 300])
+def test_backward_inside_autocast_keeps_its_types(size, cpp):
+    case = make_bottleneck(size, 200, 160, 4)
+    with peft_fused.use_backend("torch", native=cpp):
+        y = case.call(bottleneck)
+        want = torch.autograd.grad(y.sum(), leaves(case), retain_graph=True)
+        with torch.autocast("cpu", dtype=BF16):
+            got = torch.autograd.grad(y.sum(), leaves(case))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@both_nodes
+@pytest.mark.parametrize("scale", [1e-3, 300.0])
+def test_the_scale_does_not_leave_the_range_of_half_units(scale, cpp):
+    """Units that are scaled in fp16 lose their digits below 6e-5 and overflow above 65504."""
+    case = make_bottleneck(40, 30, 20, 4, dtype=F16, scale=scale, activation="relu", bias=False)
+    case.tensors["down"] = case.tensors["down"].detach() * (500.0 if scale > 1 else 0.01)
+    case.tensors["up"] = case.tensors["up"].detach() * (1e-3 if scale > 1 else 500.0)
+    part = case.tensors | {"h": case.tensors["h"].detach()}
+    with peft_fused.use_backend("torch", native=cpp):
+        y = bottleneck(**part, **case.options)
+    truth = bottleneck_reference(**{n: None if t is None else t.double() for n, t in part.items()}, **case.options)
+    assert (y.double() - truth).norm() / truth.norm() < 2e-3
+
+
+# ------------------------------------------------------------------------------------------------------------ dispatch
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    case = make_bottleneck(4, 3, 2, 1, dtype=F64)
+    with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
+        case.call(bottleneck)
+    assert "float64" in str(error.value) and "CUDA device" in str(error.value)
+    compiled = torch.compile(lambda **k: bottleneck(**k), backend="aot_eager")
+    with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="x is float64"):
+        compiled(**case.tensors, **case.options)
+    with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="bottleneck has no CUDA C"):
+        case.call(bottleneck)
+
+
+def test_the_problem_of_a_call():
+    case = form_case("two numbers of groups")
+    t = case.tensors
+    problem = problem_of(t["h"], t["down"], t["up"], "relu", case.options["expert"])
+    assert (problem.m, problem.n, problem.k, problem.r, problem.groups) == (12, 5, 5, 3, 6)
+    assert problem_of(t["h"], t["down"][0], t["up"][0], "relu", case.options["expert"]).groups == 1
+    assert "torch: " in str(peft_fused.explain(problem))
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+STACKS = dict(down=torch.ones(2, 3, 6), down_bias=torch.ones(2, 3))
+BAD = [
+    (dict(h=[1.0]), TypeError, "h must be a torch.Tensor, got list"),
+    (dict(h=torch.ones(4, 6, dtype=torch.int64)), TypeError, r"h must be floating point .*, got int64"),
+    (dict(h=torch.tensor(1.0)), ValueError, r"h must have shape \[..., K\]"),
+    (dict(h=torch.ones(4, 7)), ValueError, r"down must have shape \[r, K\].* = \[3, 7\], got \[3, 6\]"),
+    (dict(h=torch.ones(4, 6).to_sparse()), ValueError, "h must be a dense"),
+    (dict(down=None), TypeError, "down must be a torch.Tensor, got NoneType"),
+    (dict(down=torch.ones(6)), ValueError, r"down must have shape \[r, K\] or \[E, r, K\], got \[6\]"),
+    (dict(down=torch.ones(0, 3, 6)), ValueError, r"down must stack at least one expert, got shape \[0, 3, 6\]"),
+    (dict(down=torch.ones(257, 6)), ValueError, r"down must have 1 to 256 rows .* got shape \[257, 6\]"),
+    (
+        dict(down=torch.ones(3, 6, dtype=BF16)),
+        TypeError,
+        r"down must have h's dtype or float32 \(float32\), got bfloat",
+    ),
+    (dict(down=TwoTensor(torch.ones(3, 6), torch.ones(3, 6))), TypeError, "down must be a plain tensor .* TwoTensor"),
+    (dict(up=torch.ones(5, 4)), ValueError, r"up must have 3 columns \(the units of down\), got shape \[5, 4\]"),
+    (dict(up=torch.ones(5)), ValueError, r"up must have shape \[N, r\] or \[E, N, r\], got \[5\]"),
+    (dict(up=torch.ones(5, 3, device="meta")), ValueError, r"up must be on h's device \(cpu\), got meta"),
+    (dict(down_bias=torch.ones(4)), ValueError, r"down_bias must have shape .* = \[3\], got \[4\]"),
+    (dict(down_bias=0.0), TypeError, "down_bias must be a torch.Tensor or None, got float"),
+    (dict(down=STACKS["down"]), ValueError, r"down_bias must have shape .* = \[2, 3\], got \[3\]"),
+    (dict(up_bias=torch.ones(1, 5)), ValueError, r"up_bias must have shape .* = \[5\], got \[1, 5\]"),
+    (dict(up_bias=torch.ones(5, dtype=F16)), TypeError, r"up_bias must have down's dtype \(float32\), got float16"),
+    (dict(residual=torch.ones(5)), ValueError, r"residual must have shape \[..., N\] = \[4, 5\], got \[5\]"),
+    (dict(residual=torch.ones(4, 5, dtype=F16)), TypeError, r"residual must have h's dtype \(float32\), got float16"),
+    (
+        dict(residual=None),
+        ValueError,
+        r"residual must be given where up has other rows \(5\) than h has features \(6\)",
+    ),
+    (dict(activation="gelu_new"), ValueError, "activation must be one of gelu, .* identity, got 'gelu_new'"),
+    (dict(activation=torch.relu), TypeError, "activation must be a name, got builtin_function_or_method"),
+    (dict(scale="2"), TypeError, "scale must be a number or a 0-d tensor, got str"),
+    (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (dict(scale=torch.tensor(1.0, requires_grad=True)), ValueError, "scale must not require a gradient"),
+    (dict(scale=torch.ones(2)), ValueError, "scale must be a number or a 0-d floating-point tensor"),
+    (dict(scale=torch.tensor(1.0, device="meta")), ValueError, r"scale must be on h's device \(cpu\), got meta"),
+    (dict(**STACKS, expert=2), ValueError, r"expert \(of down\) must be in 0..1, got 2"),
+    (dict(**STACKS, expert=-1), ValueError, r"expert \(of down\) must be in 0..1, got -1"),
+    (dict(**STACKS, expert=True), TypeError, r"expert \(of down\) must be an int .* got bool"),
+    (dict(**STACKS, expert=(0,)), ValueError, "expert must be an index or a pair of them, got 1 values"),
+    (dict(**STACKS, expert=torch.tensor(2)), ValueError, r"expert \(of down\) must be in 0..1, got 2"),
+    (dict(**STACKS, expert=torch.tensor([0, 2])), ValueError, r"expert \(of down\) must be in 0..1, got 2"),
+    (dict(**STACKS, expert=torch.tensor([-1, 0])), ValueError, r"expert \(of down\) must be in 0..1, got -1"),
+    (dict(**STACKS, expert=torch.tensor([0.0, 1.0])), ValueError, r"expert \(of down\) must hold integers"),
+    (dict(**STACKS, expert=torch.tensor([True, False])), ValueError, r"expert \(of down\) must hold integers"),
+    (dict(**STACKS, expert=torch.tensor([0, 1, 0])), ValueError, "groups that divides h's 4 rows, got 3"),
+    (dict(**STACKS, expert=torch.zeros(0, dtype=torch.int64)), ValueError, "groups that divides h's 4 rows, got 0"),
+    (dict(**STACKS, expert=torch.tensor([[0, 1]])), ValueError, r"must be a number, a 0-d tensor or one \[G\]"),
+    (dict(**STACKS, expert=torch.tensor(0, device="meta")), ValueError, r"expert \(of down\) must be on h's device"),
+    (dict(**STACKS, expert=(0, "1")), TypeError, r"expert \(of up\) must be an int .* got str"),
+]
+
+
+@both_nodes
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[m[2][:40] for m in BAD])
+def test_bad_arguments_are_named(change, kind, message, cpp):
+    good = dict(
+        h=torch.ones(4, 6), down=torch.ones(3, 6), down_bias=torch.ones(3), up=torch.ones(5, 3), up_bias=torch.ones(5),
+        residual=torch.ones(4, 5),
+    )  # fmt: skip
+    with peft_fused.use_backend(None, native=cpp):
+        bottleneck(**good)
+        with pytest.raises(kind, match=message):
+            bottleneck(**{**good, **change})
+
+
+def test_an_index_of_a_parameter_that_is_no_stack_is_not_used():
+    tensors = (torch.ones(4, 6), torch.ones(3, 6), None, torch.ones(6, 3), None)
+    assert torch.equal(bottleneck(*tensors, expert=7), bottleneck(*tensors))
+
+
+def test_both_nodes_agree():
+    if native.module is None:
+        pytest.skip(native.why_missing)
+    assert dispatch.state.native_serves
+    case = form_case("groups", dtype=F64, residual="h")
+    results = []
+    for cpp in (True, False):
+        with peft_fused.use_backend("torch", native=cpp):
+            y = case.call(bottleneck)
+            results.append((type(y.grad_fn).__name__, [y, *torch.autograd.grad(y.sum(), leaves(case))]))
+    assert results[0][0] != results[1][0], "two nodes"
+    torch.testing.assert_close(results[0][1], results[1][1])

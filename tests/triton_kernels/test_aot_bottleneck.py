@@ -1,0 +1,96 @@
+"""Compiles the bottleneck kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+
+It prints a table by kernel; `pytest -s` shows every configuration.
+"""
+
+import pytest
+from aot import TRITON_TYPES, compile_all, launch_source, table
+from peft_fused.triton_kernels import bottleneck_kernels
+from peft_fused.triton_kernels.bottleneck_plan import configurations
+
+pytestmark = pytest.mark.aot
+
+ROWS = {"x_ptr", "add_ptr", "y_ptr"}
+SUMS = {"planes_ptr", "sums_ptr", "unit_sums_ptr", "scale_ptr"}
+# Strides of contiguous operands; backward reads both factors transposed.
+FORWARD_UNIT = {"stride_xk", "stride_ik", "stride_or", "stride_dn"}
+BACKWARD_UNIT = {"stride_xk", "stride_ir", "stride_on", "stride_dn"}
+
+
+def describe(config, aligned_rank):
+    c = dict(config.constexprs)
+    types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
+    blocks = "x".join(f"{name[6:]}{value}" for name, value in c.items() if name.startswith("BLOCK_"))
+    flags = "-".join([c.get("ACTIVATION", ""), *(name for name, value in c.items() if value is True)])
+    rank = "r%16=0" if aligned_rank else "r%16>0"
+    return f"{config.kernel[:-7]:6} {types:16} {blocks:22} {flags:31} {rank} warps {config.num_warps}"
+
+
+def rows_of_products(config):
+    """Rows of the left operand of the tensor-core products of a kernel."""
+    c = dict(config.constexprs)
+    return {"rows_kernel": c.get("BLOCK_M"), "grad_kernel": c.get("BLOCK_X")}.get(config.kernel)
+
+
+def problems(config, resources):
+    found = resources.problems()
+    rows = rows_of_products(config)
+    if rows is None:
+        return found
+    if resources.target == 80 and (resources.wgmma or not resources.mma):
+        found.append("expected mma.sync")
+    # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
+    if resources.target == 90 and bool(resources.wgmma) != (rows >= 64):
+        found.append("expected wgmma")
+    # A load reaches shared memory by itself only where a thread has 16 bytes of it, and where it is not transposed in
+    # fp32 on its way; the rows of s alone, which a second launch reads, may not be aligned.
+    c = dict(config.constexprs)
+    loads_x = c.get("SHRINK") or (config.kernel == "grad_kernel" and config.dtype != "float32")
+    columns = c["BLOCK_K"] if c.get("SHRINK") else c.get("BLOCK_X", 0)
+    size = c["BLOCK_M"] * columns * (4 if config.dtype == "float32" else 2)
+    if resources.target == 90 and loads_x and size >= 16 * 32 * config.num_warps and not resources.copies:
+        found.append("expected pipelined loads")
+    return found
+
+
+def source(config, aligned_rank):
+    """The kernel with every optional operand present, contiguous, an expert per group, N and K multiples of 16."""
+    kernel = getattr(bottleneck_kernels, config.kernel)
+    c = dict(config.constexprs)
+    unit = BACKWARD_UNIT if c.get("BACKWARD") else FORWARD_UNIT
+    if config.kernel == "reduce_kernel":
+        unit = {"stride_or"}
+    constants = c | {p.name: 1 for p in kernel.params if p.name in unit}
+    if config.kernel == "rows_kernel":
+        unused = ("b_in_ptr", "b_out_ptr") if c["BACKWARD"] else ("a_ptr",)
+        constants |= dict.fromkeys(unused)
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name.startswith("expert") and name.endswith("_ptr"):
+            types[name] = "*i64"
+        elif name in SUMS:
+            types[name] = "*fp32"
+        elif name.endswith("_ptr"):
+            types[name] = "*" + TRITON_TYPES[config.dtype if name in ROWS else config.adapter_dtype]
+        else:
+            types[name] = "fp32" if name == "scale" else "i32"
+    ranked = {"r", "stride_on", "stride_be", "stride_ox"} | ({"stride_ik"} if c.get("BACKWARD") else set())
+    return launch_source(kernel, types, constants, frozenset() if aligned_rank else ranked)
+
+
+@pytest.mark.parametrize("target, aligned_rank", [(80, True), (90, True), (90, False)])
+def test_every_configuration_fits(target, aligned_rank, capsys):
+    # fp16 differs from bf16 in the name of its instructions, and beside fp32 parameters it is upcast like fp32.
+    configs = [config for config in configurations() if config.dtype != "float16"]
+    found = list(zip(configs, compile_all(configs, lambda config: source(config, aligned_rank), target), strict=True))
+    print("", *(f"{describe(config, aligned_rank)} {resources}" for config, resources in found), sep="\n")
+    with capsys.disabled():
+        rows = [(config.kernel[:-7], resources) for config, resources in found]
+        print("", table(f"sm_{target}, bottleneck, r {'' if aligned_rank else 'not '}a multiple of 16", rows), sep="\n")
+    bad = [
+        f"{describe(config, aligned_rank)} {resources}: {', '.join(problems(config, resources))}"
+        for config, resources in found
+        if problems(config, resources)
+    ]
+    assert not bad, "\n" + "\n".join(bad)

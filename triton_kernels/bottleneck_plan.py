@@ -1,0 +1,266 @@
+"""Launch plans of the bottleneck kernels: a pure function, without torch or triton, like plan.py.
+
+The rows of a group never share a block with those of another, so the number of rows of a group picks the block. Tiles
+were chosen from the compiler's resource report (no register spills, at most 163 KB of shared memory), not from timings.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+
+from .plan import DTYPES, MAX_RANK, cdiv, next_power_of_2, operand_class
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
+
+
+@dataclass(frozen=True)
+class BottleneckProblem:
+    """h [m, k] through r units to [m, n], its rows in `groups` equal groups with an expert each.
+
+    Types are names such as "bfloat16"; device is "cuda" or "cpu".
+    """
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: str
+    adapter_dtype: str
+    device: str
+    gpu: str
+    sm_count: int
+    groups: int
+    activation: str
+
+    def describe(self) -> str:
+        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} h, {self.adapter_dtype} parameters"
+        groups = f", {self.groups} groups" if self.groups > 1 else ""
+        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], r={self.r}"
+        return f"bottleneck {sizes}, {self.activation}{groups}, {types} on {self.device}"
+
+    def limits(self, backend: str) -> list[str]:
+        """What keeps the kernels of a backend from this problem, whatever the machine."""
+        if backend == "cuda":
+            return ["bottleneck has no CUDA C++ kernel of its own"]
+        reasons = []
+        if self.r > MAX_RANK:
+            reasons.append(f"r is {self.r}; the kernels take up to {MAX_RANK}")
+        if self.activation not in ACTIVATIONS:
+            reasons.append(f"activation is {self.activation!r}; the kernels know {', '.join(ACTIVATIONS)}")
+        return reasons
+
+    def preference(self, launch_bound: float) -> tuple[str, ...]:
+        """Backends on CUDA, the best first."""
+        return ("triton", "torch")
+
+    def has_native_node(self, backend: str) -> bool:
+        return backend == "torch"
+
+    def words(self, backend: str, onednn: bool) -> str:
+        """What the backend runs, as the end of a sentence."""
+        if backend != "triton":
+            return ", two GEMMs"
+        return ", one kernel" if plan(self).fused else ", two kernels"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of rows_kernel, over rows of one group at a time.
+
+    block_k: columns read in a step of the product into the units. block_n: columns of a tile of the result. block_r:
+    units of a block, all of them where one launch does both, which are `shrink` and `expand`. parts: programs that
+    share the columns of the result; each finds the units of its rows again.
+    """
+
+    shrink: bool
+    expand: bool
+    block_m: int
+    block_k: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class GradLaunch:
+    """Tile of grad_kernel. parts: stripes of rows, each with partial sums of its own."""
+
+    block_m: int
+    block_x: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class BottleneckPlan:
+    """How a problem runs. forward, backward (to dz and dh): one launch for both products, or two."""
+
+    forward: tuple[Launch, ...]
+    backward: tuple[Launch, ...]
+    grad_down: GradLaunch
+    grad_up: GradLaunch
+
+    @property
+    def fused(self) -> bool:
+        return len(self.forward) == 1
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One kernel to compile: its constexpr arguments, absent pointers among them, and its types."""
+
+    kernel: str
+    dtype: str
+    adapter_dtype: str
+    constexprs: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+
+
+# By class of operands (see plan.py) and block of units: (most rows, block_k, block_n, num_warps, num_stages). More
+# units than the largest key of FUSED take two launches, with blocks of units in both.
+FUSED = {
+    "half": {16: (64, 128, 64, 4, 3), 32: (64, 128, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (32, 64, 64, 8, 3)},
+    "split": {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 4, 3), 64: (32, 64, 64, 8, 3)},
+    "full": {16: (64, 32, 64, 4, 3), 32: (64, 32, 32, 4, 3), 64: (64, 32, 32, 8, 3)},
+}
+SHRINK = {
+    "half": {128: (32, 64, 64, 8, 3)},
+    "split": {64: (64, 64, 64, 8, 3)},
+    "full": {64: (64, 32, 32, 8, 3)},
+}
+EXPAND = {
+    "half": {64: (64, 64, 64, 4, 3)},
+    "split": {32: (32, 64, 32, 4, 3)},
+    "full": {32: (64, 32, 32, 4, 3)},
+}
+# (most rows, block_x, num_warps, num_stages).
+GRAD = {
+    "half": {16: (64, 64, 4, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 64, 8, 2)},
+    "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 3)},
+    "full": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 8, 3)},
+}
+# Rows of a block, the most first: as many as leave every multiprocessor a block.
+ROWS = (64, 32, 16)
+# Least columns of a part: with fewer, finding the units again costs more than the part.
+PART_COLUMNS = 256
+
+
+def plan(problem: BottleneckProblem) -> BottleneckPlan:
+    """Plan of a problem. ValueError for a size or an activation beyond the limits, or an unsupported pair of types."""
+    return _plan(problem)
+
+
+@lru_cache(maxsize=4096)
+def _plan(p: BottleneckProblem) -> BottleneckPlan:
+    if not 1 <= p.r <= MAX_RANK:
+        raise ValueError(f"r must be in 1..{MAX_RANK}, got {p.r}")
+    if p.activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {p.activation!r}")
+    if p.dtype not in DTYPES or p.adapter_dtype not in (p.dtype, "float32"):
+        raise ValueError(f"unsupported types: h {p.dtype}, parameters {p.adapter_dtype}")
+    kind = operand_class(p.dtype, p.adapter_dtype)
+    return BottleneckPlan(
+        forward=_rows(p, kind, p.n),
+        backward=_rows(p, kind, p.k),
+        grad_down=_grad(p, kind, p.k),
+        grad_up=_grad(p, kind, p.n),
+    )
+
+
+def _block_r(table: dict, r: int) -> int:
+    return min(max(16, next_power_of_2(r)), max(table))
+
+
+def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[Launch, ...]:
+    rows = cdiv(p.m, p.groups)
+    enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= p.sm_count and rows >= b), ROWS[-1])
+
+    def launch(table, shrink, expand):
+        block_r = _block_r(table, p.r)
+        most_rows, block_k, block_n, num_warps, num_stages = table[block_r]
+        block_m = min(enough, most_rows)
+        blocks = p.groups * cdiv(rows, block_m)
+        parts = max(1, min(cdiv(p.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
+        return Launch(shrink, expand, block_m, block_k, block_n, block_r, num_warps, num_stages, parts)
+
+    if p.r <= max(FUSED[kind]):
+        return (launch(FUSED[kind], True, True),)
+    return launch(SHRINK[kind], True, False), launch(EXPAND[kind], False, True)
+
+
+def _grad(p: BottleneckProblem, kind: str, columns: int) -> GradLaunch:
+    block_r = _block_r(GRAD[kind], p.r)
+    block_m, block_x, num_warps, num_stages = GRAD[kind][block_r]
+    rows = cdiv(p.m, p.groups)
+    block_m = max(16, min(block_m, next_power_of_2(rows)))
+    # Two programs per multiprocessor, but at least four blocks of rows each: every stripe costs a plane.
+    stripes = cdiv(2 * p.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
+    parts = max(1, min(stripes, p.groups * cdiv(rows, block_m) // 4))
+    return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, parts)
+
+
+def reduce_launch(r: int) -> tuple[dict[str, int], int]:
+    """(blocks, num_warps) of the second stage of the sums of rank r."""
+    block_r = max(16, next_power_of_2(r))
+    blocks = {"BLOCK_P": 8 if block_r <= 64 else 4, "BLOCK_X": max(8, 512 // block_r), "BLOCK_R": block_r}
+    return blocks, 4 if block_r <= 64 else 8
+
+
+def rows_constexprs(launch: Launch, activation: str, backward: bool) -> dict[str, object]:
+    """What rows_kernel is compiled for, apart from the precision of fp32 products."""
+    blocks = {name.upper(): getattr(launch, name) for name in ("block_m", "block_k", "block_n", "block_r")}
+    flags = {"BACKWARD": backward, "SHRINK": launch.shrink, "EXPAND": launch.expand}
+    return blocks | flags | {"ACTIVATION": "silu" if activation == "swish" else activation}
+
+
+def grad_constexprs(launch: GradLaunch) -> dict[str, int]:
+    return {name.upper(): getattr(launch, name) for name in ("block_m", "block_x", "block_r")}
+
+
+def shrink_only(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+    """The launches without the product that leaves the units."""
+    return (replace(launches[0], expand=False, parts=1),)
+
+
+def kernel_configs(problem: BottleneckProblem) -> list[KernelConfig]:
+    """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
+    chosen = plan(problem)
+    configs = []
+
+    def add(kernel, constants, num_warps, num_stages):
+        found = tuple(sorted(constants.items()))
+        configs.append(KernelConfig(kernel, problem.dtype, problem.adapter_dtype, found, num_warps, num_stages))
+
+    for backward, launches in (
+        (False, chosen.forward),
+        (True, chosen.backward),
+        (True, shrink_only(chosen.backward)),
+    ):
+        for launch in launches:
+            constants = rows_constexprs(launch, problem.activation, backward) | {"PREC": "tf32x3"}
+            add("rows_kernel", constants, launch.num_warps, launch.num_stages)
+    for launch, absent in ((chosen.grad_down, "sums_ptr"), (chosen.grad_up, "unit_sums_ptr")):
+        constants = grad_constexprs(launch) | {"PREC": "tf32x3", absent: None}
+        add("grad_kernel", constants, launch.num_warps, launch.num_stages)
+    blocks, num_warps = reduce_launch(problem.r)
+    add("reduce_kernel", blocks, num_warps, 1)
+    return list(dict.fromkeys(configs))
+
+
+def configurations() -> list[KernelConfig]:
+    """Every distinct kernel configuration of the plans over all supported types, ranks and sizes with gelu, and for the
+    other activations those of one size."""
+    found = {}
+    types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
+    for (dtype, adapter), r, m in product(types, (16, 32, 64, 128, 256), (1, 32, 64, 4096, 6144, 32768)):
+        problem = BottleneckProblem(m, 1024, 1024, r, dtype, adapter, "cpu", "", 132, 1, "gelu")
+        found |= dict.fromkeys(kernel_configs(problem))
+    for (dtype, adapter), activation in product(types, ACTIVATIONS):
+        problem = BottleneckProblem(4096, 1024, 1024, 16, dtype, adapter, "cpu", "", 132, 1, activation)
+        found |= dict.fromkeys(kernel_configs(problem))
+    return list(found)
