@@ -44,7 +44,15 @@ _PEFT = (
 )
 
 if importlib.util.find_spec("peft") is not None:
-    from .integrations.peft import AdaMixConfig, AfLoraConfig, DyLoraConfig, SurmConfig, export_lora, merge_experts
+    from .integrations.peft import (
+        AdaMixConfig,
+        AfLoraConfig,
+        DyLoraConfig,
+        RosaConfig,
+        SurmConfig,
+        export_lora,
+        merge_experts,
+    )
     from .integrations.peft.accelerate import accelerate, restore
 
 __all__ = [

@@ -23,18 +23,16 @@ from .bottleneck_plan import (
     BottleneckPlan,
     BottleneckProblem,
     grad_constexprs,
+    plan,
     reduce_launch,
     rows_constexprs,
     shrink_only,
 )
-from .bottleneck_plan import plan as make_plan
 from .lowrank import _control, _dense, _gpu, _name, _precision, _stack_strides
 from .plan import cdiv
 
 
-def bottleneck_fwd(
-    h, down, down_bias, up, up_bias, residual, *, activation, scale=1.0, expert_d=None, expert_u=None, plan=None
-):
+def bottleneck_fwd(h, down, down_bias, up, up_bias, residual, *, activation, scale=1.0, expert_d=None, expert_u=None):
     """(y [M, N] in h's type, z [M, r] in the parameters')."""
     (M, K), (N, r) = h.shape, up.shape[-2:]
     y = h.new_empty(M, N)
@@ -43,11 +41,11 @@ def bottleneck_fwd(
         return y, z
     route_d, route_u = _Route.of(down.dim() == 3, expert_d), _Route.of(up.dim() == 3, expert_u)
     groups = max(route_d.groups, route_u.groups)
-    plan = plan or _plan(h, N, K, r, down.dtype, groups, activation)
-    s = None if plan.fused else torch.empty_like(z)
+    chosen = _plan(h, N, K, r, down.dtype, groups, activation)
+    s = None if chosen.fused else torch.empty_like(z)
     add = h if residual is None else residual
     with torch.cuda.device_of(h):
-        for launch in plan.forward:
+        for launch in chosen.forward:
             _rows(
                 launch, groups, activation, h, down, down_bias, up, up_bias, add, z, s, None, y, scale, route_d, route_u
             )
@@ -69,7 +67,6 @@ def bottleneck_bwd(
     residual_is_h,
     shapes=None,
     dtype=None,
-    plan=None,
 ):
     """Gradients by name for the names in `needs`, out of h, down, down_bias, up, up_bias; each in its operand's type.
 
@@ -80,7 +77,7 @@ def bottleneck_bwd(
     shapes = _shapes(down, up) | (shapes or {})
     dtype = dtype or next(t.dtype for t in (up, z, down) if t is not None)
     M, N = dy.shape
-    K = down.shape[-1] if "h" in needs else h.shape[1] if "down" in needs else 0
+    K = down.shape[-1] if "h" in needs else h.shape[1] if "down" in needs else 1
     r = next((t.shape[-1] for t in (up, z) if t is not None), 1)
     grads = {name: dy.new_empty(shapes[name], dtype=dtype) for name in needs if name != "h"}
     if "h" in needs:
@@ -92,10 +89,10 @@ def bottleneck_bwd(
     stacked_u = any(len(shapes.get(name, ())) == dims for name, dims in (("up", 3), ("up_bias", 2)))
     route_d, route_u = _Route.of(stacked_d, expert_d), _Route.of(stacked_u, expert_u)
     groups = max(route_d.groups, route_u.groups)
-    plan = plan or _plan(dy, N, K, r, dtype, groups, activation)
+    chosen = _plan(dy, N, K, r, dtype, groups, activation)
     need_units = not needs.isdisjoint(("down", "down_bias"))
     need_dz = need_units or "h" in needs
-    launches = plan.backward if "h" in needs else shrink_only(plan.backward) if need_dz or "up" in needs else ()
+    launches = chosen.backward if "h" in needs else shrink_only(chosen.backward) if need_dz or "up" in needs else ()
     dz = dy.new_empty(M, r, dtype=dtype) if need_units or len(launches) > 1 else None
     a = dy.new_empty(M, r, dtype=dtype) if "up" in needs else None
     with torch.cuda.device_of(dy):
@@ -107,9 +104,9 @@ def bottleneck_bwd(
             )  # fmt: skip
         if need_units:
             x = h if "down" in needs else None
-            _gradients(plan.grad_down, x, dz, route_d, 1.0, _mT(grads.get("down")), None, grads.get("down_bias"))
+            _gradients(chosen.grad_down, x, dz, route_d, 1.0, _mT(grads.get("down")), None, grads.get("down_bias"))
         if not needs.isdisjoint(("up", "up_bias")):
-            _gradients(plan.grad_up, dy, a, route_u, scale, grads.get("up"), grads.get("up_bias"), None)
+            _gradients(chosen.grad_up, dy, a, route_u, scale, grads.get("up"), grads.get("up_bias"), None)
     return grads
 
 
@@ -135,9 +132,7 @@ class _Route:
 def _plan(rows, n, k, r, adapter_dtype, groups, activation) -> BottleneckPlan:
     gpu, sm_count = _gpu(rows.device)
     types = _name(rows.dtype), _name(adapter_dtype)
-    return make_plan(
-        BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation)
-    )
+    return plan(BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation))
 
 
 def _shapes(down, up) -> dict[str, torch.Size]:
@@ -161,7 +156,7 @@ def _rows(
     launch, groups, activation, x, w_in, b_in, w_out, b_out, add, z, s, a, y, scale, route_in, route_out, backward=False
 ):
     """rows_kernel; w_in is indexed [expert, unit, column of x], w_out [expert, column of y, unit]."""
-    M, r = next(t.shape for t in (z, s) if t is not None)
+    M, r = (x.shape[0], w_in.shape[-2]) if z is None else z.shape
     K, N = (0 if t is None else t.shape[1] for t in (x, y))
     b_in, b_out = _dense(b_in), _dense(b_out)
     group_rows = M // groups

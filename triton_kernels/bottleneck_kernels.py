@@ -41,7 +41,7 @@ def activated(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.math.erf(z * SQRT_HALF))
     elif ACTIVATION == "gelu_tanh":
-        return 0.5 * z * (1.0 + tanh(SQRT_2_OVER_PI * (z + CUBE * z * z * z)))
+        return 0.5 * z * (1.0 + tanh((z + z * z * z * CUBE) * SQRT_2_OVER_PI))
     elif ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, z)  # keeps a NaN, like torch
     elif ACTIVATION == "silu":
@@ -57,11 +57,11 @@ def activated(z, ACTIVATION: tl.constexpr):
 def slope(z, ACTIVATION: tl.constexpr):
     """act'(z) in fp32; 0 at the kink of relu."""
     if ACTIVATION == "gelu":
-        density = tl.exp(-0.5 * z * z) * (SQRT_2_OVER_PI * 0.5)
+        density = tl.exp(-0.5 * z * z) * SQRT_2_OVER_PI * 0.5
         return 0.5 * (1.0 + tl.math.erf(z * SQRT_HALF)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        t = tanh(SQRT_2_OVER_PI * (z + CUBE * z * z * z))
-        inner = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBE * z * z)
+        t = tanh((z + z * z * z * CUBE) * SQRT_2_OVER_PI)
+        inner = (1.0 + z * z * CUBE * 3.0) * SQRT_2_OVER_PI
         return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
     elif ACTIVATION == "relu":
         return tl.where(z <= 0, 0.0, 1.0)

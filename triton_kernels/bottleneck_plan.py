@@ -54,7 +54,7 @@ class BottleneckProblem:
         return ("triton", "torch")
 
     def has_native_node(self, backend: str) -> bool:
-        return backend == "torch"
+        return backend == "torch" and self.device == "cpu"
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""

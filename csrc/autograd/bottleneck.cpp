@@ -1,5 +1,5 @@
-// The bottleneck op as one autograd node. The composition is the one ops/bottleneck_torch.py explains; here it is made of
-// ATen calls without Python between them, and a block of rows passes both products before the next one.
+// The bottleneck op as one autograd node. The composition is the one ops/bottleneck_torch.py explains; here it is made
+// of ATen calls without Python between them, and a block of rows passes both products before the next one.
 #include "bottleneck.h"
 
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -99,8 +99,8 @@ bool fits(const Tensor& t, at::ScalarType type, at::IntArrayRef shape) {
 
 bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
   const Tensor &h = a.h, &down = a.down, &up = a.up;
-  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them for
-  // the user's operations; the registered op is one piece.
+  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them
+  // for the user's operations; the registered op is one piece.
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   if (!backend.empty() && backend != "torch") return false;
   if (!plain(h) || !h.is_cpu() || h.dim() < 1) return false;
@@ -230,6 +230,11 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
         out.copy_(delta.add_(piece.of(start)));
         continue;
       }
+      if (uses_onednn(a, U.t())) {  // which accumulates no faster than a separate pass
+        const Tensor P = c.scale == 1 ? a : a * c.scale;
+        at::add_out(out, onednn_linear(P, U, bias.defined() ? bias * c.scale : bias), piece.of(start));
+        continue;
+      }
       bias.defined() ? at::add_out(out, piece.of(start), bias, c.scale) : out.copy_(piece.of(start));
       out.addmm_(a, U.t(), 1, c.scale);
     }
@@ -279,7 +284,7 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
       if (need(kH)) {
         const Tensor D = expert_of(down, c.stack_d, piece.down);
         Tensor out_rows = piece.of(dh);
-        if (c.residual_is_h && !mixed) {
+        if (c.residual_is_h && !mixed && !uses_onednn(dz, D)) {
           at::addmm_out(out_rows, rows, dz, D);
         } else {
           Tensor back = product(dz, D, 1);

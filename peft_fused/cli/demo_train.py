@@ -1,18 +1,18 @@
-"""The demo's models and training: four methods from one start on one order of data, one step of each in turn."""
+"""The demo's models and training: all methods from one start on one order of data, one step of each in turn."""
 
 import contextlib
 import copy
 import importlib.util
+import math
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -23,33 +23,22 @@ from peft_fused.methods.dylora import evaluate_ranks
 from peft_fused.methods.stepping import members_of
 from peft_fused.ops import dispatch
 
+from .demo_aflora import FreezingLog, trainable
 from .demo_data import Batches, Data
+from .demo_memory import peak_bytes
+from .demo_methods import BASELINE, METHODS, PLAIN, Method, Settings, choose, resample_every
 
 # Names of the query and value projections in the usual encoders and decoders.
 QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("query_proj", "value_proj"), ("q", "v"))
-# The methods that train the same factors, so that gradients can be compared; SURM trains other parameters.
-LORA = ("peft", "fused", "dylora")
 WARM_UP_STEPS = 3
 LAST_STEPS = 10
+RANDOM_ROUTES = 8
+# A parameter beyond it has diverged; products of some are finite still, so that it is noticed before it is an error.
+LARGEST = 1e9
 
 
 class ModelError(ValueError):
     """A model that cannot be used, with the reason."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    model: str | None = None
-    steps: int = 100
-    rank: int = 8
-    alpha: float = 16.0
-    seeds: int = 1
-    batch_size: int = 32
-    max_length: int = 64
-    lr: float = 1e-3
-    eval_rows: int = 1000
-    target_modules: list[str] | None = None
-    device: str = "cpu"
 
 
 def default_model() -> Path:
@@ -114,7 +103,7 @@ def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
 
 
 def lora_factors(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-    """(A, B) of every adapted layer of a model of one of LORA, in the order of the layers."""
+    """(A, B) of every adapted layer of a model whose method trains LoRA's factors, in the order of the layers."""
     if members := members_of(model).get("dylora"):
         return [(member.A, member.B) for member in members]
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(model)]
@@ -126,23 +115,27 @@ def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def build(base, settings: Settings, names: list[str], seed: int) -> dict[str, torch.nn.Module]:
-    """The models with equal heads, those of LORA with equal factors. `base` itself is left alone."""
-    where = dict(target_modules=names, task_type="SEQ_CLS")
-    shared = dict(r=settings.rank, lora_alpha=settings.alpha, **where)
-    torch.manual_seed(seed)
-    peft_model = get_peft_model(copy.deepcopy(base), LoraConfig(**shared))
-    fused = copy.deepcopy(peft_model)
-    peft_fused.accelerate(fused)
-    dylora = get_peft_model(copy.deepcopy(base), peft_fused.DyLoraConfig(**shared, seed=seed))
-    surm = get_peft_model(copy.deepcopy(base), peft_fused.SurmConfig(structure="circulant", **where))
+    """The models with equal heads, those that train LoRA's factors with equal ones. `base` itself is left alone.
+
+    names: the query and value layers. ModelError if a method cannot adapt the model.
+    """
+    models = {}
+    for name in choose(settings.methods):
+        torch.manual_seed(seed)
+        try:
+            models[name] = METHODS[name].adapt(copy.deepcopy(base), settings, names, seed)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"{METHODS[name].title}: {error}") from error
+    peft_model = models[BASELINE]
     with torch.no_grad():
-        for mine, theirs in zip(lora_factors(dylora), lora_factors(peft_model), strict=True):
-            for target, value in zip(mine, theirs, strict=True):
-                target.copy_(value)
-        for model in (dylora, surm):
-            for target, value in zip(head_parameters(model), head_parameters(peft_model), strict=True):
-                target.copy_(value)
-    return {"peft": peft_model, "fused": fused, "dylora": dylora, "surm": surm}
+        for name, model in models.items():
+            pairs = [(head_parameters(model), head_parameters(peft_model))]
+            if METHODS[name].lora:
+                pairs += zip(lora_factors(model), lora_factors(peft_model), strict=True)
+            for mine, theirs in pairs:
+                for target, value in zip(mine, theirs, strict=True):
+                    target.copy_(value)
+    return models
 
 
 class Encoder:
@@ -169,14 +162,16 @@ def gradients(model: torch.nn.Module, batch: dict) -> list[torch.Tensor]:
 
 
 def gradient_errors(models: dict[str, torch.nn.Module], batch: dict, seed: int) -> dict[str, float]:
-    """Largest relative gradient error of those of LORA against PEFT over all trained tensors, DyLoRA at its full rank,
-    with non-zero B.
+    """Largest relative gradient error of those that train LoRA's factors against PEFT, over all trained tensors, DyLoRA
+    at its full rank, with non-zero B.
 
     B starts at zero, where the gradient of A vanishes whatever a kernel does, so B is filled for the comparison only.
     """
     found = {}
-    for name in LORA:
-        model = models[name].eval()
+    for name, model in models.items():
+        if not METHODS[name].lora:
+            continue
+        model.eval()
         generator = torch.Generator().manual_seed(seed)
         up = [B for _, B in lora_factors(model)]
         before = [B.detach().clone() for B in up]
@@ -187,7 +182,7 @@ def gradient_errors(models: dict[str, torch.nn.Module], batch: dict, seed: int) 
         with torch.no_grad():
             for B, value in zip(up, before, strict=True):
                 B.copy_(value)
-    truth = found["peft"]
+    truth = found[BASELINE]
     return {
         name: max(
             ((grad - expected).abs().max() / expected.abs().max()).item()
@@ -199,24 +194,32 @@ def gradient_errors(models: dict[str, torch.nn.Module], batch: dict, seed: int) 
 
 @dataclass
 class Trained:
-    """What training one method left behind."""
+    """What training one method left behind. losses: of the task; diverged_at: steps done until it had, or None."""
 
+    optimizer: torch.optim.Optimizer
     times: Times = field(default_factory=Times)
     losses: list[float] = field(default_factory=list)
+    diverged_at: int | None = None
 
     @property
     def final_loss(self) -> float:
-        return statistics.fmean(self.losses[-LAST_STEPS:])
+        return float("nan") if self.diverged_at is not None else statistics.fmean(self.losses[-LAST_STEPS:])
 
 
 def train(
     models: dict[str, torch.nn.Module], rows: list, encode: Encoder, settings: Settings, seed: int,
-    advance: Callable[[], None],
+    advance: Callable[[], None], methods: Mapping[str, Method] = METHODS,
 ) -> dict[str, Trained]:  # fmt: skip
-    """One step of each method in turn, in rotating order, on the same batch and with the same dropout masks."""
-    trained = {name: Trained() for name in models}
-    optimizers = {
-        name: torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=settings.lr)
+    """One step of each method in turn, in rotating order, on the same batch and with the same dropout masks.
+
+    methods: their learning rates and losses; a model of another name is trained with the plain ones. A method that has
+    diverged is trained no further.
+    """
+    hows = {name: methods.get(name, PLAIN) for name in models}
+    trained = {
+        name: Trained(
+            torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=settings.lr * hows[name].rate)
+        )
         for name, model in models.items()
     }
     batches = Batches(rows, settings.batch_size, seed)
@@ -225,24 +228,37 @@ def train(
     for step in range(settings.steps):
         batch = encode(next(batches))
         for name in order(list(models), step):
+            model, state = models[name], trained[name]
+            if state.diverged_at is not None:
+                continue
             torch.manual_seed(seed * 1_000_003 + step)
             _synchronize(settings.device)
             start = time.perf_counter()
-            loss = _step(models[name], optimizers[name], batch, step, settings.steps)
+            optimizer = state.optimizer
+            peft_fused.on_step(model, step=step, total_steps=settings.steps, epoch=0, optimizer=optimizer)
+            loss = _update(model, optimizer, hows[name], batch)
             _synchronize(settings.device)
-            trained[name].times.ms.append((time.perf_counter() - start) * 1e3)
-            trained[name].losses.append(loss.item())
+            state.times.ms.append((time.perf_counter() - start) * 1e3)
+            state.losses.append(loss.item())
+            if diverged(model, state.losses[-1]):
+                state.diverged_at = step + 1
         advance()
     return trained
 
 
-def _step(model, optimizer, batch, step: int, total_steps: int) -> torch.Tensor:
-    peft_fused.on_step(model, step=step, total_steps=total_steps, optimizer=optimizer)
-    loss = model(**batch).loss
+def _update(model, optimizer, method: Method, batch) -> torch.Tensor:
+    """Forward, backward and optimizer of one step. Returns the loss of the task."""
+    loss, task_loss = method.loss(model, batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return task_loss.detach()
+
+
+def diverged(model: torch.nn.Module, loss: float) -> bool:
+    """Whether a loss is not finite, or a trained parameter not below LARGEST."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters() if p.requires_grad], float("inf"))
+    return not (math.isfinite(loss) and torch.stack(norms).max().item() < LARGEST)
 
 
 def _synchronize(device: str) -> None:
@@ -251,9 +267,13 @@ def _synchronize(device: str) -> None:
 
 
 def step_ratio(mine: Times, peft: Times) -> float:
-    """Step time over PEFT's, without the first steps, which allocate, where there are enough others."""
-    skip = WARM_UP_STEPS if len(mine.ms) > 2 * WARM_UP_STEPS else 0
-    return ratio(Times(mine.ms[skip:]), Times(peft.ms[skip:]))
+    """Step time over PEFT's, without the first steps, which allocate, where there are enough others.
+
+    Of the steps that both have done.
+    """
+    done = min(len(mine.ms), len(peft.ms))
+    skip = WARM_UP_STEPS if done > 2 * WARM_UP_STEPS else 0
+    return ratio(Times(mine.ms[skip:done]), Times(peft.ms[skip:done]))
 
 
 @torch.no_grad()
@@ -302,37 +322,76 @@ def rank_accuracies(models: dict[str, torch.nn.Module], batches: list[dict], ran
     return found
 
 
-def run_seed(data: Data, settings: Settings, seed: int, rows: list, advance: Callable[[], None]) -> dict:
-    """Trains and evaluates the methods from one seed. `rows`: what to evaluate on."""
+def random_route_accuracies(model: torch.nn.Module, batches: list[dict]) -> list[float]:
+    """Accuracies of an AdaMix model by RANDOM_ROUTES draws of its experts, in place of their average."""
+    found = []
+    for index in range(RANDOM_ROUTES):
+        peft_fused.set_routing(model, "random", index=index)
+        found.append(accuracy(model, batches))
+    peft_fused.set_routing(model, "merged")
+    return found
+
+
+def step_memory(model: torch.nn.Module, name: str, optimizer, batch: dict, device: str) -> int:
+    """Peak bytes of one training step beyond what the model, its optimizer and the batch hold. It trains the model."""
+    model.train()
+    return peak_bytes(lambda: _update(model, optimizer, METHODS[name], batch), device)
+
+
+def run_seed(
+    data: Data, settings: Settings, seed: int, rows: list, advance: Callable[[], None], folder: Path | None = None,
+    pictures: bool = True,
+) -> dict:  # fmt: skip
+    """Trains and evaluates the methods from one seed.
+
+    rows: what to evaluate on. folder: where AFLoRA's log is written while it is trained, with `pictures` of it.
+    """
     torch.manual_seed(seed)
     base, tokenizer = load(settings, len(data.classes))
     names = targets(base, settings.target_modules)
     with quiet_transformers():
         models = build(base, settings, names, seed)
     encode = Encoder(tokenizer, settings)
-    errors = gradient_errors(models, encode(next(Batches(data.train, settings.batch_size, seed))), seed)
-    trained = train(models, data.train, encode, settings, seed, advance)
+    first = encode(next(Batches(data.train, settings.batch_size, seed)))
+    errors = gradient_errors(models, first, seed)
+    counts = {name: trainable(model) for name, model in models.items()}
+    log = FreezingLog(models["aflora"], seed, settings.steps, folder, pictures) if "aflora" in models else None
+
+    def after_step() -> None:
+        if log:
+            log.after_step()
+        advance()
+
+    trained = train(models, data.train, encode, settings, seed, after_step)
     batches = evaluation_batches(rows, encode, settings.batch_size)
-    ranks = rank_accuracies(models, batches, settings.rank, advance)
-    accuracies = {
-        "peft": ranks[-1]["lora_truncated"],
-        "fused": accuracy(models["fused"], batches),
-        "dylora": ranks[-1]["dylora"],
-        "surm": accuracy(models["surm"], batches),
-    }
     methods = {}
     for name, model in models.items():
+        state = trained[name]
         methods[name] = {
-            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "accuracy": accuracies[name],
+            "accuracy": accuracy(model, batches),
+            "trainable": counts[name],
+            "step_ratio_to_peft": step_ratio(state.times, trained[BASELINE].times),
+            "step_ms_median": state.times.median,
+            "step_ms_mean": statistics.fmean(state.times.ms),
+            "final_loss": state.final_loss,
+            "final_loss_difference": state.final_loss - trained[BASELINE].final_loss,
             "max_relative_gradient_error": errors.get(name),
-            "final_loss": trained[name].final_loss,
-            "final_loss_difference": trained[name].final_loss - trained["peft"].final_loss,
-            "step_ms_median": trained[name].times.median,
-            "step_ratio_to_peft": step_ratio(trained[name].times, trained["peft"].times),
+            "diverged_at": state.diverged_at,
             "path": path_of(model),
         }
-    return {"seed": seed, "target_modules": names, "methods": methods, "ranks": ranks}
+    if "dylora" in models:
+        methods["dylora"]["ranks"] = rank_accuracies(models, batches, settings.rank, advance)
+    if "adamix" in models:
+        methods["adamix"]["merged_accuracy"] = methods["adamix"]["accuracy"]
+        methods["adamix"]["random_route_accuracies"] = random_route_accuracies(models["adamix"], batches)
+    if "rosa" in models:
+        methods["rosa"]["resample_every"] = resample_every(settings)
+    if log:
+        methods["aflora"]["freezing"] = log.numbers()
+    # Last, as it trains the models on.
+    for name, model in models.items():
+        methods[name]["peak_bytes"] = step_memory(model, name, trained[name].optimizer, first, settings.device)
+    return {"seed": seed, "target_modules": names, "methods": methods}
 
 
 def path_of(model: torch.nn.Module) -> str:

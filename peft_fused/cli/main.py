@@ -60,6 +60,10 @@ def bench(
 
 @app.command()
 def demo(
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="lora, dylora, surm, adamix, aflora, rosa, or all (default); may be given several times."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Path or hub id of an encoder (default: all-MiniLM-L6-v2)")] = None,
     data: Annotated[Path | None, typer.Option(help="TSV, CSV or JSONL to train on (default: bundled text)")] = None,
     evaluation: Annotated[
@@ -71,22 +75,23 @@ def demo(
         str | None, typer.Option(help="Comma-separated layers to adapt (default: query and value)")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 100,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapters.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of LoRA, DyLoRA and ROSA.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more than one adds mean and spread.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens kept of each text.")] = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of AdamW.")] = 1e-3,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of LoRA; others have a multiple of it.")] = 1e-3,
     eval_rows: Annotated[int, typer.Option(min=1, help="Rows evaluated at most.")] = 1000,
     device: Device = "cpu",
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train PEFT LoRA, the same LoRA accelerated, DyLoRA and SURM side by side on real text, and compare them."""
+    """Train PEFT LoRA and, beside it on the same batches, the methods chosen, on real text, and compare them."""
     from . import demo as command
 
     settings = command.Settings(
-        model=model, steps=steps, rank=rank, alpha=alpha, seeds=seeds, batch_size=batch_size, max_length=max_length,
-        lr=lr, eval_rows=eval_rows, target_modules=target_modules.split(",") if target_modules else None, device=device,
+        model=model, methods=tuple(method or ("all",)), steps=steps, rank=rank, alpha=alpha, seeds=seeds,
+        batch_size=batch_size, max_length=max_length, lr=lr, eval_rows=eval_rows,
+        target_modules=target_modules.split(",") if target_modules else None, device=device,
     )  # fmt: skip
     command.run(settings, data, evaluation, text_column, label_column, out, as_json)

@@ -12,6 +12,7 @@ base weight changes, and cost neither device memory nor, as buffers would, a bro
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ RANDOMISED_BELOW = 1 / 8
 OVERSAMPLING, POWER_ITERATIONS = 16, 6
 # By how many roundings a loaded base weight may differ from what it should be, and still be taken for the same.
 SAME_ROUNDINGS = 8
+# Numbers before the tensors in a saved state.
+HEADER = 4
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,11 @@ class PretrainedWeight:
             self.values = found.to("cpu", copy=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- the state
+# ------------------------------------------------------------------------------------------------------------ the state
+
+
+def _nothing() -> None:
+    pass
 
 
 class RosaState(ScheduleState):
@@ -226,11 +233,11 @@ class RosaState(ScheduleState):
     Tensors on the host in fp32, fp64 for an fp64 layer; they are saved with the adapter:
     A0 [r, K], B0 [N, r]: the factors as they were drawn. P [n, K], Q [N, n], or dense [N, K] as soon as that is no
     larger: the change from before, delta = Q P or dense; those not in use are of size 0. phase: of the draw, the number
-    of resamples done unless some were skipped. start: the phase that the run under way began with.
+    of resamples done unless some were skipped. start: the phase that the run under way began with. on_load: called
+    when all that was replaced by what was saved.
     """
 
     TENSORS = ("A0", "B0", "P", "Q", "dense")
-    NUMBERS = ("phase", "start")
 
     def __init__(
         self, r: int, in_features: int, out_features: int, policy: SubspacePolicy, dtype: torch.dtype,
@@ -240,6 +247,7 @@ class RosaState(ScheduleState):
         self.r, self.in_features, self.out_features = r, in_features, out_features
         self.policy, self.dtype, self.layer = policy, dtype, layer
         self.phase = self.start = 0
+        self.on_load: Callable[[], None] = _nothing
         self.A0, self.B0 = self._zeros(r, in_features), self._zeros(out_features, r)
         self._forget_delta()
 
@@ -269,12 +277,12 @@ class RosaState(ScheduleState):
         """delta + B A - B0 A0, what layer and factors have beside W0: [N, K] in fp64. Nothing but zeros while the
         factors are as they were drawn.
         """
-        left, right = self._moved(A, B)
+        left, right = self.moved(A, B)
         change = left @ right
         delta = self._delta(A.device)
         return change if delta is None else change + delta
 
-    def _moved(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def moved(self, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """B A - B0 A0 as factors [N, 2 r], [2 r, K] in fp64, whose product has nothing to cancel."""
         A, B = A.double(), B.double()
         A0, B0 = self.A0.to(A), self.B0.to(B)
@@ -284,7 +292,7 @@ class RosaState(ScheduleState):
         """Counts what the factors learned since they were drawn as part of delta; `anchor` has to follow."""
         if torch.equal(A.to(self.A0), self.A0) and torch.equal(B.to(self.B0), self.B0):
             return
-        left, right = self._moved(A, B)
+        left, right = self.moved(A, B)
         rank = len(self.P) + len(right)
         if len(self.dense) or rank * (self.in_features + self.out_features) >= self.in_features * self.out_features:
             dense = self.total_change(A, B).to("cpu", self.dtype)
@@ -311,54 +319,48 @@ class RosaState(ScheduleState):
             found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    # ------------------------------------------------------------------------------------------------ saving and loading
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What is saved, by name."""
-        numbers = {name: torch.tensor(float(getattr(self, name)), dtype=torch.float32) for name in self.NUMBERS}
-        return {name: getattr(self, name) for name in self.TENSORS} | numbers
+    def get_extra_state(self) -> torch.Tensor:
+        """All of it as one vector, the form in which it is part of state dicts: of phase, start, n, whether the change
+        is dense, and the tensors that are in use. As buffers they would have to keep their shapes.
+        """
+        header = torch.tensor(
+            [self.phase, self.start, len(self.P), len(self.dense) > 0], dtype=self.dtype, device="cpu"
+        )
+        return torch.cat([header, *(getattr(self, name).flatten() for name in self.TENSORS)])
 
-    def problems(self, given: dict[str, torch.Tensor]) -> list[str]:
-        """What keeps tensors, by name, from being this adapter's state."""
-        n = given["P"].shape[0] if "P" in given and given["P"].dim() == 2 else 0
-        dense = len(given["dense"]) if "dense" in given and given["dense"].dim() == 2 else 0
-        wanted = {
-            "A0": (self.r, self.in_features), "B0": (self.out_features, self.r), "P": (n, self.in_features),
-            "Q": (self.out_features, n), "dense": (self.out_features if dense else 0, self.in_features),
-            "phase": (), "start": (),
-        }  # fmt: skip
-        found = [f"{name} is missing" for name in wanted if name not in given]
-        for name, tensor in given.items():
-            if name not in wanted:
-                found.append(f"{name} is unexpected")
-            elif tuple(tensor.shape) != wanted[name]:
-                found.append(f"{name} must have shape {list(wanted[name])}, got {list(tensor.shape)}")
-            elif not torch.isfinite(tensor).all():
-                found.append(f"{name} has values that are not finite")
-            elif name in self.NUMBERS and (tensor < 0 or tensor != tensor.floor()):
-                found.append(f"{name} must be a whole number of at least 0, got {tensor.item()}")
-        if n and dense:
-            found.append("there is both P and dense")
-        return found
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Takes over what `get_extra_state` returned, here or elsewhere. ValueError if it is not of such an adapter."""
+        problem = self.problem_with(state)
+        if problem:
+            raise ValueError(f"the state of a ROSA adapter {problem}")
+        state = state.detach().to("cpu", self.dtype, copy=True)
+        phase, start, n, dense = map(int, state[:HEADER])
+        parts = state[HEADER:].split([math.prod(shape) for shape in self._shapes(n, dense)])
+        for name, shape, part in zip(self.TENSORS, self._shapes(n, dense), parts, strict=True):
+            setattr(self, name, part.view(shape).clone())
+        self.phase, self.start = phase, start
+        self.on_load()
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination.update({prefix + name: tensor for name, tensor in self.tensors().items()})
+    def _shapes(self, n: int, dense: int) -> list[tuple[int, int]]:
+        """Of TENSORS, for a change in n components or a dense one."""
+        r, N, K = self.r, self.out_features, self.in_features
+        return [(r, K), (N, r), (n, K), (N, n), (N * dense, K)]
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        given = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
-        if not given:
-            missing_keys.extend(prefix + name for name in self.tensors())
-            return
-        problems = self.problems(given)
-        if problems:
-            error_msgs.append(f"{prefix.rstrip('.')}: " + "; ".join(problems))
-            return
-        for name in self.TENSORS:
-            setattr(self, name, given[name].detach().to("cpu", self.dtype, copy=True))
-        for name in self.NUMBERS:
-            setattr(self, name, int(given[name]))
+    def problem_with(self, state: torch.Tensor) -> str | None:
+        """What keeps a tensor from being this adapter's state, as the end of a sentence."""
+        if not isinstance(state, torch.Tensor) or state.dim() != 1 or len(state) < HEADER:
+            return f"must be a vector of at least {HEADER} numbers, got {getattr(state, 'shape', state)}"
+        if not torch.isfinite(state).all():
+            return "has values that are not finite"
+        header = state[:HEADER].tolist()
+        if any(value < 0 or value != int(value) for value in header) or header[3] > 1 or (header[2] and header[3]):
+            return f"starts with {header}, which is no phase, start, and form of a change"
+        wanted = HEADER + sum(math.prod(shape) for shape in self._shapes(int(header[2]), int(header[3])))
+        if len(state) != wanted:
+            return f"must have {wanted} numbers for r = {self.r} on [{self.out_features}, {self.in_features}], got {len(state)}"
+        return None
 
     def _apply(self, fn, recurse=True):
         # The state is on the host, and wide: neither a move nor a cast of the model is any of its business.
@@ -432,7 +434,7 @@ class SubspaceHost:
         """Takes the weight as it is for W0."""
         self._pretrained = PretrainedWeight(self.base_weight())
         self._holds = None
-        self._weight_loaded = False
+        self._loading = self._weight_loaded = False
         self.register_load_state_dict_post_hook(_after_load)
 
     def _in_layout(self, change: torch.Tensor | None) -> torch.Tensor | None:
@@ -454,7 +456,7 @@ class SubspaceHost:
             self._holds = wanted
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        self._weight_loaded = prefix + self.WEIGHT in state_dict
+        self._loading, self._weight_loaded = True, prefix + self.WEIGHT in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
@@ -462,8 +464,13 @@ class SubspaceHost:
         """Makes the base weight follow state, or a W0, that was loaded."""
         if self._weight_loaded:
             self._pretrained.adopt(self.base_weight(), self._in_layout(self.wanted_change()))
-            self._weight_loaded = False
+        self._loading = self._weight_loaded = False
         self.refresh(force=True)
+
+    def state_loaded(self) -> None:
+        """For states loaded one by one, as transformers' models do: without a hook for when all is loaded."""
+        if not self._loading:
+            self.refresh(force=True)
 
 
 def _after_load(module: SubspaceHost, incompatible_keys) -> None:
@@ -477,16 +484,19 @@ class SubspaceFactor(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
 
+    def extra_repr(self) -> str:
+        return str(list(self.weight.shape))
 
-# ------------------------------------------------------------------------------------------------------------- the layer
+
+# ------------------------------------------------------------------------------------------------------------ the layer
 
 
 class RosaLinear(SubspaceHost, AdaptedLinear):
     """y = x W_f^T + bias + B (A x) in one fused op, where B A are singular directions of the weight and W_f the rest.
 
     Source: ROSA, Gamboa et al. 2024. `peft_fused.on_step` draws A and B anew as resample_every says, or `resample`
-    does. Made by `from_linear`. The Parameter `weight` is the base layer's, which it freezes but also changes, in place:
-    it holds W_f, once merged the whole changed weight, and after `restore` the pretrained one.
+    does. Made by `from_linear`. The Parameter `weight` is the base layer's, which it freezes but also changes, in
+    place: it holds W_f, once merged the whole changed weight, and after `restore` the pretrained one.
 
     rosa_A.weight: [r, K], rosa_B.weight: [N, r].
     """
@@ -578,7 +588,7 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         return self.rosa_A.weight, self.rosa_B.weight
 
     def delta(self) -> torch.Tensor:
-        """The dense change of the pretrained weight, by all that was learned: [N, K] in fp32 (fp64 for an fp64 layer)."""
+        """The dense change of the pretrained weight so far, [N, K] in fp32 (fp64 for an fp64 layer)."""
         with torch.no_grad():
             change = self.rosa_state.total_change(*map(whole, self.factors()))
         return change.to(self.rosa_state.dtype)

@@ -128,10 +128,10 @@ def _check(adapter: _Adapter, step: Step) -> None:
     if all(state.scheduled for state in adapter.states):
         return
     for module in step.model.modules():
-        if isinstance(module, DistributedDataParallel) and not module.find_unused_parameters:
+        if isinstance(module, DistributedDataParallel) and (module.static_graph or not module.find_unused_parameters):
             raise ValueError(
                 "AFLoRA stops training parameters, for which DistributedDataParallel waits: wrap the model with "
-                "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True)"
+                "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) and without static_graph"
             )
     owned = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     for matrix in adapter.alive:

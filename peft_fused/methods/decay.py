@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..layers.checks import check_alpha
+from ..layers.rosa import SubspaceFactor
 from ..layers.structured_maps import StructuredMap
 from ..layers.surm_adapter import SurmAdapter
 
@@ -14,8 +15,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Not decayed are biases, the parameters of norms, and those of structured maps (SURM) with their bias: a few numbers
     stand for a whole matrix there, and with a start at zero of one factor decay of the other shrinks the gradient of
-    the first. Told apart by module, not by name. With Trainer: `optimizers=(AdamW(decay_groups(model, 0.1), lr=1e-3),
-    None)`, whose weight_decay argument is then not used.
+    the first. Nor are ROSA's factors, which are pretrained directions of a weight: decay would pull those to zero, not
+    the change of them. Told apart by module, not by name. With Trainer: `optimizers=(AdamW(decay_groups(model, 0.1),
+    lr=1e-3), None)`, whose weight_decay argument is then not used.
 
     model: may be wrapped. weight_decay: at least 0. Raises TypeError or ValueError naming the argument, ValueError for
     a model without trainable parameters.
@@ -46,4 +48,4 @@ def _spares(module: nn.Module, name: str) -> bool:
     norm = isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
     # "bias", and what torch's own modules call theirs: in_proj_bias, bias_ih_l0.
     bias = name == "bias" or name.endswith("_bias") or name.startswith("bias_")
-    return norm or bias or isinstance(module, StructuredMap | SurmAdapter)
+    return norm or bias or isinstance(module, StructuredMap | SubspaceFactor | SurmAdapter)

@@ -1,4 +1,4 @@
-"""ROSA (Gamboa et al. 2024): random subspace adaptation, which trains a few singular directions of the weights at a time.
+"""ROSA (Gamboa et al. 2024): random subspace adaptation, which trains a few singular directions of a weight at a time.
 
 At the start of every epoch, or every so many steps, what the factors learned is counted as part of the weights, these
 are decomposed, and the factors drawn anew, which leaves the function as it was. A draw is a function of (seed, phase,
@@ -6,8 +6,8 @@ layer), where a phase is an epoch or so many steps; which phase a layer is in is
 resumed run draws neither twice nor not at all. A run that starts at step 0 goes on from the phase it finds.
 
 The authors build the optimizer and scheduler anew; here only the state of the factors is reset, for it belongs to
-directions that are no longer trained. Their `use_scale`, which scales the factors' part by alpha / r, is not offered: it
-would change the function at the start, for that part is the pretrained weight's.
+directions that are no longer trained. Their `use_scale`, which scales the factors' part by alpha / r, is not offered:
+it would change the function at the start, for that part is the pretrained weight's.
 """
 
 import torch
@@ -24,7 +24,9 @@ def phase_of(policy: SubspacePolicy, step: Step) -> int:
     if policy.resample_every != EPOCH:
         return step.step // policy.resample_every
     if step.epoch is None:
-        raise ValueError("epoch must be passed to on_step for ROSA with resample_every='epoch'; or give a number of steps")
+        raise ValueError(
+            "epoch must be passed to on_step for ROSA with resample_every='epoch'; or give a number of steps"
+        )
     return step.epoch
 
 
@@ -75,7 +77,7 @@ def _check_due(members: list[RosaMember], optimizer: Optimizer | None) -> None:
 
 
 def _reshard(model: nn.Module | None) -> None:
-    """Ends what an evaluation may have left behind: parameters gathered by FSDP2, which are copies to write to in vain."""
+    """Ends what an evaluation may have left: parameters gathered by FSDP2, which are copies, written to in vain."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in () if model is None else model.modules():

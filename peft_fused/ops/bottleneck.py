@@ -264,7 +264,8 @@ def _launch_controls(c: Controls) -> dict:
     """The controls as the Triton launchers name them, both sides with as many groups or with one."""
     indices = [c.expert_d, c.expert_u]
     groups = math.lcm(*(len(e) for e in indices if _per_group(e)))
-    indices = [e.repeat_interleave(groups // len(e)) if _per_group(e) and len(e) < groups else e for e in indices]
+    spread = lambda e: e.unsqueeze(1).expand(-1, groups // len(e)).flatten() if _per_group(e) else e  # noqa: E731
+    indices = [spread(e) for e in indices]
     return dict(activation=c.activation, scale=c.scale, expert_d=indices[0], expert_u=indices[1])
 
 

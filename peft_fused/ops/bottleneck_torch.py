@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from .lowrank_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU, product, rows, unflatten
+from .lowrank_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU, _base, product, rows, unflatten
 
 _aten = torch.ops.aten
 ACTIVATIONS = {
@@ -166,6 +166,23 @@ def _scaled(x, scale):
     return x if isinstance(scale, float) and scale == 1.0 else x * scale
 
 
+def _onto(out, start, a, U, bias, alpha: float) -> None:
+    """out [m, N] = start + alpha * a U^T + bias, all of one type; U and bias may be those of groups of rows."""
+    if U.dim() == 3:
+        groups = len(U)
+        out3, start3 = _groups(out, groups), _groups(start, groups)
+        out3.copy_(start3) if bias is None else torch.add(start3, bias.unsqueeze(1), out=out3)
+        out3.baddbmm_(_groups(a, groups), U.mT, alpha=alpha)
+        return
+    # oneDNN accumulates no faster than a separate pass: see lowrank_torch. It is for fp32, where a keeps its digits.
+    delta = _base(_scaled(a, alpha), U, bias) if a.dtype == torch.float32 else None
+    if delta is not None:
+        torch.add(delta, start, out=out)
+        return
+    out.copy_(start) if bias is None else torch.add(start, bias, out=out)
+    out.addmm_(a, U.t(), alpha=alpha)
+
+
 def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
     """(y [..., N] in h's type, z [M, r] in down's type)."""
     c = controls.on_host()
@@ -204,17 +221,7 @@ def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
             torch.add(delta, start[i:j], out=delta)
             y[i:j] = delta
             continue
-        out = y[i:j]
-        if bias is None:
-            out.copy_(start[i:j])
-        elif bias.dim() == 1:
-            torch.add(start[i:j], bias, out=out)
-        else:
-            torch.add(_groups(start[i:j], len(bias)), bias.unsqueeze(1), out=_groups(out, len(bias)))
-        if U.dim() == 2:
-            out.addmm_(a[i:j], U.t(), alpha=alpha)
-        else:
-            _groups(out, len(U)).baddbmm_(_groups(a[i:j], len(U)), U.mT, alpha=alpha)
+        _onto(y[i:j], start[i:j], a[i:j], U, bias, alpha)
     return unflatten(y, h), z
 
 
@@ -265,10 +272,13 @@ def backward(dy, h, down, up, z, controls: Controls, like: Likeness, residual_is
             sums[1].add(index, _column_sums(part, index, stacked))
         if need_h:
             D = _choose(down, index, stacked)
+            back = None
             if residual_is_h and not mixed and D.dim() == 2:
-                torch.addmm(dy2[i:j], part, D, out=dh[i:j])
-                continue
-            back = _product(part, D)
+                back = _base(part, D.t(), None)
+                if back is None:
+                    torch.addmm(dy2[i:j], part, D, out=dh[i:j])
+                    continue
+            back = _product(part, D) if back is None else back
             dh[i:j] = back.add_(dy2[i:j]) if residual_is_h else back
     grads[0] = dh.view(*dy.shape[:-1], K) if need_h else None
     grads[1] = sums[0].result() if need_down else None

@@ -16,9 +16,21 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 collect_ignore = []
 if INTERPRETED:
-    collect_ignore += ["test_aot.py", "test_aot_kronecker.py", "test_aot_structured.py", "test_interpreter.py"]
+    collect_ignore += [
+        "test_aot.py",
+        "test_aot_bottleneck.py",
+        "test_aot_kronecker.py",
+        "test_aot_structured.py",
+        "test_interpreter.py",
+    ]
 elif not torch.cuda.is_available():
-    collect_ignore += ["test_lowrank.py", "test_kronecker.py", "test_structured.py", "test_structured_ops.py"]
+    collect_ignore += [
+        "test_lowrank.py",
+        "test_bottleneck.py",
+        "test_kronecker.py",
+        "test_structured.py",
+        "test_structured_ops.py",
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["test_lowrank.py", "test_kronecker.py", "test_structured.py", "test_structured_ops.py"]
+FILES = ["test_lowrank.py", "test_bottleneck.py", "test_kronecker.py", "test_structured.py", "test_structured_ops.py"]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -14,6 +14,7 @@ from .aflora import AfLoraConfig, AfLoraLinear
 from .config import FusedConfig
 from .dylora import DyLoraConfig, DyLoraLinear
 from .loading import WRAPPER
+from .rosa import RosaConfig, RosaPeftLinear
 from .surm import SurmConfig, SurmLinear
 from .tuner import FusedLayer
 
@@ -40,6 +41,9 @@ def export_lora(
     Those matrices are of full rank as a rule, so that the rank, which must be given, decides on the error; a layer
     whose smaller size is less than rank gets that one and is exact. Returns the largest relative error of a layer,
     ||delta - B A|| / ||delta|| in the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
+
+    ROSA: equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw; ValueError once
+    a layer's change is kept dense, which `peft.convert_to_lora` can approximate. Sharded parameters as for DyLoRA.
 
     AFLoRA: equal to the adapter, at its own rank; A and B take in the vectors. Sharded parameters as for DyLoRA.
 
@@ -176,7 +180,24 @@ def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraLinear], adapter_name:
     return factors, lora_config, None
 
 
-_EXPORTS = {AdaMixConfig: _adamix, AfLoraConfig: _aflora, DyLoraConfig: _dylora, SurmConfig: _surm}
+@torch.no_grad()
+def _rosa(config: RosaConfig, layers: dict[str, RosaPeftLinear], adapter_name: str, rank: int | None):
+    """(factors by key, LoRA configuration, None) of all that a ROSA adapter has changed."""
+    if rank is not None:
+        raise ValueError(f"rank must be None for a ROSA adapter, which is exported whole, got {rank!r}")
+    factors, ranks = {}, {}
+    for name, layer in layers.items():
+        B, A = layer.learned(adapter_name)
+        factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        ranks[name.removeprefix(WRAPPER)] = len(A)
+    # alpha = rank makes LoRA's scale 1.
+    most = max(ranks.values())
+    less = {key: r for key, r in ranks.items() if r < most}
+    lora_config = _lora_config(config, layers, r=most, lora_alpha=most, rank_pattern=less, alpha_pattern=less)
+    return factors, lora_config, None
+
+
+_EXPORTS = {AdaMixConfig: _adamix, AfLoraConfig: _aflora, DyLoraConfig: _dylora, SurmConfig: _surm, RosaConfig: _rosa}
 
 
 def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], **options) -> LoraConfig:

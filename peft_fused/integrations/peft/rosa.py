@@ -2,10 +2,11 @@
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -28,6 +29,8 @@ from .config import FusedConfig
 from .loading import Snapshot, awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
+STATE = "rosa_state._extra_state"
+
 
 @dataclass
 class RosaConfig(FusedConfig):
@@ -40,8 +43,8 @@ class RosaConfig(FusedConfig):
     The base weight is changed in place, and rounded once to its dtype; the pretrained one is kept on the host, and is
     back, bit for bit, under `disable_adapter` and after `unload` or `delete_adapter`. So one ROSA adapter at a time is
     active in a layer, and quantised weights, and weights that another module shares, are refused. The adapter is saved
-    with all it has changed so far: at first two factors of rank r, twice, then 2 r (N + K) numbers per N x K weight more
-    for every draw, up to N K.
+    with all it has changed so far: at first its two factors, twice; then 2 r (N + K) numbers more for every draw, up to
+    the N K of the weight.
 
     Weight decay pulls A and B, which have pretrained content, to zero: `peft_fused.decay_groups` spares them. The
     scale alpha / r of the authors' `use_scale` is not offered, as it would change the function at the start. Fields
@@ -56,7 +59,8 @@ class RosaConfig(FusedConfig):
     )
     rank_pattern: dict | None = field(default_factory=dict, metadata={"help": "Rank by module name."})
     split: str = field(
-        default="us_v", metadata={"help": "Where the singular values are: on A ('us_v'), or their roots on both ('sqrt')."}
+        default="us_v",
+        metadata={"help": "Where the singular values are: on A ('us_v'), or their roots on both ('sqrt')."},
     )
     sample: str = field(
         default="random", metadata={"help": "Which directions: 'random', a random 'window', 'top' or 'bottom'."}
@@ -107,6 +111,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         self.rosa_state[adapter_name] = RosaState(
             r, self.in_features, self.out_features, policy, wide, adapter_name, layer
         )  # fmt: skip
+        self.rosa_state[adapter_name].on_load = self.state_loaded
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def base_weight(self) -> torch.Tensor:
@@ -116,7 +121,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         """A [r, K] and B [N, r] of an adapter."""
         return self.rosa_A[name].weight, self.rosa_B[name].weight
 
-    # --------------------------------------------------------------------------------------------------- the base weight
+    # -------------------------------------------------------------------------------------------------- the base weight
 
     def wanted(self) -> tuple[str, str | None]:
         """What the base weight must hold: W0, all of an adapter's, or what an adapter's factors leave of it."""
@@ -145,7 +150,9 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         """ValueError if several of the adapters are this layer's."""
         here = [name for name in names if name in self.rosa_A]
         if len(here) > 1:
-            raise ValueError(f"only one ROSA adapter can be active or merged in a layer, as it owns the weight; got {here}")
+            raise ValueError(
+                f"only one ROSA adapter can be active or merged in a layer, as it owns the weight; got {here}"
+            )
 
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled and self.merged:
@@ -196,10 +203,20 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         self._pretrained.write(self.base_weight(), None)
         self._holds = None
 
+    @torch.no_grad()
+    def learned(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """B [N, n], A [n, K] with B A everything the adapter has changed. ValueError once that is kept dense."""
+        state = self.rosa_state[name]
+        if len(state.dense):
+            raise ValueError(f"what adapter {name!r} has changed is no longer of low rank in module {state.layer!r}")
+        left, right = state.moved(*map(whole, self.factors(name)))
+        left, right = torch.cat([state.Q.to(left), left], 1), torch.cat([state.P.to(right), right])
+        return left.to(state.dtype), right.to(state.dtype)
+
     # ---------------------------------------------------------------------------------------------------- the subspace
 
-    def start(self, name: str, factors: tuple[torch.Tensor, torch.Tensor] | None = None, perturb: bool = False) -> None:
-        """Draws a new adapter's first factors. perturb: and then changes them, which the base weight does not follow."""
+    def start(self, name: str, perturb: bool = False) -> None:
+        """Draws a new adapter's first factors. perturb: and changes them, without the base weight."""
         self._draw(name, 0)
         if perturb:
             for factor in self.factors(name):
@@ -213,7 +230,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
     def narrow(self, name: str, dtype: torch.dtype) -> None:
         """Casts a new adapter's factors; the base weight takes up what they lose."""
         state = self.rosa_state[name]
-        if not state.is_untouched(*self.factors(name)):
+        if self.factor(name).dtype == dtype or not state.is_untouched(*self.factors(name)):
             return
         for factor in (self.rosa_A[name], self.rosa_B[name]):
             factor.weight = nn.Parameter(factor.weight.to(dtype), requires_grad=factor.weight.requires_grad)
@@ -222,18 +239,14 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             self.refresh(force=True)
 
     def schedule_members(self) -> list[RosaMember]:
-        names = [] if self.disable_adapters else self.adapters_in_use()
+        if self.disable_adapters:
+            return []
         return [
-            RosaMember(
-                self.rosa_state[name],
-                lambda: self.factors(name),
-                self.merged,
-                lambda phase, agree: self._draw(name, phase, agree),
-            )
-            for name in names[:1]
+            RosaMember(self.rosa_state[name], partial(self.factors, name), self.merged, partial(self._draw, name))
+            for name in self.adapters_in_use()
         ]
 
-    # ------------------------------------------------------------------------------------------------- for the base class
+    # ----------------------------------------------------------------------------------------------- for the base class
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Not to its dtype too: factors with pretrained content would lose digits that the base weight does not have.
@@ -250,22 +263,24 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def is_untouched(self, adapter_name: str) -> bool:
         """Whether the adapter is as it was made, and so changes nothing."""
-        return adapter_name not in self.rosa_A or self.rosa_state[adapter_name].is_untouched(*self.factors(adapter_name))
+        return adapter_name not in self.rosa_A or self.rosa_state[adapter_name].is_untouched(
+            *self.factors(adapter_name)
+        )
 
     def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        given = {key.removeprefix("rosa_state."): tensor for key, tensor in tensors.items()}
-        problems = self.rosa_state[adapter_name].problems(given)
-        if problems:
+        unknown = tensors.keys() - {STATE}
+        problem = f"must not have {sorted(unknown)}" if unknown else None
+        if not problem:
+            problem = self.rosa_state[adapter_name].problem_with(tensors[STATE]) if tensors else "is missing"
+        if problem:
+            layer = self.rosa_state[adapter_name].layer
             raise ValueError(
-                f"the checkpoint does not fit the state of adapter {adapter_name!r} (rosa); nothing was loaded. "
-                + "; ".join(problems)
+                f"the checkpoint does not fit adapter {adapter_name!r} (rosa); nothing was loaded. The state of {layer} "
+                f"{problem}"
             )
 
     def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        for key, tensor in tensors.items():
-            name = key.removeprefix("rosa_state.")
-            if name in RosaState.TENSORS:
-                self.rosa_state[adapter_name].reshape(name, tensor.shape)
+        self.rosa_state[adapter_name].set_extra_state(tensors[STATE])
 
     def _count(self, name: str) -> None:
         if self.training:
@@ -315,8 +330,8 @@ class RosaModel(FusedTuner):
             for name, layer in layers.items():
                 if not torch.isfinite(layer._pretrained.values).all():
                     raise ValueError(
-                        f"target module {name!r}: the weight has values that are not finite, so that it has no singular "
-                        "directions"
+                        f"target module {name!r}: the weight has values that are not finite, so that it has no "
+                        "singular directions"
                     )
             for layer in layers.values():
                 if not layer.factor(adapter_name).is_meta:  # low_cpu_mem_usage: weights come later
@@ -325,8 +340,11 @@ class RosaModel(FusedTuner):
             self.before_load = None
             before.restore()
             for layer in layers.values():
-                layer.release()
-                layer.refresh()
+                # A layer that was there before has lost the adapter by now, one made for it has not.
+                if adapter_name in layer.rosa_A:
+                    layer.release()
+                else:
+                    layer.refresh(force=True)
             raise
 
     def layer_cls_for(self, base: nn.Module, config: RosaConfig, key: str) -> type:
@@ -343,8 +361,8 @@ class RosaModel(FusedTuner):
         others = sorted(set(self._holders[id(weight)]) - {key})
         if others:
             raise ValueError(
-                f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight in "
-                "place, which would change both. Exclude it with exclude_modules, or untie the weights first."
+                f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight "
+                "in place, which would change both. Exclude it with exclude_modules, or untie the weights first."
             )
         return cls
 

@@ -1,0 +1,204 @@
+"""What the demo has to say of its methods: one record each, tables, notes, files and plots."""
+
+import statistics
+from pathlib import Path
+
+from rich.table import Table
+
+from .demo_methods import BASELINE, METHODS
+from .output import err, plots, to_json
+from .output import out as out_console
+
+AVERAGED = (
+    "accuracy",
+    "trainable",
+    "step_ratio_to_peft",
+    "peak_bytes",
+    "step_ms_median",
+    "step_ms_mean",
+    "final_loss",
+    "final_loss_difference",
+)
+MIB = 1 << 20
+
+
+def _spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and standard deviation; one value has no spread."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def record(name: str, seeds: list[dict], common: dict) -> dict:
+    """A method's results over the seeds: numbers are means, their standard deviations are in "std", None for one seed.
+
+    seeds: what each gave for the method. common: what is the same for all methods.
+    """
+    spreads = {key: _spread([seed[key] for seed in seeds]) for key in AVERAGED}
+    found = {"method": name, **{key: mean for key, (mean, _) in spreads.items()}}
+    for key in ("trainable", "peak_bytes"):
+        found[key] = round(found[key])
+    errors = [seed["max_relative_gradient_error"] for seed in seeds]
+    found |= {
+        "std": {key: std for key, (_, std) in spreads.items()},
+        "max_relative_gradient_error": None if None in errors else max(errors),
+        "diverged_at": next((seed["diverged_at"] for seed in seeds if seed["diverged_at"] is not None), None),
+        "path": seeds[0]["path"],
+        "learning_rate": common["settings"]["lr"] * METHODS[name].rate,
+    }
+    if name == "dylora":
+        found["ranks"] = [_rank(entries) for entries in zip(*(seed["ranks"] for seed in seeds), strict=True)]
+    if name == "adamix":
+        found["merged_accuracy"] = found["accuracy"]
+        routes = zip(*(seed["random_route_accuracies"] for seed in seeds), strict=True)
+        found["random_route_accuracies"] = [statistics.fmean(route) for route in routes]
+    if name == "aflora":
+        found["trainable_mean"] = statistics.fmean(seed["freezing"]["trainable_mean"] for seed in seeds)
+        found["trainable_end"] = seeds[0]["freezing"]["trainable"][-1]["parameters"]
+        found["freezing"] = seeds[0]["freezing"]
+    if name == "rosa":
+        found["resample_every"] = seeds[0]["resample_every"]
+    return found | common
+
+
+def _rank(entries: tuple[dict, ...]) -> dict:
+    spreads = {key: _spread([entry[key] for entry in entries]) for key in ("dylora", "lora_truncated")}
+    return {
+        "rank": entries[0]["rank"],
+        **{key: mean for key, (mean, _) in spreads.items()},
+        "std": {key: std for key, (_, std) in spreads.items()},
+    }
+
+
+def _cell(found: dict, key: str, style: str, unit: float = 1) -> str:
+    text, std = format(found[key] / unit, style), found["std"][key]
+    return text if std is None else f"{text} ± {std / unit:.1g}"
+
+
+def show(records: list[dict]) -> None:
+    """Tables and notes."""
+    console, by_name = out_console(), {found["method"]: found for found in records}
+    first = records[0]
+    data, settings = first["data"], first["settings"]
+    console.print(
+        f"{first['model']} on {data['train']}: {data['train_rows']} rows, {data['evaluated_rows']} of "
+        f"{data['eval_rows']} evaluated, {len(data['classes'])} classes; {settings['steps']} steps of "
+        f"{settings['batch_size']}, rank {settings['rank']}, alpha {settings['alpha']:g}, seeds: {settings['seeds']}",
+        soft_wrap=True, markup=False,
+    )  # fmt: skip
+    table = Table(title="same start, same batches, one step of each in turn")
+    table.add_column("")
+    headings = ("trained", "accuracy", "final loss", "loss - PEFT", "gradient error", "step ms", "step / PEFT", "MiB")
+    for heading in (*headings, "rate"):
+        table.add_column(heading, justify="right")
+    table.add_column("path", overflow="fold")
+    for name, found in by_name.items():
+        error = found["max_relative_gradient_error"]
+        table.add_row(
+            METHODS[name].title, f"{found['trainable']:,}", _cell(found, "accuracy", ".3f"),
+            _cell(found, "final_loss", ".4f"),
+            "-" if name == BASELINE else _cell(found, "final_loss_difference", "+.1e"),
+            "-" if name == BASELINE or error is None else f"{error:.1e}",
+            _cell(found, "step_ms_median", ".0f"), _cell(found, "step_ratio_to_peft", ".2f"),
+            _cell(found, "peak_bytes", ".1f", MIB), f"{found['learning_rate']:g}", found["path"],
+        )  # fmt: skip
+    console.print(table)
+    for line in notes(by_name):
+        console.print(line, soft_wrap=True, markup=False)
+    if "dylora" in by_name:
+        console.print(_rank_table(by_name["dylora"]["ranks"]))
+        console.print("DyLoRA runs at its scale alpha / b; the cut LoRA keeps the alpha / r that it was trained with")
+
+
+def notes(by_name: dict[str, dict]) -> list[str]:
+    """What the table does not say by itself."""
+    lines = ["MiB: peak of one step after training, beyond the model, its optimizer and the batch"]
+    lines += [
+        f"{METHODS[name].title} diverged in step {found['diverged_at']}, and was trained no further"
+        for name, found in by_name.items()
+        if found["diverged_at"] is not None
+    ]
+    if {"lora", "dylora"} & by_name.keys():
+        lines.append(
+            "gradient error: largest relative difference from PEFT at the start, B filled; DyLoRA at full rank"
+        )
+    if "surm" in by_name:
+        lines.append("SURM trains other parameters than LoRA: a circulant matrix, two vectors, beside each weight")
+    if found := by_name.get("adamix"):
+        routes = found["random_route_accuracies"]
+        lines.append(
+            "AdaMix makes two passes a step, by different experts, and so takes about twice the time and memory; its "
+            "final loss is that of the task, without the divergence of the two"
+        )
+        lines.append(
+            f"AdaMix's accuracy is that of its experts averaged, {found['merged_accuracy']:.3f}; {len(routes)} random "
+            f"routes have {statistics.fmean(routes):.3f} on average, {min(routes):.3f} to {max(routes):.3f}"
+        )
+    if found := by_name.get("aflora"):
+        lines.append(
+            f"AFLoRA trains {found['trainable']:,} parameters at first, {found['trainable_end']:,} at the end and "
+            f"{found['trainable_mean']:,.0f} on average; its memory is that of the end"
+        )
+    if found := by_name.get("rosa"):
+        share = found["step_ms_mean"] / by_name[BASELINE]["step_ms_mean"]
+        lines.append(
+            f"ROSA trains each subspace for {found['resample_every']} steps. A median leaves the steps out that draw a "
+            f"new one; with them its mean step takes {share:.2f} of PEFT's"
+        )
+    return lines
+
+
+def _rank_table(ranks: list[dict]) -> Table:
+    table = Table(title="accuracy when only the first b ranks are kept")
+    table.add_column("b", justify="right")
+    for title in ("DyLoRA", "trained LoRA, cut"):
+        table.add_column(title, justify="right")
+    for entry in ranks:
+        table.add_row(str(entry["rank"]), _cell(entry, "dylora", ".3f"), _cell(entry, "lora_truncated", ".3f"))
+    return table
+
+
+def write(result: dict, folder: Path) -> None:
+    """demo.json and, where matplotlib is, demo.png."""
+    written = [folder / "demo.json"]
+    written[0].write_text(to_json(result, indent=1) + "\n")
+    if plots():
+        written.append(_plot(result["methods"], folder / "demo.png"))
+    err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+
+
+def _plot(records: list[dict], path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    ranks = next((found["ranks"] for found in records if "ranks" in found), None)
+    figure, axes = plt.subplots(1, 3 if ranks else 2, figsize=(14 if ranks else 9, 3.6), layout="constrained")
+    for found in records:
+        axes[0].errorbar(
+            found["trainable"], found["accuracy"], found["std"]["accuracy"], marker="o", linestyle="",
+            label=METHODS[found["method"]].title,
+        )  # fmt: skip
+    rows = f"{records[0]['data']['evaluated_rows']} rows evaluated"
+    axes[0].set(xscale="log", xlabel="trained parameters, the head's included", ylabel="accuracy", title=rows)
+    axes[0].legend(fontsize="x-small")
+    places = range(len(records))
+    baseline = records[0]["peak_bytes"]
+    axes[1].barh([place - 0.2 for place in places], [r["step_ratio_to_peft"] for r in records], 0.4, label="step time")
+    axes[1].barh(
+        [place + 0.2 for place in places], [r["peak_bytes"] / baseline for r in records], 0.4, label="memory of a step"
+    )
+    axes[1].set_yticks(places, [METHODS[found["method"]].title for found in records], fontsize="small")
+    axes[1].invert_yaxis()
+    axes[1].set(xlabel="over PEFT LoRA's")
+    axes[1].legend(fontsize="x-small")
+    if ranks:
+        for key, title in (("dylora", "DyLoRA, alpha / b"), ("lora_truncated", "trained LoRA, cut, alpha / r")):
+            spread = [entry["std"][key] or 0.0 for entry in ranks]
+            axes[2].errorbar([e["rank"] for e in ranks], [e[key] for e in ranks], spread, marker="o", label=title)
+        axes[2].set(xlabel="ranks kept", ylabel="accuracy")
+        axes[2].legend(fontsize="x-small")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,641 @@
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from peft_fused.integrations.peft import RosaConfig, RosaModel, export_lora
+from peft_fused.integrations.peft.dylora import DyLoraConfig
+from peft_fused.integrations.peft.rosa import RosaPeftLinear
+from peft_fused.integrations.transformers import PeftFusedCallback
+from peft_fused.layers.rosa import draw_directions
+from peft_fused.methods import decay_groups, on_step
+from peft_fused.ops.dispatch import explain
+
+R = 3
+IDS = torch.arange(20).reshape(2, 10)
+LLAMA = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=80, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, pad_token_id=0,
+)  # fmt: skip
+# With down_proj, [16, 80], two draws leave factors of a change, with q_proj, [16, 16], a dense one.
+TARGETS = ["q_proj", "down_proj"]
+
+
+def llama(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**LLAMA.to_dict() | options)).to(dtype).eval()
+
+
+def gpt2(dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def config(**options):
+    return RosaConfig(**dict(r=R, target_modules=TARGETS, resample_every=2) | options)
+
+
+def adapted(base=None, **options):
+    return get_peft_model(llama() if base is None else base, config(**options)).eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, RosaPeftLinear)}
+
+
+def train(model, steps=5, first=0, optimizer=None, lr=1e-2):
+    """Draws at steps 2 and 4."""
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    for step in range(first, first + steps):
+        on_step(model, step=step, optimizer=optimizer)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def base_weights(model):
+    """The weights of the model without its adapters, by its own names."""
+    found = {}
+    for name, p in model.named_parameters():
+        if "rosa_" not in name:
+            found[name.removeprefix("base_model.model.").replace("base_layer.", "")] = p.detach().clone()
+    return found
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def by_hand(base, model, adapter="default"):
+    """The base model with all that was learned added to its weights, from W_f and the factors."""
+    for name, layer in layers(model).items():
+        weight = base.get_submodule(name.removeprefix("base_model.model.")).weight
+        A, B = (p.detach().double() for p in layer.factors(adapter))
+        product = B @ A
+        weight.data = (layer.weight.double() + (product.T if layer.transposed else product)).to(weight.dtype)
+    return base
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_starts_as_the_pretrained_model_and_equals_the_dense_formula_after_training(make):
+    model = adapted(make(), target_modules=["c_attn", "c_proj"] if make is gpt2 else TARGETS)
+    torch.testing.assert_close(logits(model), logits(make()), rtol=0, atol=1e-6)
+    trainable = {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"rosa_A", "rosa_B"}
+    for layer in layers(model).values():
+        A, B = layer.factors("default")
+        W0 = layer._pretrained.values.T if layer.transposed else layer._pretrained.values
+        U, S, V = torch.linalg.svd(W0, full_matrices=False)
+        drawn = draw_directions(config().policy(), R, 16, 0, layer.rosa_state["default"].layer)
+        torch.testing.assert_close(B @ A, U[:, drawn] * S[drawn] @ V[drawn], rtol=0, atol=1e-5)
+    assert len({layer.rosa_state["default"].layer for layer in layers(model).values()}) == len(layers(model))
+    train(model)
+    expected = logits(by_hand(make(), model))
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    assert (expected - logits(make())).abs().max() > 1e-2
+    for name, layer in layers(model).items():
+        weight = make().get_submodule(name.removeprefix("base_model.model.")).weight
+        learned = by_hand(make(), model).get_submodule(name.removeprefix("base_model.model.")).weight - weight
+        torch.testing.assert_close(layer.get_delta_weight("default"), learned, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_function_survives_draws_in_every_dtype(dtype):
+    model = adapted(llama(dtype), resample_every=1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    assert all(p.dtype == torch.float32 for layer in layers(model).values() for p in layer.factors("default"))
+    pointers = [layer.weight.data_ptr() for layer in layers(model).values()]
+    for step in range(1, 11):
+        on_step(model, step=step, optimizer=optimizer)
+        for layer in layers(model).values():
+            A, B = layer.factors("default")
+            W0 = layer._pretrained.values.double()
+            error = (layer.weight.double() + (B @ A).double() - W0).abs().max()
+            assert error <= torch.finfo(dtype).eps * W0.abs().max() + 1e-7
+    assert pointers == [layer.weight.data_ptr() for layer in layers(model).values()]
+    with model.disable_adapter():
+        assert same_weights(base_weights(model), dict(llama(dtype).named_parameters()))
+
+
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
+def test_gradients_are_those_of_the_dense_weights(checkpointing):
+    model = train(adapted()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(checkpointing)
+        model.enable_input_require_grads()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    reference = by_hand(llama(), model)
+    reference(input_ids=IDS, labels=IDS).loss.backward()
+    for name, layer in layers(model).items():
+        grad = reference.get_submodule(name.removeprefix("base_model.model.")).weight.grad
+        A, B = layer.factors("default")
+        torch.testing.assert_close(A.grad, B.detach().T @ grad)
+        torch.testing.assert_close(B.grad, grad @ A.detach().T)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_disabling_and_unloading_are_exact(make, dtype):
+    targets = ["c_attn"] if make is gpt2 else TARGETS
+    model = train(adapted(make(dtype), target_modules=targets))
+    pretrained, trained, before = base_weights(make(dtype)), base_weights(model), logits(model)
+    close = dict(rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+    assert not same_weights(trained, pretrained)
+
+    with model.disable_adapter():
+        assert same_weights(base_weights(model), pretrained)
+        assert torch.equal(logits(model), logits(make(dtype)))
+        assert on_step(model, step=9) == 0
+    assert same_weights(base_weights(model), trained) and torch.equal(logits(model), before)
+
+    model.merge_adapter(safe_merge=True)
+    for layer in layers(model).values():
+        W0, delta = layer._pretrained.values, layer._total_change("default")
+        assert torch.equal(layer.weight, (W0.double() + (delta.T if layer.transposed else delta)).to(dtype))
+    torch.testing.assert_close(logits(model), before, **close)
+    merged = base_weights(model)
+    with model.disable_adapter():  # which unmerges
+        assert same_weights(base_weights(model), pretrained)
+    assert same_weights(base_weights(model), trained)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert same_weights(base_weights(model), trained) and torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+    unloaded = copy.deepcopy(model).unload()
+    assert not layers(unloaded) and same_weights(base_weights(unloaded), pretrained)
+    model.merge_adapter()
+    unloaded = copy.deepcopy(model).unload()
+    assert same_weights(base_weights(unloaded), pretrained)
+    model.unmerge_adapter()
+    whole = model.merge_and_unload()
+    assert not layers(whole) and same_weights(base_weights(whole), merged)
+
+
+def test_safe_merge_refuses_what_is_not_finite():
+    model = train(adapted())
+    layer = next(iter(layers(model).values()))
+    layer.factors("default")[0].data[0, 0] = torch.inf
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_disabling_between_forward_and_backward_leaves_the_gradients():
+    """As preference training does, for the reference model's logits."""
+    grads = []
+    for disabled in (False, True):
+        model = train(adapted()).train()
+        loss = model(input_ids=IDS, labels=IDS).loss
+        if disabled:
+            with model.disable_adapter(), torch.no_grad():
+                model(IDS)
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_several_adapters_take_turns():
+    model = train(adapted())
+    pretrained, first = base_weights(llama()), logits(model)
+    frozen = base_weights(model)
+    model.add_adapter("second", config(target_modules=["q_proj", "v_proj"], r=0.25, seed=3, sample="top"))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
+    assert torch.equal(logits(model), first) and same_weights(base_weights(model), frozen)
+
+    model.set_adapter("second")
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=0, atol=1e-6)
+    assert {
+        p.shape[0] for layer in layers(model).values() if "second" in layer.rosa_A for p in layer.factors("second")[:1]
+    } == {4, 2}
+    train(model, 3)
+    second = logits(model)
+    phases = {
+        name: {layer.rosa_state[name].phase for layer in layers(model).values() if name in layer.rosa_state}
+        for name in ("default", "second")
+    }
+    assert phases == {"default": {2}, "second": {1}}, "only the active adapter draws"
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first) and same_weights(base_weights(model), frozen)
+
+    before = base_weights(model)
+    for call in (
+        lambda: model.base_model.set_adapter(["default", "second"]),
+        lambda: model.merge_adapter(["default", "second"]),
+        lambda: model.merge_and_unload(adapter_names=["second", "default"]),
+    ):
+        with pytest.raises(ValueError, match="only one ROSA adapter can be active or merged"):
+            call()
+        assert same_weights(base_weights(model), before) and torch.equal(logits(model), first)
+
+    model.merge_adapter(["second"])
+    for layer in layers(model).values():
+        if "second" in layer.rosa_A:
+            expected = layer._pretrained.values + layer._total_change("second")
+            assert torch.equal(layer.weight, expected.float())
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), first)
+    # Layers that have only the other adapter are unloaded as they were pretrained.
+    whole = copy.deepcopy(model).merge_and_unload(adapter_names=["second"])
+    torch.testing.assert_close(logits(whole), second, rtol=0, atol=1e-5)
+
+    model.delete_adapter("default")
+    assert model.active_adapters == ["second"] and torch.equal(logits(model), second)
+    model.delete_adapter("second")
+    assert same_weights(base_weights(model), pretrained)
+
+
+def test_two_adapters_of_different_layers_may_be_active():
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("second", config(target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(model), logits(llama()), rtol=0, atol=1e-6)
+    assert on_step(model, step=0) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_equal_and_independent(copied):
+    model = train(adapted())
+    other, before = copied(model), logits(model)
+    assert torch.equal(logits(other), before)
+    other.base_model.unload()
+    assert torch.equal(logits(model), before) and torch.equal(logits(other), logits(llama()))
+
+
+def test_a_model_moved_and_cast_keeps_its_state():
+    model = train(adapted()).to(torch.bfloat16)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama(torch.bfloat16)))
+    layer = next(iter(layers(model).values()))
+    assert layer.rosa_state["default"].A0.dtype == torch.float32
+
+
+def test_adapters_in_the_base_dtype_if_asked():
+    model = get_peft_model(llama(torch.bfloat16), config(), autocast_adapter_dtype=False).eval()
+    for layer in layers(model).values():
+        A, B = (p.detach().double() for p in layer.factors("default"))
+        assert layer.factor("default").dtype == torch.bfloat16
+        # The base weight has taken up what the factors lost.
+        W0 = layer._pretrained.values.double()
+        assert (layer.weight.double() + B @ A - W0).abs().max() <= 2**-8 * W0.abs().max()
+        assert not layer.get_delta_weight("default").any()
+
+
+def test_autocast_and_opaque_bases():
+    model = train(adapted()).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad.dtype == torch.float32 for layer in layers(model).values() for p in layer.factors("default"))
+    before = logits(model)
+    for layer in layers(model).values():
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
+    assert "base layer, then lowrank added to it" in str(explain(model))
+
+
+def test_compiles():
+    model = train(adapted())
+    expected = logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_an_adapter_on_a_fresh_base_is_bit_equal(tmp_path, steps, dtype, low_cpu_mem_usage):
+    model = train(adapted(llama(dtype)), steps)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key.split("_proj.")[1].split(".")[0] for key in stored} == {"rosa_A", "rosa_B", "rosa_state"}
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "ROSA"
+    loaded = PeftModel.from_pretrained(llama(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert same_weights(base_weights(loaded), base_weights(model)) and torch.equal(logits(loaded), logits(model))
+    for mine, theirs in zip(layers(model).values(), layers(loaded).values(), strict=True):
+        a, b = (layer.rosa_state["default"].get_extra_state() for layer in (mine, theirs))
+        assert torch.equal(a, b)
+    assert loaded.peft_config["default"].policy() == model.peft_config["default"].policy()
+    with loaded.disable_adapter():
+        assert same_weights(base_weights(loaded), base_weights(llama(dtype)))
+    # Beside another adapter, and into one that has gone on.
+    other = adapted(llama(dtype))
+    other.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    torch.testing.assert_close(
+        logits(other), logits(llama(dtype)), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02
+    )
+    other.set_adapter("second")
+    assert torch.equal(logits(other), logits(model))
+    further = train(adapted(llama(dtype), seed=7), 3)
+    further.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(further), logits(model)) and same_weights(base_weights(further), base_weights(model))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_transformers_loads_it_and_adds_it(tmp_path, steps):
+    model = train(adapted(), steps)
+    model.save_pretrained(tmp_path)
+    native = llama()
+    native.load_adapter(str(tmp_path))
+    assert same_weights(base_weights(native), base_weights(model)) and torch.equal(logits(native), logits(model))
+    native.disable_adapters()
+    assert torch.equal(logits(native), logits(llama()))
+    native.enable_adapters()
+    assert torch.equal(logits(native), logits(model)) and on_step(native, step=0) == 4
+    fresh = llama()
+    fresh.add_adapter(config())
+    torch.testing.assert_close(logits(fresh), logits(llama()), rtol=0, atol=1e-6)
+    assert on_step(fresh, step=0) == 4
+    train(fresh)
+    trained = logits(fresh)
+    fresh.disable_adapters()
+    assert torch.equal(logits(fresh), logits(llama()))
+    fresh.enable_adapters()
+    assert torch.equal(logits(fresh), trained)
+
+
+def test_state_dict_helpers_and_the_whole_state_dict_round_trip():
+    model = train(adapted())
+    saved = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    other = adapted(seed=1)
+    set_peft_model_state_dict(other, saved)
+    assert torch.equal(logits(other), logits(model))
+    other = adapted(seed=1)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert torch.equal(logits(other), logits(model))
+    with other.disable_adapter():
+        assert torch.equal(logits(other), logits(llama()))
+
+
+def test_modules_to_save_biases_and_rank_patterns_travel(tmp_path):
+    base = lambda: llama(attention_bias=True)  # noqa: E731
+    model = adapted(
+        base(),
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["lm_head"],
+        bias="rosa_only",
+        rank_pattern={"v_proj": 0.9, "layers.1.self_attn.q_proj": 5},
+    )
+    ranks = [layer.factors("default")[0].shape[0] for layer in layers(model).values()]
+    assert ranks == [3, 7, 5, 7]
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert any("lm_head" in name for name in trainable) and any("q_proj.base_layer.bias" in name for name in trainable)
+    train(model).save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
+    _, spared = decay_groups(model, 0.1)
+    spared = {id(p) for p in spared["params"]}
+    assert all(id(p) in spared for layer in layers(model).values() for p in layer.factors("default"))
+    assert any(id(p) not in spared for name, p in model.named_parameters() if "lm_head" in name)
+
+
+def damage(folder, what):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(k for k in tensors if "q_proj.rosa_state._extra_state" in k)
+    if what == "no state":
+        tensors = {k: t for k, t in tensors.items() if "rosa_state" not in k}
+    elif what == "other state":
+        tensors[key.replace("_extra_state", "A0")] = torch.zeros(R, 16)
+    elif what == "size of the state":
+        tensors[key] = tensors[key][:-1]
+    elif what == "not finite":
+        tensors[key][9] = torch.nan
+    elif what == "shape":
+        tensors[key.replace("rosa_state._extra_state", "rosa_A.weight")] = torch.zeros(R + 1, 16)
+    elif what == "another method":
+        tensors = {k.replace("rosa_", "dylora_"): t for k, t in tensors.items()}
+    save_file(tensors, path)
+
+
+MESSAGES = {
+    "no state": r"rosa\); nothing was loaded. The state of model.layers.0.self_attn.q_proj is missing",
+    "other state": r"nothing was loaded",
+    "size of the state": r"must have 356 numbers for r = 3 on \[16, 16\], got 355",
+    "not finite": "has values that are not finite",
+    "shape": "1 of another shape",
+    "another method": "8 missing",
+}
+
+
+@pytest.mark.parametrize("what", MESSAGES)
+def test_a_damaged_checkpoint_changes_nothing(tmp_path, what):
+    train(adapted()).save_pretrained(tmp_path)
+    damage(tmp_path, what)
+    base = llama()
+    tree = {name: type(module) for name, module in base.named_modules()}
+    for given in ({}, {"config": PeftConfig.from_pretrained(tmp_path)}):
+        with pytest.raises(ValueError, match=MESSAGES[what]):
+            PeftModel.from_pretrained(base, tmp_path, **given)
+        assert {name: type(module) for name, module in base.named_modules()} == tree
+        assert same_weights(base_weights(base), base_weights(llama()))
+    other = train(adapted(), 3)
+    before, weights = logits(other), base_weights(other)
+    for name in ("second", "default"):
+        with pytest.raises(ValueError, match=MESSAGES[what]):
+            other.load_adapter(tmp_path, name)
+        assert list(other.peft_config) == ["default"]
+        assert torch.equal(logits(other), before) and same_weights(base_weights(other), weights)
+
+
+def test_another_methods_checkpoint_is_refused(tmp_path):
+    get_peft_model(llama(), DyLoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = train(adapted())
+    before = logits(model)
+    with pytest.raises(ValueError, match="Cannot combine adapters"):
+        model.load_adapter(tmp_path, "second")
+    with pytest.raises(ValueError, match="missing"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model), before)
+
+
+def test_export_and_conversion_to_lora(tmp_path):
+    model = train(adapted(target_modules=["down_proj"], rank_pattern={"layers.0.mlp.down_proj": 1}))
+    export_lora(model, tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert loaded.peft_config["default"].peft_type == "LORA"
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+    assert (logits(model) - logits(llama())).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="rank must be None"):
+        export_lora(model, tmp_path, rank=2)
+    dense = train(adapted())
+    with pytest.raises(ValueError, match="no longer of low rank"):
+        export_lora(dense, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    lora_config, state = convert_to_lora(dense, 16)
+    lora = get_peft_model(llama(), lora_config).eval()
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(logits(lora), logits(dense), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, 32, (8,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(folder, net, accumulate=2, **arguments):
+    """12 batches, 6 steps per epoch with accumulation, 3 epochs."""
+    settings = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=accumulate,
+        num_train_epochs=3, learning_rate=1e-2, weight_decay=0.0, save_strategy="steps", save_steps=1,
+        logging_steps=100, report_to=[], use_cpu=True, disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    args = TrainingArguments(**{**settings, **arguments})
+    return Trainer(model=net, args=args, train_dataset=Tokens(), callbacks=[PeftFusedCallback()])
+
+
+def everything(net):
+    states = {name: layer.rosa_state["default"].get_extra_state() for name, layer in layers(net).items()}
+    return states | {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize(("every", "at"), [("epoch", (4, 6, 14)), (4, (4, 6))])
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, every, at):
+    """Resumed within a phase, and at its end, before the next one's draw."""
+    straight = adapted(resample_every=every)
+    trainer(tmp_path / "straight", straight).train()
+    expected = everything(straight)
+    phases = {layer.rosa_state["default"].phase for layer in layers(straight).values()}
+    assert phases == {2 if every == "epoch" else 4}
+    for step in at:
+        resumed = adapted(resample_every=every)
+        run = trainer(tmp_path / "resumed", resumed)
+        run.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
+        assert run.state.global_step == 18
+        assert same_weights(everything(resumed), expected)
+
+
+def test_checkpointed_training_equals_plain_training(tmp_path):
+    nets = [adapted(), adapted()]
+    for i, net in enumerate(nets):
+        given = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}) if i else {}
+        trainer(tmp_path / str(i), net, max_steps=5, save_strategy="no", **given).train()
+    assert same_weights(*map(everything, nets))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_tied_weights_are_refused_by_name():
+    base = llama(tie_word_embeddings=True)
+    before = base_weights(base)
+    with pytest.raises(ValueError, match=r"target module 'lm_head' shares its weight with 'model.embed_tokens'"):
+        adapted(base, target_modules=["q_proj", "lm_head"])
+    assert same_weights(base_weights(base), before) and not layers(base)
+    assert layers(adapted(base, target_modules=["q_proj"]))
+
+
+class Int8(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.data.mul(100).to(torch.int8), requires_grad=False)
+
+
+def test_weights_that_cannot_be_changed_are_refused():
+    with pytest.raises(TypeError, match=r"target module '0'.*Int8 is quantised.*torch.int8.*in place"):
+        get_peft_model(nn.Sequential(Int8(6, 5)), RosaConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"target module '0'.*no values"):
+        get_peft_model(nn.Sequential(nn.Linear(6, 5, device="meta")), RosaConfig(r=2, target_modules=["0"]))
+
+
+def test_a_failing_start_gives_back_every_weight(monkeypatch):
+    base = llama()
+    base.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    before = {name: type(m) for name, m in base.named_modules()}
+    with pytest.raises(ValueError, match=r"target module 'model.layers.1.self_attn.q_proj': .*not finite"):
+        adapted(base)
+    assert {name: type(m) for name, m in base.named_modules()} == before
+    base.model.layers[1].self_attn.q_proj.weight.data.copy_(llama().model.layers[1].self_attn.q_proj.weight)
+    assert same_weights(base_weights(base), base_weights(llama()))
+
+    model = train(adapted())
+    weights, second, calls = base_weights(model), config(seed=2), []
+    start = RosaPeftLinear.start
+
+    def failing(self, *args, **kwargs):
+        calls.append(self)
+        if len(calls) == 3:
+            raise RuntimeError("no convergence")
+        start(self, *args, **kwargs)
+
+    monkeypatch.setattr(RosaPeftLinear, "start", failing)
+    with pytest.raises(RuntimeError, match="no convergence"):
+        model.add_adapter("second", second)
+    assert list(model.peft_config) == ["default"] and same_weights(base_weights(model), weights)
+    calls.clear()
+    with pytest.raises(RuntimeError, match="no convergence"):
+        adapted(base)
+    assert not layers(base) and same_weights(base_weights(base), base_weights(llama()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"r": 0}, ValueError, r"r must be in 1\.\.256, got 0"),
+        ({"r": 1.5}, ValueError, r"r must be an int, or a fraction in \(0, 1\), got 1\.5"),
+        ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be in"),
+        ({"rank_pattern": [4]}, TypeError, "rank_pattern must be a dict or None, got list"),
+        ({"split": "usv"}, ValueError, "split must be one of"),
+        ({"sample": "largest"}, ValueError, "sample must be one of"),
+        ({"resample_every": 1.5}, TypeError, "resample_every must be an int, got 1.5"),
+        ({"resample_every": "step"}, ValueError, "resample_every must be 'epoch' or a number of steps"),
+        ({"seed": "x"}, TypeError, "seed must be an int"),
+        ({"bias": "lora_only"}, ValueError, "bias must be one of 'none', 'all', 'rosa_only'"),
+    ],
+)
+def test_bad_configurations_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        config(**options)
+
+
+def test_a_rank_above_a_targets_size_names_the_target():
+    base = llama()
+    with pytest.raises(
+        ValueError, match=r"target module 'model.layers.0.self_attn.v_proj': r must be in 1\.\.8 .* got 9"
+    ):
+        adapted(base, r=9, target_modules=["q_proj", "v_proj"])
+    assert same_weights(base_weights(base), base_weights(llama())) and not layers(base)
+
+
+def test_training_by_epochs_needs_the_epoch():
+    model = adapted(resample_every="epoch")
+    with pytest.raises(ValueError, match="epoch must be passed to on_step"):
+        on_step(model, step=0)
+
+
+def test_registered_with_peft():
+    assert PEFT_TYPE_TO_TUNER_MAPPING["ROSA"] is RosaModel

@@ -1,0 +1,108 @@
+"""Plans of the bottleneck kernels: pure functions of the problem."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from peft_fused.triton_kernels import bottleneck_plan as plans
+from peft_fused.triton_kernels.bottleneck_plan import (
+    ACTIVATIONS,
+    BottleneckProblem,
+    configurations,
+    kernel_configs,
+    plan,
+    shrink_only,
+)
+from peft_fused.triton_kernels.plan import DTYPES, cdiv
+
+PROBLEM = BottleneckProblem(4096, 1024, 1024, 16, "bfloat16", "bfloat16", "cuda", "Some GPU", 132, 1, "gelu")
+TYPES = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
+
+
+def test_limits_and_words():
+    assert PROBLEM.limits("triton") == []
+    assert PROBLEM.limits("cuda") == ["bottleneck has no CUDA C++ kernel of its own"]
+    rank, activation = replace(PROBLEM, r=257, activation="mish").limits("triton")
+    assert "257" in rank and "256" in rank and "mish" in activation and "gelu_tanh" in activation
+    assert PROBLEM.preference(1e12)[0] == "triton" and PROBLEM.preference(0)[-1] == "torch"
+    assert PROBLEM.words("triton", False) == ", one kernel"
+    assert replace(PROBLEM, r=256).words("triton", False) == ", two kernels"
+    assert PROBLEM.words("torch", True) == ", two GEMMs"
+    text = replace(PROBLEM, groups=32, adapter_dtype="float32").describe()
+    assert "32 groups" in text and "r=16" in text and "bfloat16 h, float32 parameters" in text
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"r": 0}, "1..256"),
+        ({"r": 257}, "1..256"),
+        ({"activation": "mish"}, "mish"),
+        ({"dtype": "float64"}, "float64"),
+        ({"adapter_dtype": "float16"}, "parameters float16"),
+    ],
+)
+def test_what_has_no_plan_says_why(change, message):
+    with pytest.raises(ValueError, match=message):
+        plan(replace(PROBLEM, **change))
+
+
+def test_any_problem_has_a_plan():
+    for m, n, k, r in ((1, 1, 1, 1), (5, 7, 11, 256), (10**7, 28672, 8192, 200)):
+        for sm_count in (1, 7, 148):
+            for dtype, adapter in TYPES:
+                for groups in (1, 5):
+                    chosen = plan(BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", sm_count, groups, "relu"))
+                    for launches in (chosen.forward, chosen.backward):
+                        assert all(launch.block_m in (16, 32, 64) and launch.parts >= 1 for launch in launches)
+                        fused = [launch for launch in launches if launch.shrink and launch.expand]
+                        assert all(launch.block_r >= r for launch in fused)
+                        assert chosen.fused == (len(fused) == 1) and len(launches) == 2 - len(fused)
+                    assert min(chosen.grad_down.parts, chosen.grad_up.parts) >= 1
+
+
+def test_blocks_fill_the_gpu():
+    """Few rows are cut into the least blocks and share their columns out, many into the largest."""
+    (few,), (many,) = (plan(replace(PROBLEM, m=m)).forward for m in (100, 100_000))
+    assert few.block_m == 16 and few.parts > 1 and few.parts * few.block_n <= PROBLEM.n
+    assert many.block_m == 64 and many.parts == 1
+    # Rows of two groups never share a block, so that 32 groups of 20 rows are 64 blocks.
+    (grouped,) = plan(replace(PROBLEM, m=640, groups=32)).forward
+    assert grouped.block_m == 16 and grouped.parts == cdiv(132, 64)
+
+
+def test_partial_sums_do_not_grow_with_the_groups():
+    parts = [plan(replace(PROBLEM, m=2**20, groups=groups)).grad_down.parts for groups in (1, 64, 2**20)]
+    assert max(parts) <= 2 * PROBLEM.sm_count // (PROBLEM.k // 64) + 1
+
+
+def test_shrink_only_leaves_the_second_product_out():
+    for r in (16, 256):
+        (launch,) = shrink_only(plan(replace(PROBLEM, m=64, r=r)).backward)
+        assert launch.shrink and not launch.expand and launch.parts == 1
+
+
+def test_compiled_configurations_are_all_that_plans_give():
+    """The compile tests see every tile that a problem of another size would launch, for gelu."""
+    known = set(configurations())
+    for m, groups in ((1, 1), (96, 8), (2048, 2), (5000, 1), (8192, 64), (10**6, 1)):
+        for r in (1, 8, 24, 100, 129):
+            for n, k in ((768, 3072), (4096, 4096)):
+                for dtype, adapter in TYPES:
+                    problem = BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", 132, groups, "gelu")
+                    assert set(kernel_configs(problem)) <= known, problem
+    for dtype, adapter in TYPES:
+        for activation in ACTIVATIONS:
+            problem = replace(PROBLEM, dtype=dtype, adapter_dtype=adapter, activation=activation)
+            assert set(kernel_configs(problem)) <= known, problem
+
+
+def test_needs_neither_torch_nor_triton():
+    folder = plans.__file__.rsplit("/", 1)[0]
+    code = (
+        "import sys; sys.modules.update(torch=None, triton=None);"
+        "sys.path.insert(0, sys.argv[1]); import importlib;"
+        "importlib.import_module(sys.argv[2] + '.bottleneck_plan').configurations()"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code, *folder.rsplit("/", 1)], check=True)
