@@ -9,18 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import peft_fused
 from peft_fused.layers import AFLoRALinear, LoRALinear
 
-from .baselines import ALPHA_OVER_R, Layer, path_of
+from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of
 from .shapes import Shape
-from .timing import MODES, CpuClock, CudaClock, interleave, ratio
+from .timing import MODES, STEP, CpuClock, CudaClock, interleave, ratio
 from .verify import TOLERANCE, WrongResult, relative_rms
 
 # name: matrices frozen. That of A also drops the input; B's gradient is a by-product of the vectors'.
 FROZEN = {"aflora": "", "aflora_A": "A", "aflora_B": "B", "aflora_AB": "AB"}
 STEP_LAYERS = 4
-STEP = "step"
 
 
 def lines(layer: AFLoRALinear) -> Callable:
@@ -53,29 +51,6 @@ def _lora(base: nn.Linear, shape: Shape) -> LoRALinear:
     layer = LoRALinear.from_linear(base, r=shape.r, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype)
     nn.init.normal_(layer.lora_B, std=1 / (ALPHA_OVER_R * shape.r**0.5))
     return layer
-
-
-class _Step:
-    """A training step of a stack of layers: the forward pass and its schedule, then backward and the update."""
-
-    def __init__(self, layers: list[nn.Module], x: torch.Tensor, dy: torch.Tensor):
-        self.model, self.x, self.dy = nn.Sequential(*layers), x.detach(), dy
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-9)
-        self.step = 0
-
-    def forward(self) -> torch.Tensor:
-        # A run of which no end comes into sight: nothing more is frozen, the scores are kept all the same.
-        peft_fused.on_step(self.model, step=self.step, total_steps=1 << 40, optimizer=self.optimizer)
-        self.step += 1
-        return self.model(self.x)
-
-    def backward(self, y: torch.Tensor) -> None:
-        y.backward(self.dy)
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        self.optimizer.zero_grad()
 
 
 def kept_bytes(variant: Layer) -> int:
@@ -139,12 +114,17 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict
         variants[f"lines of {name}"] = Layer(lines(layer), x, dy, layer.parameters())
     saved = {name: kept_bytes(variant) for name, variant in variants.items()}
     clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
+    single = clock if device.type == "cuda" else CpuClock()  # one step at a time: each changes the parameters
     times = interleave(variants, clock, seconds=seconds)
     if shape.k == shape.n:
         # Layers of their own: an optimizer per stack, and parameters that none of them shares.
         stacks = {name: [_aflora(base, shape, f) for _ in range(STEP_LAYERS)] for name, f in FROZEN.items()}
         stacks["lora"] = [_lora(base, shape) for _ in range(STEP_LAYERS)]
-        steps = interleave({name: _Step(stack, x, dy) for name, stack in stacks.items()}, clock, seconds=seconds)
+        if device.type != "cuda":
+            clock = CpuClock(1)  # a backward pass has to come before the next update
+        steps = interleave(
+            {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}, single, seconds=seconds
+        )
         for name, measured in steps.items():
             times[name][STEP] = measured["both"]
 

@@ -52,6 +52,29 @@ class Layer:
         return grads
 
 
+class TrainingStep:
+    """A training step of a stack of layers: schedule and forward pass, then backward and the optimizer's update."""
+
+    def __init__(self, layers: list[torch.nn.Module], x: torch.Tensor, dy: torch.Tensor):
+        self.model, self.x, self.dy = torch.nn.Sequential(*layers), x.detach(), dy
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-9)
+        self.step = 0
+
+    def forward(self) -> torch.Tensor:
+        # A run of which no end comes into sight, for methods whose schedule has one.
+        peft_fused.on_step(self.model, step=self.step, total_steps=1 << 40, optimizer=self.optimizer)
+        self.step += 1
+        return self.model(self.x)
+
+    def backward(self, y: torch.Tensor) -> None:
+        y.backward(self.dy)
+        self.optimizer.step()
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad()
+
+
 @dataclass
 class Case:
     """All variants of one shape, and the reasons for those left out.

@@ -1,10 +1,12 @@
-"""A picture of one run: time of ours over each reference's, per shape and mode; layers above, structured maps below."""
+"""A picture of one run: time of ours over each reference's, per shape and mode: layers, methods, and maps."""
 
 from pathlib import Path
 
 # What the rows of each family are compared with; a row belongs to the family whose first reference it has.
 FAMILIES = (
     {"ratio_to_peft": "PEFT", "ratio_to_addmm": "addmm_ lines", "ratio_to_base": "frozen base"},
+    {"ratio_to_one": "one expert", "ratio_to_lines": "plain modules"},
+    {"ratio_to_lora": "LoRA of the same rank", "ratio_to_lines": "plain lines"},
     {"ratio_to_chain": "plain lines", "ratio_to_c3a": "PEFT C3A", "ratio_to_dense": "dense matrix"},
 )
 
@@ -15,7 +17,10 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 def _label(row: dict) -> str:
     rank = f" r{row['active_rank']}" if "active_rank" in row else ""
     drop = f" p={row['dropout']:g}" if row["dropout"] else ""
-    return f"{row['op']} {row['shape']}{rank} {row['dtype']}{drop}"
+    state = f" {row['kind']} E={row['experts']}" if "experts" in row else ""
+    if "frozen" in row:
+        state = f" {row['frozen'] or 'nothing'} frozen"
+    return f"{row['op']} {row['shape']}{rank}{state} {row['dtype']}{drop}"
 
 
 def plot(rows: list[dict], path: Path) -> Path:

@@ -13,14 +13,16 @@ import transformers
 
 import peft_fused
 
-from . import baselines, roofline, structured
-from .shapes import Shape, StructuredShape, grid
+from . import adamix, aflora, baselines, roofline, structured
+from .shapes import MethodShape, Shape, StructuredShape, grid
 from .timing import MODES, CpuClock, CudaClock, Times, interleave, ratio, wall_ms
 from .verify import verify
 
 # Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
 ROUND_SECONDS = {"tiny": 0.2, "default": 6.0, "all": 15.0}
 STRUCTURED_SECONDS = {"tiny": 0.05, "default": 2.0, "all": 6.0}
+METHOD_SECONDS = {"tiny": 0.05, "default": 4.0, "all": 10.0}
+METHODS = {"adamix": adamix.run_case, "aflora": aflora.run_case}
 COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
 # op: (our variant, its frozen layer, PEFT's counterpart, the three lines, compiled PEFT); PEFT has no DyLoRA.
 OPS = {"lora": ("fused", "peft", "addmm", "compiled"), "dylora": ("dylora", None, "dylora_addmm", None)}
@@ -139,13 +141,16 @@ def run(
             progress(f"{shape.name} {shape.dtype_name}", index, len(shapes))
         if isinstance(shape, StructuredShape):
             rows = structured.run_case(shape, device, seconds=STRUCTURED_SECONDS[name])
+        elif isinstance(shape, MethodShape):
+            rows = METHODS[shape.op](shape, device, seconds=METHOD_SECONDS[name])
         else:
             compiling = shape.compiled or name == "all" or device.type == "cuda"
             limit = budget if compiling else None
             rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=limit)
             budget -= spent
         for row in rows:
-            yield row | {"floor_ms": roofline.floor_ms(shape, row["mode"], ceilings)} | about
+            floor = row.get("layers", 1) * roofline.floor_ms(shape, row["mode"], ceilings)
+            yield row | {"floor_ms": floor} | about
 
 
 def default_folder(device: torch.device) -> Path | None:

@@ -94,6 +94,13 @@ class StructuredShape:
         return {"forward": m * (k + n), "backward": m * (n + 2 * k), "both": m * (2 * n + 3 * k)}[mode]
 
 
+@dataclass(frozen=True)
+class MethodShape(Shape):
+    """A layer with an adapter of a method that has comparisons of its own: bench/<op>.py."""
+
+    op: str = "adamix"
+
+
 BF16 = torch.bfloat16
 
 TINY = (Shape(4, 32, 32, 8, compiled=True), Shape(64, 96, 80, 4, dropout=0.1))
@@ -192,20 +199,35 @@ STRUCTURED_CUDA = (
     *_structured(4096, "kronecker", (64, 64, 64, 64)),
 )
 
-OPS = ("lowrank", *STRUCTURES)
+METHODS = ("adamix", "aflora")
+METHODS_TINY = tuple(MethodShape(64, 48, 48, 4, op=op) for op in METHODS)
+METHODS_CPU = (MethodShape(4096, 768, 768, 16, op="adamix"), MethodShape(4096, 768, 768, 8, op="aflora"))
+METHODS_CPU_ALL = (
+    *METHODS_CPU,
+    *(
+        MethodShape(*sizes, 16, dtype, op=op)
+        for op in METHODS
+        for sizes, dtype in (((512, 1024, 1024), torch.float32), ((4096, 768, 768), BF16))
+    ),
+)
+METHODS_CUDA = tuple(MethodShape(4096, size, size, 16, BF16, op=op) for op in METHODS for size in (4096, 768))
+
+OPS = ("lowrank", *STRUCTURES, *METHODS)
 # Low-rank layers that a GPU's grid starts with, before the structured maps: all of it may not be reached.
 CUDA_FIRST = 8
 
 
-def grid(device: str, name: str, op: str = "all") -> tuple[Shape | StructuredShape, ...]:
+def grid(device: str, name: str, op: str = "all") -> tuple[Shape | StructuredShape | MethodShape, ...]:
     """Shapes of a named grid, "tiny" (a smoke test), "default" or "all", for one of OPS or all of them."""
     if name == "tiny":
-        layers, maps = TINY, STRUCTURED_TINY
+        layers, maps, methods = TINY, STRUCTURED_TINY, METHODS_TINY
     elif device == "cuda":
-        layers, maps = CUDA, STRUCTURED_CUDA
+        layers, maps, methods = CUDA, STRUCTURED_CUDA, METHODS_CUDA
+    elif name == "all":
+        layers, maps, methods = CPU_ALL, STRUCTURED_CPU_ALL, METHODS_CPU_ALL
     else:
-        layers, maps = (CPU_ALL, STRUCTURED_CPU_ALL) if name == "all" else (CPU, STRUCTURED_CPU)
+        layers, maps, methods = CPU, STRUCTURED_CPU, METHODS_CPU
     if op == "all":
         first = CUDA_FIRST if device == "cuda" else len(layers)
-        return (*layers[:first], *maps, *layers[first:])
-    return layers if op == "lowrank" else tuple(shape for shape in maps if shape.op == op)
+        return (*layers[:first], *maps, *methods, *layers[first:])
+    return layers if op == "lowrank" else tuple(shape for shape in (*maps, *methods) if shape.op == op)

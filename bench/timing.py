@@ -12,6 +12,8 @@ import torch
 
 FLUSH_BYTES = 1 << 30
 MODES = ("forward", "backward", "both")
+# Of methods: forward, backward, schedule and optimizer, of a few layers.
+STEP = "step"
 
 
 class Variant(Protocol):

@@ -1,4 +1,4 @@
-"""`python -m peft_fused.bench.evidence {psd,pinwheel,sst2,all}` runs experiments and writes what they find."""
+"""`python -m peft_fused.bench.evidence {psd,pinwheel,rosa,sst2,all}` runs experiments and writes what they find."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .files import FOLDER
 
-NAMES = ("psd", "pinwheel", "sst2")
+NAMES = ("psd", "pinwheel", "rosa", "sst2")
 
 
 def main(arguments: list[str] | None = None) -> None:

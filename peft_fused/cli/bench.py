@@ -21,6 +21,12 @@ MAP_HEADINGS = {
 }
 
 
+METHOD_HEADINGS = {
+    "adamix": {"/ one expert": "ratio_to_one", "/ lines": "ratio_to_lines"},
+    "aflora": {"/ LoRA": "ratio_to_lora", "/ lines": "ratio_to_lines"},
+}
+
+
 def run(device_name: str, *, op: str, everything: bool, tiny: bool, out: Path | None, as_json: bool) -> None:
     """Runs the grid, prints it, and writes results.jsonl and results.png. Exit code 1 when a result is wrong.
 
@@ -76,6 +82,9 @@ def _print(rows: list[dict]) -> None:
         console.print(_layer_table(layers))
     if maps:
         console.print(_map_table(maps))
+    for op in METHOD_HEADINGS:
+        if chosen := [row for row in rows if row["op"] == op]:
+            console.print(_method_table(op, chosen))
     for path in dict.fromkeys(row["path"] for row in rows):
         console.print(f"path: {path}", markup=False)
     for what, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
@@ -128,6 +137,20 @@ def _map_table(rows: list[dict]) -> Table:
             f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"], _time(row),
             *_ratios(row, MAP_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "chain")),
             end_section=row["mode"] == "both",
+        )  # fmt: skip
+    return table
+
+
+def _method_table(op: str, rows: list[dict]) -> Table:
+    headings = METHOD_HEADINGS[op]
+    reference = "lines" if op == "adamix" else "lora"
+    table = _table(op, ("rank", "state", "ms (IQR)", *headings, "saved, ours", f"saved, {reference}"))
+    table.caption += "\nstep: forward, backward, schedule and optimizer, of four layers"
+    for row in rows:
+        state = f"{row['kind']}, E={row['experts']}" if op == "adamix" else f"frozen: {row['frozen'] or 'nothing'}"
+        table.add_row(
+            op, row["shape"], row["dtype"], row["mode"], str(row["r"]), state, _time(row), *_ratios(row, headings),
+            *(_size(row["saved_bytes"][who]) for who in ("ours", reference)), end_section=row["mode"] == "step",
         )  # fmt: skip
     return table
 

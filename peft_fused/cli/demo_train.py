@@ -33,7 +33,7 @@ QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("q
 WARM_UP_STEPS = 3
 LAST_STEPS = 10
 RANDOM_ROUTES = 8
-# A parameter beyond it has diverged; products of some are finite still, so that it is noticed before it is an error.
+# Beyond it a parameter has diverged, while products of such, which ROSA decomposes, are still finite.
 LARGEST = 1e9
 
 

@@ -72,7 +72,10 @@ def demo(
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
     target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated layers to adapt (default: query and value)")
+        str | None,
+        typer.Option(
+            help="Comma-separated layers to adapt (default: query and value; for AdaMix and AFLoRA their papers')"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 100,
     rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of LoRA, DyLoRA and ROSA.")] = 8,

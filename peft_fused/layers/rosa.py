@@ -359,7 +359,8 @@ class RosaState(ScheduleState):
             return f"starts with {header}, which is no phase, start, and form of a change"
         wanted = HEADER + sum(math.prod(shape) for shape in self._shapes(int(header[2]), int(header[3])))
         if len(state) != wanted:
-            return f"must have {wanted} numbers for r = {self.r} on [{self.out_features}, {self.in_features}], got {len(state)}"
+            sizes = f"r = {self.r} on [{self.out_features}, {self.in_features}]"
+            return f"must have {wanted} numbers for {sizes}, got {len(state)}"
         return None
 
     def _apply(self, fn, recurse=True):

@@ -57,7 +57,8 @@ def _expert(factor, index):
 class _Adapter:
     """The factors one call works with: experts chosen, rank applied, u, v and scale folded into B.
 
-    So they cost passes over matrices of B's size and none over the rows of x or dY. Backward may come without A, where no gradient reads it.
+    So they cost passes over matrices of B's size, none over the rows of x or dY. Backward may come without A, where no
+    gradient reads it.
     """
 
     def __init__(self, A, B, u, v, controls: Controls):

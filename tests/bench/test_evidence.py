@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from peft_fused.bench.evidence import __main__ as command
-from peft_fused.bench.evidence import files, pinwheel, psd, sst2
+from peft_fused.bench.evidence import files, pinwheel, psd, rosa, sst2
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
@@ -138,6 +138,35 @@ def test_a_bottleneck_adds_what_it_says():
     x = torch.randn(5, 6)
     h = layer.base(x)
     torch.testing.assert_close(layer(x), h + layer.up(nn.functional.gelu(layer.down(h))))
+
+
+def test_rosa(encoder, tmp_path):
+    result = rosa.run(tmp_path, epochs=16, ranks=(2, 8), model=str(encoder))
+    found = written(tmp_path, "rosa")
+    errors = found["relative_error"]
+    assert found["draws"] == 12
+    # More with rank; what LoRA cannot; and what full fine-tuning ends with, as far as its own noise allows.
+    assert errors["ROSA"]["8"] < errors["ROSA"]["2"] / 3
+    assert all(errors["ROSA"][r] < errors["LoRA"][r] / 2 for r in ("2", "8"))
+    assert errors[rosa.FULL] < 1e-3 and errors["LoRA"]["8"] > 0.2
+    drawing = found["drawing"]
+    assert drawing["layers"] == 2 and 0 < drawing["draw_all_layers_s"] and 0 < drawing["share_of_an_epoch"] < 0.03
+    assert rosa.report(result).count("\n") == 3
+
+
+def test_rosa_draws_at_the_authors_epochs():
+    phases = [rosa.phase(epoch, 200) for epoch in range(200)]
+    drawn = [epoch for epoch in range(1, 200) if phases[epoch] > phases[epoch - 1]]
+    assert drawn == list(range(4, 200, 8)) and phases[0] == 0
+
+
+def test_rosas_task_is_of_the_rank_that_it_says():
+    start, (x, y, x_test, y_test) = rosa.task(0)
+    learned = torch.linalg.lstsq(x, y).solution.T
+    change = learned - start.weight.detach()
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) == rosa.TRUE_RANK
+    torch.testing.assert_close(x_test @ learned.T, y_test, rtol=0, atol=1e-3)
+    assert 0.5 < change.std() / start.weight.std() < 2
 
 
 def test_command(tmp_path, monkeypatch, capsys):

@@ -121,7 +121,7 @@ def mid_schedule(base=None, steps=6, **options):
     return model.eval(), optimizer
 
 
-# ------------------------------------------------------------------------------------------------- forward and merging
+# -------------------------------------------------------------------------------------------------- forward and merging
 
 
 @pytest.mark.parametrize("alpha", [ALPHA, None])
@@ -338,7 +338,7 @@ def test_two_adapters_train_one_after_the_other():
     torch.testing.assert_close(logits(model), second)
 
 
-# ---------------------------------------------------------------------------------------------------- saving and loading
+# --------------------------------------------------------------------------------------------------- saving and loading
 
 
 def assert_same_state(a, b):

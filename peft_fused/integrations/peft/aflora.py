@@ -57,8 +57,8 @@ class AfLoraConfig(FusedConfig):
     t_i, t_f, ramp, rule, beta1, beta2, window; see `peft_fused.layers.FreezingPolicy`. A checkpoint holds the state of
     the schedule; the optimizer of a resumed run is made, as Trainer does, of the parameters that then need gradients.
     Under DistributedDataParallel find_unused_parameters=True is needed. A model under torch.compile is compiled anew
-    whenever something was frozen: compile it layer by layer, or raise torch._dynamo.config.recompile_limit. Raises TypeError or ValueError naming the
-    field, the value and what is allowed.
+    whenever something was frozen: compile it layer by layer, or raise torch._dynamo.config.recompile_limit. Raises
+    TypeError or ValueError naming the field, the value and what is allowed.
     """
 
     fused_type: ClassVar = FusedPeftType.AFLORA

@@ -275,8 +275,8 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         if problem:
             layer = self.rosa_state[adapter_name].layer
             raise ValueError(
-                f"the checkpoint does not fit adapter {adapter_name!r} (rosa); nothing was loaded. The state of {layer} "
-                f"{problem}"
+                f"the checkpoint does not fit adapter {adapter_name!r} (rosa); nothing was loaded. The state of "
+                f"{layer} {problem}"
             )
 
     def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:

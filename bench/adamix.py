@@ -1,0 +1,152 @@
+"""AdaMix with 1, 4 and 16 experts, and the obvious modules for it: one layer, and a training step of a few layers with
+routes, optimizer and schedule. All variants have the same base layer, input and incoming gradient.
+"""
+
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_fused.layers import AdaMixLinear
+from peft_fused.layers.adamix import PASSES, write_routes
+
+from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of, saved_bytes
+from .shapes import Shape
+from .timing import STEP, CpuClock, CudaClock, interleave, ratio
+from .verify import TOLERANCE, WrongResult, relative_rms
+
+EXPERTS = (1, 4, 16)
+KINDS = ("adapter", "lora")
+STEP_LAYERS = 4
+
+
+class Lines(nn.Module):
+    """The same layer as anyone would write it, and the authors do: lists of modules, one chosen by Python's random."""
+
+    def __init__(self, layer: AdaMixLinear):
+        super().__init__()
+        self.base, self.adapter = layer.base, not layer.additive
+        self.frozen = nn.ParameterList([layer.weight, layer.bias])
+        self.scale = 1.0 if self.adapter else layer.block.scale
+        self.sides = nn.ModuleList()
+        for stack in (layer.block.down, layer.block.up):
+            weights = stack.weight if stack.stacked else stack.weight[None]
+            biases = [None] * len(weights) if stack.bias is None else stack.bias.reshape(len(weights), -1)
+            self.sides.append(nn.ModuleList(map(self._linear, weights, biases)))
+
+    @staticmethod
+    def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+        made = nn.Linear(*weight.shape[::-1], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            made.weight.copy_(weight)
+            if bias is not None:
+                made.bias.copy_(bias)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        down, up = (random.choice(list(side)) for side in self.sides)
+        h = self.base(x)
+        if self.adapter:
+            return h + up(F.gelu(down(h.to(down.weight.dtype)))).to(h.dtype)
+        return h + self.scale * up(down(x.to(down.weight.dtype))).to(h.dtype)
+
+
+def _layer(base: nn.Linear, shape: Shape, kind: str, experts: int) -> AdaMixLinear:
+    layer = AdaMixLinear.from_linear(
+        base, kind=kind, r=shape.r, num_experts=experts, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype
+    )
+    torch.manual_seed(1)
+    layer.block.randomize()
+    layer.block.routes.scheduled = True  # a layer without a schedule warns
+    return layer
+
+
+def verify(layer: AdaMixLinear, x: torch.Tensor, dy: torch.Tensor, shape: Shape) -> dict[str, float]:
+    """Relative RMS errors of the last expert's delta and gradients against the lines in float64; WrongResult beyond
+    the tolerance, or if an expert that was not routed has a gradient.
+    """
+    limit, block = TOLERANCE[shape.dtype], layer.block
+    last = block.routes.policy.num_experts - 1 if block.down.stacked else 0
+    write_routes([block.routes], [((last,) * PASSES, (0,) * PASSES)])
+    reference = Lines(layer)
+    del reference.frozen  # the base layer's own, which are not to change their type
+    reference.double()
+    weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
+    reference.base = lambda x: F.linear(x, weight, bias)
+    reference.sides[0] = nn.ModuleList([reference.sides[0][last]])
+    wide = x.detach().double().requires_grad_()
+    ours, truth = Layer(layer, x, dy, layer.parameters()), Layer(reference, wide, dy.double(), reference.parameters())
+    with torch.no_grad():
+        errors = {
+            "delta": relative_rms(layer(x).double() - layer.base(x).double(), reference(wide) - reference.base(wide))
+        }
+    ours.clear()  # of what was timed before
+    ours.backward(ours.forward())
+    truth.backward(truth.forward())
+    down, up = (side[0] for side in reference.sides)
+    pairs = {"dx": (x.grad, wide.grad), "dup": (block.up.weight.grad, up.weight.grad)}
+    grad = block.down.weight.grad
+    pairs["ddown"] = (grad[last] if block.down.stacked else grad, down.weight.grad)
+    errors |= {name: relative_rms(got, true) for name, (got, true) in pairs.items()}
+    stray = block.down.stacked and bool(grad[:last].any())
+    ours.clear()
+    wrong = {what: error for what, error in errors.items() if not error <= limit}
+    if wrong or stray:
+        text = ", ".join(f"{what} {error:.2e}" for what, error in wrong.items()) or "a gradient of an unrouted expert"
+        raise WrongResult(f"adamix at {shape.name} {shape.dtype_name}: {text} beyond {limit:.0e}")
+    return errors
+
+
+def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict]:
+    """One row per kind, number of experts and mode; the mode "step" is a whole training step of square layers.
+
+    Ratios are to the same layer with one expert, and to the obvious modules with as many.
+    """
+    torch.manual_seed(0)
+    base = nn.Linear(shape.k, shape.n).to(device, shape.dtype).requires_grad_(False)
+    x = torch.randn(shape.m, shape.k, device=device, dtype=shape.dtype, requires_grad=True)
+    dy = torch.randn(shape.m, shape.n, device=device, dtype=shape.dtype)
+    clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
+    steps = clock if device.type == "cuda" else CpuClock()  # one step at a time: each changes the parameters
+    rows = []
+    for kind in KINDS:
+        layers = {str(experts): _layer(base, shape, kind, experts) for experts in EXPERTS}
+        errors = {name: verify(layer, x, dy, shape) for name, layer in layers.items()}
+        modules = dict(layers) | {f"lines of {name}": Lines(layer) for name, layer in layers.items()}
+        variants = {name: Layer(module, x, dy, module.parameters()) for name, module in modules.items()}
+        saved = {name: saved_bytes(variant) for name, variant in variants.items()}
+        times = interleave(variants, clock, seconds=seconds)
+        if shape.k == shape.n:
+            stacks = {name: [_layer(base, shape, kind, int(name)) for _ in range(STEP_LAYERS)] for name in layers}
+            stacks |= {f"lines of {name}": list(map(Lines, stack)) for name, stack in stacks.items()}
+            measured = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
+            for name, found in interleave(measured, steps, seconds=seconds).items():
+                times[name][STEP] = found["both"]
+        for experts in EXPERTS:
+            name, plain = str(experts), f"lines of {experts}"
+            for mode in times[name]:
+                others = {"ours": times[name][mode], "one": times["1"][mode], "lines": times[plain][mode]}
+                rows.append(
+                    {
+                        "op": "adamix",
+                        "kind": kind,
+                        "experts": experts,
+                        "shape": shape.name,
+                        "r": shape.r,
+                        "dtype": shape.dtype_name,
+                        "dropout": 0.0,
+                        "mode": mode,
+                        "ratio_to_one": ratio(others["ours"], others["one"]),
+                        "ratio_to_lines": ratio(others["ours"], others["lines"]),
+                        "ms_median": {label: t.median for label, t in others.items()},
+                        "ms_iqr": {label: t.iqr for label, t in others.items()},
+                        "rounds": len(others["ours"].ms),
+                        "layers": STEP_LAYERS if mode == STEP else 1,
+                        "path": path_of(layers[name], shape),
+                        "saved_bytes": {"ours": saved[name], "lines": saved[plain]},
+                        "skipped": {},
+                        "error_vs_reference": errors[name],
+                    }
+                )
+    return rows
