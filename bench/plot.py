@@ -51,7 +51,7 @@ def _family(axes, modes: list[str], names: dict[str, str], rows: list[dict]) -> 
 
     labels = list(dict.fromkeys(_label(row) for row in rows))
     for axis, mode in zip(axes, modes, strict=True):
-        for (key, name), marker in zip(names.items(), "osx", strict=True):
+        for (key, name), marker in zip(names.items(), "osx"[: len(names)], strict=True):
             points = [
                 (row[key], labels.index(_label(row))) for row in rows if row["mode"] == mode and row[key] is not None
             ]

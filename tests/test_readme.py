@@ -33,7 +33,7 @@ def namespace(tmp_path_factory):
 
 
 def test_blocks(namespace, capsys):
-    accelerated, dylora, surm, plain, structured = BLOCKS
+    accelerated, dylora, surm, adamix, aflora, rosa, plain, structured, mixed = BLOCKS
     base = {name: value.clone() for name, value in namespace["base"].state_dict().items()}
 
     exec(accelerated, namespace)
@@ -59,6 +59,20 @@ def test_blocks(namespace, capsys):
     decayed, kept = (sum(p.numel() for p in g["params"]) for g in namespace["optimizer"].param_groups)
     assert (decayed, kept) == (2 * 32, trainable - 2 * 32)
 
+    namespace["base"] = tiny()
+    exec(adamix, namespace)
+    assert namespace["model"].peft_config["default"].num_experts == 1
+    assert PeftModel.from_pretrained(tiny(), namespace["folder"]).peft_config["default"].peft_type == "ADAMIX"
+
+    namespace["base"] = tiny()
+    exec(aflora, namespace)
+    assert capsys.readouterr().out.count(" A ") == 2 * 6  # layers times modules
+    assert PeftModel.from_pretrained(tiny(), namespace["folder"]).peft_config["default"].r == 4
+
+    namespace["base"] = tiny()
+    exec(rosa, namespace)
+    assert not any("rosa" in name for name, _ in namespace["plain"].named_parameters())
+
     exec(plain, namespace)
     assert namespace["y"].shape == (32, 3072)
     assert namespace["layer"].merged
@@ -66,3 +80,9 @@ def test_blocks(namespace, capsys):
     exec(structured, namespace)
     assert namespace["y"].shape == (32, 3072)
     assert namespace["adapter"](namespace["y"][:, :768]).equal(namespace["y"][:, :768])
+
+    exec(mixed, namespace)
+    h, down, up, y = (namespace[name] for name in ("h", "down", "up", "y"))
+    for sequence, expert in enumerate((3, 1)):
+        expected = h[sequence] + torch.nn.functional.gelu(h[sequence] @ down[expert].T) @ up[expert].T
+        torch.testing.assert_close(y[sequence], expected, atol=1e-2, rtol=1e-4)

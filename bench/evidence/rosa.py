@@ -158,9 +158,9 @@ def report(result: dict) -> str:
         for r in errors["ROSA"]
     ]
     lines.append(f"rosa, {FULL}: {errors[FULL]:.2e}; {result['epochs']} epochs, {result['draws']} draws")
+    epoch = f"an epoch of {drawing['steps_per_epoch']} steps of {drawing['step_s']:.3f} s"
     lines.append(
-        f"rosa, drawing anew in {drawing['layers']} layers of {drawing['model']}: {drawing['draw_all_layers_s']:.3f} s, "
-        f"{drawing['share_of_an_epoch']:.3%} of an epoch of {drawing['steps_per_epoch']} steps of "
-        f"{drawing['step_s']:.3f} s"
+        f"rosa, drawing anew in {drawing['layers']} layers of {drawing['model']}: "
+        f"{drawing['draw_all_layers_s']:.3f} s, {drawing['share_of_an_epoch']:.3%} of {epoch}"
     )
     return "\n".join(lines)

@@ -11,9 +11,10 @@ from peft_fused.bench.verify import WrongResult
 
 @pytest.fixture
 def one_shape(monkeypatch):
-    """The first tiny layer and the first tiny map, with no time for more than the least number of rounds."""
+    """The first tiny layer, map and method's layer, with no time for more than the least number of rounds."""
     monkeypatch.setattr(shapes, "TINY", shapes.TINY[:1])
     monkeypatch.setattr(shapes, "STRUCTURED_TINY", shapes.STRUCTURED_TINY[:1])
+    monkeypatch.setattr(shapes, "METHODS_TINY", shapes.METHODS_TINY[:1])
     monkeypatch.setitem(runner.ROUND_SECONDS, "tiny", 0.0)
 
 
@@ -21,7 +22,8 @@ def test_json_lines_equal_the_file_that_is_written(cli, one_shape, tmp_path):
     result = cli("bench", "--tiny", "--json", "--out", tmp_path / "results")
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert {(row["op"], row["mode"]) for row in rows} == {
-        (op, mode) for op in ("lora", "dylora", "circulant") for mode in ("forward", "backward", "both")
+        *((op, mode) for op in ("lora", "dylora", "circulant", "adamix") for mode in ("forward", "backward", "both")),
+        ("adamix", "step"),
     }
     written = (tmp_path / "results" / "results.jsonl").read_text()
     assert [json.loads(line) for line in written.splitlines()] == rows
@@ -38,6 +40,8 @@ def test_the_table_shows_every_row_and_why_something_is_left_out(cli, one_shape,
         "lora",
         "dylora",
         "circulant",
+        "adamix",
+        "/ one expert",
         "forward",
         "backward",
         "both",

@@ -31,8 +31,8 @@ LORA = dict(kind="lora", target_modules=["query", "value"])
 def base(**options):
     torch.manual_seed(0)
     config = BertConfig(
-        initializer_range=0.5, vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3,
-        **options,
+        initializer_range=0.5, vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, num_labels=3, **options,
     )  # fmt: skip
     return BertForSequenceClassification(config)
 

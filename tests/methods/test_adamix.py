@@ -18,8 +18,8 @@ E = 4
 def bert(labels=3, **options):
     torch.manual_seed(0)
     config = BertConfig(
-        initializer_range=0.5, vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-        num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        initializer_range=0.5, vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return adapt(BertForSequenceClassification(config), **options)
 

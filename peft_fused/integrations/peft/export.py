@@ -42,8 +42,8 @@ def export_lora(
     whose smaller size is less than rank gets that one and is exact. Returns the largest relative error of a layer,
     ||delta - B A|| / ||delta|| in the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
 
-    ROSA: equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw; ValueError once
-    a layer's change is kept dense, which `peft.convert_to_lora` can approximate. Sharded parameters as for DyLoRA.
+    ROSA: equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw; ValueError
+    once a layer's change is kept dense, which `peft.convert_to_lora` can approximate. Sharded parameters as for DyLoRA.
 
     AFLoRA: equal to the adapter, at its own rank; A and B take in the vectors. Sharded parameters as for DyLoRA.
 
