@@ -1,1 +1,1 @@
-"""Small experiments behind what is claimed of the structured matrices. Each writes one JSON file and one picture."""
+"""Small experiments behind what is claimed of the methods. Each writes one JSON file and one picture."""

@@ -18,6 +18,7 @@ from torch import nn
 import peft_fused
 from peft_fused.cli import demo_data, demo_train
 from peft_fused.cli.demo_train import Encoder, Settings
+from peft_fused.integrations.peft.positions import default_targets
 
 from . import files
 
@@ -57,7 +58,7 @@ def bottleneck_size(n: int) -> int:
 def _bottlenecks(model: nn.Module) -> nn.Module:
     """A bottleneck wherever SURM's adapter kind goes by default; what is trained else is the head."""
     model.requires_grad_(False)
-    targets = tuple(peft_fused.integrations.peft.surm.ADAPTER_TARGETS[model.config.model_type])
+    targets = tuple(default_targets("houlsby", model.config.model_type))
     for name, module in list(model.base_model.named_modules()):
         if name.endswith(targets):
             parent, _, last = name.rpartition(".")

@@ -83,7 +83,7 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more than one adds mean and spread.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_length: Annotated[int, typer.Option(min=4, help="Tokens kept of each text.")] = 64,
-    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of LoRA; others have a multiple of it.")] = 1e-3,
+    lr: Annotated[float, typer.Option(min=0.0, help="Learning rate of LoRA; others have a multiple of it.")] = 3e-3,
     eval_rows: Annotated[int, typer.Option(min=1, help="Rows evaluated at most.")] = 1000,
     device: Device = "cpu",
     out: Out = None,

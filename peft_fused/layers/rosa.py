@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..draws import draw_int
 from ..ops import lowrank_linear
 from ..ops.dispatch import Problem, problem_of
 from .adapted import AdaptedLinear
@@ -88,9 +89,6 @@ def draw_directions(policy: SubspacePolicy, r: int, most: int, phase: int, layer
 
     A pure function of its arguments; ascending. layer: number or name, so that layers with one seed draw differently.
     """
-    # Layers import no methods; a draw, which needs nothing of them, is the exception.
-    from ..methods.schedule import draw_int
-
     key = dict(seed=policy.seed, step=phase, purpose="rosa subspace", layer=layer)
     if policy.sample == "random":
         found = list(range(most))

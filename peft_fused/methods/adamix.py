@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from .. import draws
 from ..layers.adamix import PASSES, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int
-from . import schedule
 from .stepping import METHODS, Method, Step, members_of
 from .strict import Guarded, guard_updates
 
@@ -32,8 +32,8 @@ def draw_route(policy: RoutePolicy, layer: int, side: str, step: int, micro: int
         return 0
     key = dict(purpose=f"adamix {side} {index}", layer=layer, index=micro)
     if policy.routing == "sequence":
-        return schedule.draw_bits(policy.seed, step, **key) >> 2
-    return schedule.draw_int(0, policy.num_experts - 1, policy.seed, step, **key)
+        return draws.draw_bits(policy.seed, step, **key) >> 2
+    return draws.draw_int(0, policy.num_experts - 1, policy.seed, step, **key)
 
 
 def _by_adapter(members: list[RouteMember]) -> Iterable[tuple[int, RouteMember]]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from .. import draws
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, write_ranks
-from . import schedule
 from .stepping import METHODS, Method, Step, members_of
 from .strict import Guarded, guard_updates
 
@@ -22,8 +22,8 @@ def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
     """The rank of a step, in r_min..r: a pure function of its arguments. micro counts only if resample is "micro"."""
     key = dict(purpose="dylora rank", index=micro if policy.resample == "micro" else 0)
     if policy.rank_distribution == "geometric":
-        return schedule.draw_geometric(policy.r_min, r, policy.geometric_p, policy.seed, step, **key)
-    return schedule.draw_int(policy.r_min, r, policy.seed, step, **key)
+        return draws.draw_geometric(policy.r_min, r, policy.geometric_p, policy.seed, step, **key)
+    return draws.draw_int(policy.r_min, r, policy.seed, step, **key)
 
 
 class DyLoRA(Method):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from peft_fused.methods.schedule import draw_bits, draw_float, draw_geometric, draw_int
+from peft_fused.draws import draw_bits, draw_float, draw_geometric, draw_int
 
 N = 20000
 
@@ -23,7 +23,7 @@ def test_every_field_matters_and_names_do_not_run_together():
 
 
 def test_another_process_draws_the_same():
-    code = "from peft_fused.methods.schedule import draw_bits; print(draw_bits(5, 6, layer='q', purpose='p', index=7))"
+    code = "from peft_fused.draws import draw_bits; print(draw_bits(5, 6, layer='q', purpose='p', index=7))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(out) == draw_bits(5, 6, layer="q", purpose="p", index=7)
 
