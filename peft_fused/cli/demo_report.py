@@ -175,7 +175,7 @@ def _plot(records: list[dict], path: Path) -> Path:
     figure, axes = plt.subplots(1, 3 if ranks else 2, figsize=(14 if ranks else 9, 3.6), layout="constrained")
     for found in records:
         axes[0].errorbar(
-            found["trainable"], found["accuracy"], found["std"]["accuracy"], marker="o", linestyle="",
+            found["trainable"], found["accuracy"], found["std"]["accuracy"], marker="o", linestyle="", alpha=0.7,
             label=METHODS[found["method"]].title,
         )  # fmt: skip
     rows = f"{records[0]['data']['evaluated_rows']} rows evaluated"

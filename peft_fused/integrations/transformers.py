@@ -1,11 +1,14 @@
 """The Trainer callback that drives the methods' schedules, and AdaMix's loss in a Trainer."""
 
 import math
+import warnings
 
+import torch
 from transformers import TrainerCallback
 
+from ..layers.adamix import PASSES
 from ..methods import on_step, set_pass
-from ..methods.adamix import double, pass_divergence, second_pass
+from ..methods.adamix import can_double, double, pass_divergence, predicts_tokens, second_pass, with_decoder_input
 from ..methods.sync import ZERO3
 
 EPOCH_ROUNDING = 1e-6
@@ -52,8 +55,8 @@ class AdaMixTrainerMixin:
 
     Every micro-batch runs twice, by different routes; the loss is the first pass's plus consistency_weight times the
     symmetric divergence of the two. See `peft_fused.adamix_loss`, whose options are class attributes here. For token
-    predictions the divergence is averaged over tokens; with gradient accumulation it is averaged over the step, as the
-    Trainer does with its own loss. Needs PeftFusedCallback among the callbacks. Evaluation is left alone.
+    predictions both are averaged over the tokens of a step, for others over its batches: gradient accumulation changes
+    neither, and not the one beside the other. Needs PeftFusedCallback among the callbacks. Evaluation is left alone.
     """
 
     consistency_weight: float = 1.0
@@ -62,36 +65,48 @@ class AdaMixTrainerMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
         labels = inputs.get("labels")
-        if not model.training or labels is None:
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-        doubled = self.consistency_doubled and not labels.is_floating_point()
+        if not isinstance(labels, torch.Tensor):
+            warnings.warn(
+                "AdaMixTrainerMixin: the inputs have no labels, so there is no consistency loss", stacklevel=2
+            )
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        # The sum over a step of losses of sequences, each divided by their number in the step, is not what every model
+        # of transformers returns; the mean of a batch is.
+        items = num_items_in_batch if labels.dim() > 1 or self.compute_loss_func is not None else None
+        doubled = self.consistency_doubled and self.consistency_weight != 0 and can_double(model, labels)
+        inputs = with_decoder_input(model, inputs)
         taken = double(inputs, labels.shape[0]) if doubled else dict(inputs)
-        set_pass(model, None if doubled else 0)
+        set_pass(model, None if doubled else 0, sequences=PASSES * labels.shape[0] if doubled else None)
         try:
-            loss, outputs = super().compute_loss(model, taken, True, num_items_in_batch, **kwargs)
+            loss, outputs = super().compute_loss(model, taken, True, items, **kwargs)
         finally:
             set_pass(model, 0)
         first = outputs["logits"]
         if doubled:
             first, second = first.split(labels.shape[0])
             outputs["logits"] = first
+        summed = self._summed(num_items_in_batch)
+        steps = self.current_gradient_accumulation_steps
+        if items is None and summed:
+            loss = loss / steps
         if self.consistency_weight != 0 and first.shape[-1] != 1:
             second = second if doubled else second_pass(model, inputs)["logits"]
-            loss = loss + self.consistency_weight * self._divergence(model, first, second, labels, num_items_in_batch)
+            tokens = predicts_tokens(first, labels) and items is not None and summed
+            divergence = pass_divergence(
+                model, first, second, labels, detach=self.consistency_detach, num_items=items if tokens else None
+            )
+            if tokens and self.args.average_tokens_across_devices:
+                # As the Trainer: the items are counted over all processes, whose gradients are averaged.
+                divergence = divergence * self.accelerator.num_processes
+            elif summed and not tokens:
+                divergence = divergence / steps
+            loss = loss + self.consistency_weight * divergence
         return (loss, outputs) if return_outputs else loss
 
-    def _divergence(self, model, first, second, labels, num_items):
-        """The divergence, scaled as the Trainer expects of the loss that it is added to."""
-        # A loss already divided by the step's number of items is summed over its micro-batches, others are averaged.
-        summed = self.loss_is_scaled_for_ga
-        if summed is None:
-            summed = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-        tokens = first.dim() > 2 and num_items is not None and summed
-        divergence = pass_divergence(
-            model, first, second, labels, detach=self.consistency_detach, num_items=num_items if tokens else None
-        )
-        if tokens:
-            # As the Trainer: the items are counted over all processes, whose gradients are averaged.
-            share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            return divergence * share
-        return divergence / self.current_gradient_accumulation_steps if summed else divergence
+    def _summed(self, num_items) -> bool:
+        """Whether the Trainer sums the losses of a step's micro-batches as they are, rather than averaging them."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None

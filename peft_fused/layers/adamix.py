@@ -88,8 +88,10 @@ class RouteState(ScheduleState):
         self.policy = policy
         self.values = ((0,) * PASSES, (0,) * PASSES)
         self.eval_values: tuple[int, int] | None = None  # None: the merged experts
-        # Experts (of down, of up) that contributed gradients to the optimizer step under way.
+        # Experts (of down, of up) that contributed gradients to the optimizer step under way, and what strict_experts
+        # keeps of the others during its update.
         self.used: tuple[set, set] = ({0}, {0})
+        self.kept: list = []
         # Of a distributed run; its batch is the processes' batches in order.
         self.process = 0
         self.routes = torch.zeros(2, PASSES, dtype=torch.int64)
@@ -98,13 +100,20 @@ class RouteState(ScheduleState):
         # pass has been, the last one last.
         self.pass_index: int | None = 0
         self.marks: list[tuple[int, int | None]] = [(0, 0)]
+        # Sequences of a doubled batch, if known; whether no forward has followed the last mark; the pass last repeated.
+        self.sequences: int | None = None
+        self.unused_mark = True
+        self.repeated: int | None = 0
 
     def unscheduled(self) -> str:
         return "AdaMix has trained the same experts"
 
-    def begin_pass(self, index: int | None) -> None:
-        """From here on forward calls are pass `index`, or, for None, both: the first half of a batch is pass 0."""
-        self.pass_index = index
+    def begin_pass(self, index: int | None, sequences: int | None = None) -> None:
+        """From here on forward calls are pass `index`, or, for None, both: the first half of a batch is pass 0.
+
+        sequences: of the doubled batch, for inputs to be checked against.
+        """
+        self.pass_index, self.sequences, self.unused_mark = index, sequences, True
         self.marks.append((torch.autograd._get_sequence_nr(), index))
         if index != 0:
             self.note_used(1)
@@ -120,8 +129,11 @@ class RouteState(ScheduleState):
             return self.pass_index
         # Repeated within backward: the node that asked for it was made during the pass.
         made = torch._C._current_autograd_node()._sequence_nr()
+        if made >= self.marks[-1][0] and self.unused_mark:
+            return self.repeated  # made by the repetition of an outer region, which this one is nested in
         for start, index in reversed(self.marks):
             if start <= made:
+                self.repeated = index
                 return index
         raise RuntimeError("AdaMix: new routes were drawn before the backward of a checkpointed forward")
 
@@ -137,6 +149,8 @@ class RouteState(ScheduleState):
         else:
             self.count_forward()
             index = self.current_pass()
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
+                self.unused_mark = False
             if index is None:
                 return self._doubled(batch)
             routes = self.routes[:, index]
@@ -145,8 +159,12 @@ class RouteState(ScheduleState):
         return routes[0], routes[1]
 
     def _doubled(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if batch % PASSES:
-            raise ValueError(f"AdaMix: a batch of {PASSES} passes must be divisible by {PASSES}, got {batch} sequences")
+        if batch % PASSES or batch != (self.sequences or batch):
+            wanted = f"have {self.sequences} sequences" if self.sequences else f"be divisible by {PASSES}"
+            raise ValueError(
+                f"AdaMix: both passes as one batch must {wanted} in the first dimension of a layer's input, got {batch}; "
+                "run them one after the other (doubled=False)"
+            )
         if self.policy.routing == "batch":
             return self.routes[0], self.routes[1]
         half = batch // PASSES
@@ -166,7 +184,7 @@ class RouteState(ScheduleState):
     @property
     def grouped(self) -> bool:
         """Whether rows of one batch may go to different experts."""
-        return self.policy.routing == "sequence" or (self.training and self.pass_index is None)
+        return self.policy.routing == "sequence" or (self.training and self.current_pass() is None)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -201,7 +219,8 @@ def write_routes(states: list[RouteState], values: list[tuple[tuple[int, ...], t
     """Sets what both sides use in each pass, for all states, and starts pass 0."""
     _fill(*_routes_of(states, values))
     for state, value in zip(states, values, strict=True):
-        state.values, state.pass_index = value, 0
+        state.values, state.pass_index, state.sequences = value, 0, None
+        state.unused_mark, state.repeated = True, 0
         state.marks = [(torch.autograd._get_sequence_nr(), 0)]
 
 

@@ -63,8 +63,10 @@ class RankState(ScheduleState):
         policy.check_r(r)
         self.r, self.alpha, self.policy, self.use_rslora = r, alpha, policy, use_rslora
         self.train_value = self.eval_value = r
-        # Ranks that contributed gradients to the optimizer step under way.
+        # Ranks that contributed gradients to the optimizer step under way, and what strict_frozen keeps of the others
+        # during its update.
         self.used = {r}
+        self.kept: list = []
         for name in ("train", "eval"):
             self.register_buffer(f"{name}_rank", torch.tensor(r), persistent=False)
             self.register_buffer(f"{name}_scale", torch.tensor(self.scale_at(r), dtype=torch.float32), persistent=False)

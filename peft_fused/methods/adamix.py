@@ -4,6 +4,7 @@ A route is drawn for every layer, side (down and up) and forward pass of a micro
 layer, side, micro-batch, pass). The layers read it from tensors that are set here, outside their forward pass.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import draws
-from ..layers.adamix import PASSES, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
+from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int
 from .stepping import METHODS, Method, Step, members_of
-from .strict import Guarded, guard_updates
+from .strict import Kept, check_guarded
 
 SIDES = ("down", "up")
 EVAL_ROUTINGS = ("merged", "random")
@@ -48,6 +49,9 @@ class AdaMix(Method):
     """The method as `peft_fused.on_step` calls it: new routes for every micro-batch."""
 
     def before_step(self, members: list[RouteMember], step: Step) -> None:
+        strict = [p for member in _strict(members) for stack in (member.down, member.up) for p in _stacked(stack)]
+        if strict:
+            check_guarded("strict_experts", step.optimizer, strict)
         distributed = dist.is_available() and dist.is_initialized()
         values = []
         for layer, member in _by_adapter(members):
@@ -66,24 +70,32 @@ class AdaMix(Method):
         write_routes(states, values)
         for state in states:
             state.note_used(0)
-        strict = [member for member in members if member.state.policy.strict_experts]
-        if strict:
-            _guard(strict, step)
+
+    def gradients_ready(self, members: list[RouteMember], step: Step) -> None:
+        for member in _strict(members):
+            member.state.kept = [
+                (side, Kept(step.optimizer, parameter, 0))
+                for side, stack in enumerate((member.down, member.up))
+                for parameter in _stacked(stack)
+                if parameter.requires_grad
+            ]
+
+    def after_step(self, members: list[RouteMember], step: Step) -> None:
+        for state in (member.state for member in _strict(members)):
+            for side, kept in state.kept:
+                kept.restore(state.used[side])
+            state.kept = []
 
 
 METHODS["adamix"] = AdaMix()
 
 
-def _guard(members: list[RouteMember], step: Step) -> None:
-    if step.optimizer is None:
-        raise ValueError("strict_experts=True masks the optimizer's update: pass optimizer= to on_step")
-    entries = []
-    for member in members:
-        for side, stack in enumerate((member.down, member.up)):
-            if stack.stacked:
-                for parameter in stack.parameters():
-                    entries.append(Guarded(parameter, 0, lambda state=member.state, side=side: state.used[side]))
-    guard_updates(step.optimizer, entries, lambda: None)
+def _strict(members: list[RouteMember]) -> list[RouteMember]:
+    return [member for member in members if member.state.policy.strict_experts]
+
+
+def _stacked(stack: Experts) -> list[nn.Parameter]:
+    return list(stack.parameters()) if stack.stacked else []
 
 
 def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[tuple[int, RouteState]]:
@@ -97,17 +109,22 @@ def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[tup
     return [(layer, state) for layer, state in found if adapter_name in (None, state.group)]
 
 
-def set_pass(model: nn.Module, index: int | None, *, adapter_name: str | None = None) -> None:
+def set_pass(
+    model: nn.Module, index: int | None, *, sequences: int | None = None, adapter_name: str | None = None
+) -> None:
     """Says which of a micro-batch's routes the following training forwards use.
 
     index: 0 or 1, or None for both at once: then the first half of every batch takes the routes of pass 0 and the
-    second those of pass 1. on_step goes back to 0. `adamix_loss` and AdaMixTrainerMixin call this themselves. Raises
-    TypeError or ValueError for a bad index or a model without AdaMix layers.
+    second those of pass 1. sequences: of that doubled batch; a layer whose input has another first dimension then
+    raises instead of halving something else. on_step goes back to 0. `adamix_loss` and AdaMixTrainerMixin call this
+    themselves. Raises TypeError or ValueError for a bad index or a model without AdaMix layers.
     """
     if index is not None and check_int("index", index) >= PASSES:
         raise ValueError(f"index must be in 0..{PASSES - 1} or None, got {index}")
+    if sequences is not None:
+        check_int("sequences", sequences, 1)
     for _, state in _states(model, adapter_name, "set_pass"):
-        state.begin_pass(index)
+        state.begin_pass(index, sequences)
 
 
 def set_routing(model: nn.Module, routing: str, *, index: int = 0, adapter_name: str | None = None) -> None:
@@ -150,23 +167,31 @@ def consistency_loss(
             raise TypeError(f"{name} must be a floating-point tensor of logits, got {_shown(logits)}")
     if first.shape != second.shape:
         raise ValueError(f"second must have first's shape {list(first.shape)}, got {list(second.shape)}")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != first.shape[:-1]):
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool):
+        raise TypeError(f"mask must be a bool tensor or None, got {_shown(mask)}")
+    if mask is not None and mask.shape != first.shape[:-1]:
         raise ValueError(f"mask must have shape {list(first.shape[:-1])}, got {_shown(mask)}")
     check_flag("detach", detach)
+    if num_items is not None and not isinstance(num_items, torch.Tensor) and check_alpha("num_items", num_items) <= 0:
+        raise ValueError(f"num_items must be positive, got {num_items}")
     wide = torch.promote_types(first.dtype, torch.float32)
     if first.shape[-1] == 1:
         return first.new_zeros((), dtype=wide)
+    if mask is not None:
+        # What does not count may hold anything, infinities included, and is to get no gradient from it.
+        first, second = (torch.where(mask.unsqueeze(-1), logits, 0.0) for logits in (first, second))
     log_p, log_q = F.log_softmax(first, -1, dtype=wide), F.log_softmax(second, -1, dtype=wide)
     target_p, target_q = (log_p.detach(), log_q.detach()) if detach else (log_p, log_q)
-    divergence = F.kl_div(log_p, target_q, reduction="none", log_target=True)
-    divergence = 0.5 * (divergence + F.kl_div(log_q, target_p, reduction="none", log_target=True)).sum(-1)
-    if mask is not None:
-        # What is padding may hold anything, infinities included.
-        divergence = torch.where(mask, divergence, 0.0)
+    divergence = 0.5 * (_divergence(target_q, log_p) + _divergence(target_p, log_q))
     if num_items is None:
         num_items = divergence.numel() if mask is None else mask.sum()
         num_items = max(num_items, 1) if isinstance(num_items, int) else num_items.clamp(min=1)
     return divergence.sum() / num_items
+
+
+def _divergence(log_target: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(target || q), [...]. A class of probability 0 under the target adds nothing, whatever q has for it."""
+    return (log_target.exp() * torch.where(log_target > -math.inf, log_target - log_q, 0.0)).sum(-1)
 
 
 def _shown(value) -> str:
@@ -180,14 +205,34 @@ def _inner(model: nn.Module) -> nn.Module:
     return model
 
 
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the model's loss compares the prediction at a token with the label of the next, as transformers' does."""
+    model = _inner(model)
+    if not hasattr(model, "loss_type") or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    # None is a head whose name transformers does not know, such as GPT2LMHeadModel; it is taken for a causal one.
+    return model.loss_type is None or model.loss_type.endswith(("ForCausalLM", "ForConditionalGeneration"))
+
+
 def _prediction_mask(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor | None):
     """(slice of the logits that have a target, which of those count) for token predictions; (all, None) otherwise."""
-    if labels is None or labels.is_floating_point() or labels.dim() != logits.dim() - 1 or labels.dim() < 2:
+    if not predicts_tokens(logits, labels):
         return slice(None), None
-    # A causal language model predicts the next token, so its last prediction has no target.
-    if str(getattr(_inner(model), "loss_type", "") or "").startswith("ForCausalLM"):
+    if _predicts_next(model):  # the last prediction has no target
         return slice(None, -1), labels[:, 1:] != -100
     return slice(None), labels != -100
+
+
+def predicts_tokens(logits: torch.Tensor, labels: torch.Tensor | None) -> bool:
+    """Whether there is a label for each token rather than for each sequence."""
+    return labels is not None and not labels.is_floating_point() and 2 <= labels.dim() == logits.dim() - 1
+
+
+def can_double(model: nn.Module, labels: torch.Tensor) -> bool:
+    """Whether labels of -100 leave the second half of a doubled batch out of the model's loss."""
+    config = getattr(_inner(model), "config", None)
+    regression = getattr(config, "num_labels", None) == 1 and labels.dim() <= 1
+    return not labels.is_floating_point() and not regression
 
 
 def pass_divergence(
@@ -212,17 +257,19 @@ def adamix_loss(
     inputs: what the model takes, with "labels". weight: of the consistency loss, 1 for classification; the authors
     take 100 for language models, where it is averaged over tokens. detach: see `consistency_loss`. doubled: both
     passes as one batch of twice the size, whose halves take different experts; outputs.logits then holds the first
-    half. Without labels, or for a single logit, it is the plain loss of one pass. The task loss is that of the first
+    half. For a single logit it is the plain loss of one pass. The task loss is that of the first
     pass only, as the authors have it. Under gradient accumulation divide the sum by the number of micro-batches, as
     any mean loss. Raises TypeError or ValueError naming the argument.
     """
-    check_alpha("weight", weight)
+    if check_alpha("weight", weight) < 0:
+        raise ValueError(f"weight must be at least 0, got {weight}")
     check_flag("doubled", doubled)
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"inputs must have a tensor 'labels', got {_shown(labels)}")
     set_pass(model, 0)
-    if doubled and not labels.is_floating_point():
+    inputs = with_decoder_input(model, inputs)
+    if doubled and can_double(model, labels):
         return _doubled(model, inputs, weight, detach)
     outputs = model(**inputs)
     loss = outputs["loss"]
@@ -242,6 +289,20 @@ def second_pass(model: nn.Module, inputs: dict[str, Any]):
         set_pass(model, 0)
 
 
+def with_decoder_input(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, for an encoder-decoder with what it would make of the labels, for a pass that has none or others.
+
+    ValueError if it has no way to say what that is.
+    """
+    model = _inner(model)
+    given = not {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
+    if given or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return inputs
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError("inputs must have 'decoder_input_ids' for this encoder-decoder")
+    return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])}
+
+
 def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     """Inputs whose tensors of `batch` rows appear twice; the second copy's labels are left out of the loss (-100)."""
     twice = {}
@@ -256,7 +317,7 @@ def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
 def _doubled(model, inputs, weight, detach):
     labels = inputs["labels"]
     batch = labels.shape[0]
-    set_pass(model, None)
+    set_pass(model, None, sequences=PASSES * batch)
     try:
         outputs = model(**double(inputs, batch))
     finally:

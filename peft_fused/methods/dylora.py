@@ -15,7 +15,7 @@ from .. import draws
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, write_ranks
 from .stepping import METHODS, Method, Step, members_of
-from .strict import Guarded, guard_updates
+from .strict import Kept, check_guarded
 
 
 def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
@@ -30,9 +30,9 @@ class DyLoRA(Method):
     """The method as `peft_fused.on_step` calls it."""
 
     def before_step(self, members: list[RankMember], step: Step) -> None:
-        strict = [member for member in members if member.state.policy.strict_frozen]
+        strict = [parameter for member in _strict(members) for parameter in (member.A, member.B)]
         if strict:
-            _guard(strict, step.optimizer)
+            check_guarded("strict_frozen", step.optimizer, strict)
         groups = defaultdict(list)
         for member in members:
             groups[member.state.policy, member.state.group].append(member.state)
@@ -48,29 +48,28 @@ class DyLoRA(Method):
                 state.used = {ranks[-1]} if step.micro == 0 else state.used | {ranks[-1]}
         write_ranks(states, train=ranks)
 
+    def gradients_ready(self, members: list[RankMember], step: Step) -> None:
+        for member in _strict(members):
+            trained = [(p, dim) for dim, p in enumerate((member.A, member.B)) if p.requires_grad]
+            member.state.kept = [Kept(step.optimizer, p, dim) for p, dim in trained]
+
+    def after_step(self, members: list[RankMember], step: Step) -> None:
+        for state in (member.state for member in _strict(members)):
+            for kept in state.kept:
+                kept.restore(_live(state))
+            state.kept = []
+
 
 METHODS["dylora"] = DyLoRA()
+
+
+def _strict(members: list[RankMember]) -> list[RankMember]:
+    return [member for member in members if member.state.policy.strict_frozen]
 
 
 def _live(state: RankState) -> Iterable[int]:
     """Rows of A, and columns of B, that the gradients of the step under way belong to."""
     return {rank - 1 for rank in state.used} if state.policy.frozen else range(max(state.used))
-
-
-def _guard(members: list[RankMember], optimizer) -> None:
-    if optimizer is None:
-        raise ValueError("strict_frozen=True masks the optimizer's update: pass optimizer= to on_step")
-    states = [member.state for member in members]
-
-    def forget():
-        for state in states:
-            state.used = {state.train_value}
-
-    entries = []
-    for member in members:
-        entries.append(Guarded(member.A, 0, lambda state=member.state: _live(state)))
-        entries.append(Guarded(member.B, 1, lambda state=member.state: _live(state)))
-    guard_updates(optimizer, entries, forget)
 
 
 def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[RankState]:

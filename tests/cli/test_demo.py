@@ -95,7 +95,7 @@ def test_json_compares_all_methods(cli, model_path, tmp_path):
     assert [entry["rank"] for entry in methods["dylora"]["ranks"]] == [1, 2, 3]
     assert methods["dylora"]["ranks"][-1]["dylora"] == methods["dylora"]["accuracy"]
     assert methods["dylora"]["ranks"][-1]["lora_truncated"] == methods["peft"]["accuracy"]
-    assert aflora["learning_rate"] == pytest.approx(demo_methods.METHODS["aflora"].rate * 1e-3)
+    assert aflora["learning_rate"] == pytest.approx(demo_methods.METHODS["aflora"].rate * Settings().lr)
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["methods"] == list(methods.values())
     assert [seed["seed"] for seed in written["seeds"]] == [0, 1]

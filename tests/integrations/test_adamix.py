@@ -376,6 +376,15 @@ def test_accumulation_averages_the_divergence_over_the_step(tmp_path, kind, doub
             torch.testing.assert_close(with_term[name] - without[name], parameter.grad, atol=3e-5, rtol=2e-3)
             compared += parameter.grad.any().item()
     assert compared >= 4
+    # And the loss of the task beside it, of BERT too, whose own loss is summed over the micro-batches by the Trainer.
+    net.zero_grad()
+    for micro, batch in enumerate(seen):
+        peft_fused.on_step(net, step=0, micro=micro)
+        share = (batch["labels"][:, 1:] != -100).sum() / tokens if kind == "tokens" else 1 / 3
+        (net(**batch).loss * share).backward()
+    for name, parameter in net.named_parameters():
+        if parameter.grad is not None and name in without:
+            torch.testing.assert_close(without[name], parameter.grad, atol=3e-6, rtol=2e-3)
 
 
 def test_evaluation_in_the_trainer_is_merged_and_single(tmp_path):

@@ -143,8 +143,13 @@ def test_the_loss_of_a_regression_is_zero_and_half_precision_is_computed_in_fp32
 def test_bad_logits_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         consistency_loss(*arguments)
+    z = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"mask must have shape \[2\]"):
-        consistency_loss(torch.ones(2, 3), torch.ones(2, 3), mask=torch.ones(3))
+        consistency_loss(z, z, mask=torch.ones(3).bool())
+    with pytest.raises(TypeError, match=r"mask must be a bool tensor or None, got torch\.int64"):
+        consistency_loss(z, z, mask=torch.ones(2).long())
+    with pytest.raises(ValueError, match="num_items must be positive, got 0"):
+        consistency_loss(z, z, num_items=0)
 
 
 # ----------------------------------------------------------------------------------------------------------- two passes
@@ -258,3 +263,166 @@ def test_only_models_with_adamix_layers_are_taken():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ------------------------------------------------------------------------------------------------- other kinds of model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_doubled_lora_batch_is_repeated_with_both_routes(reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = bert(kind="lora", target_modules=["query", "value"])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        on_step(model, step=3)
+        loss, _ = adamix_loss(model, {**batch(), "labels": torch.tensor([0, 2, 1, 1])}, doubled=True)
+        found.append(gradients(model, loss))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("inner", [False, True])
+def test_nested_checkpoints_are_repeated_with_their_own_routes(outer, inner):
+    from torch.utils.checkpoint import checkpoint
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = AdaMixLinear.from_linear(nn.Linear(6, 6), r=4, share_up=False)
+            self.second = AdaMixLinear.from_linear(nn.Linear(6, 6), r=4, share_up=False)
+            for layer in (self.first, self.second):
+                layer.block.randomize()
+            self.nested = False
+
+        def body(self, x):
+            x = torch.tanh(self.first(torch.sin(x)))
+            if self.nested:
+                return checkpoint(lambda x: torch.tanh(self.second(torch.cos(x))), x, use_reentrant=inner)
+            return torch.tanh(self.second(torch.cos(x)))
+
+        def forward(self, x):
+            return checkpoint(self.body, x, use_reentrant=outer) if self.nested else self.body(x)
+
+    torch.manual_seed(0)
+    net, x = Nested(), torch.randn(3, 6, requires_grad=True)
+    found = []
+    for net.nested in (False, True):
+        on_step(net, step=1)
+        first = net(x)
+        set_pass(net, 1)
+        second = net(x)
+        set_pass(net, 0)
+        found.append(gradients(net, (first + 2 * second.sin()).sum()))
+    values = net.first.block.routes.values
+    assert values[0][0] != values[0][1]
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
+
+
+def test_an_encoder_decoder_has_the_same_decoder_input_in_both_passes():
+    from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
+
+    shared = dict(vocab_size=40, decoder_start_token_id=2, pad_token_id=0)
+    bart = BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, dropout=0.0, **shared,
+    )  # fmt: skip
+    t5 = T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0, **shared)
+    for base in (BartForConditionalGeneration(bart), T5ForConditionalGeneration(t5)):
+        name = "wo" if isinstance(base, T5ForConditionalGeneration) else "fc2"
+        for experts in (1, 4):
+            model = adapt(base, num_experts=experts, target_modules=[name])
+            on_step(model, step=1)
+            inputs = {**batch(), "labels": torch.randint(3, 30, (4, 5))}
+            loss, outputs = adamix_loss(model, inputs, weight=100)
+            assert (loss - outputs.loss > 1e-6) == (experts > 1)  # without experts and dropout the passes are one
+            torch.testing.assert_close(adamix_loss(model, inputs, weight=100, doubled=True)[0], loss)
+            base = model.unload()
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_gpt2_predicts_the_next_token_too(doubled):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0,
+        initializer_range=0.5,
+    )  # fmt: skip
+    model = adapt(GPT2LMHeadModel(config))
+    inputs = batch()
+    labels = inputs["input_ids"].clone()
+    labels[:, :3] = -100
+    on_step(model, step=1)
+    first = model(**inputs).logits
+    set_pass(model, 1)
+    second = model(**inputs).logits
+    set_pass(model, 0)
+    kept = labels[:, 1:] != -100
+    expected = F.cross_entropy(first[:, :-1][kept], labels[:, 1:][kept])
+    expected = expected + 100 * consistency_loss(first[:, :-1][kept], second[:, :-1][kept])
+    torch.testing.assert_close(
+        adamix_loss(model, {**inputs, "labels": labels}, weight=100, doubled=doubled)[0], expected
+    )
+
+
+def test_a_regression_with_whole_numbers_is_not_doubled():
+    model = bert(labels=1)
+    on_step(model, step=0)
+    inputs = {**batch(), "labels": torch.tensor([0, 3, 1, 2])}
+    torch.testing.assert_close(adamix_loss(model, inputs, doubled=True)[0], adamix_loss(model, inputs)[0])
+
+
+def test_a_class_that_is_ruled_out_in_both_passes_adds_nothing():
+    z1, z2 = torch.randn(4, 3), torch.randn(4, 3)
+    expected = consistency_loss(z1, z2)
+    out = torch.full((4, 1), -math.inf)
+    wide1, wide2 = (torch.cat([z, out], 1).requires_grad_() for z in (z1, z2))
+    for detach in (True, False):
+        loss = consistency_loss(wide1, wide2, detach=detach)
+        torch.testing.assert_close(loss, expected)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, (wide1, wide2)))
+
+
+def test_what_is_masked_gets_no_gradient_whatever_it_holds():
+    z1, z2 = torch.randn(2, 3, requires_grad=True), torch.tensor([[0.1, 0.2, 0.3], [math.inf, math.nan, 0.0]])
+    loss = consistency_loss(z1, z2, mask=torch.tensor([True, False]))
+    loss.backward()
+    assert loss.isfinite() and not z1.grad[1].any() and z1.grad[0].any()
+
+
+def test_a_first_dimension_that_is_not_the_batch_is_not_halved():
+    layer = AdaMixLinear.from_linear(nn.Linear(4, 4), share_up=False)
+    set_pass(layer, None, sequences=8)
+    layer(torch.randn(8, 6, 4))
+    with pytest.raises(ValueError, match=r"have 8 sequences in the first dimension .* got 6"):
+        layer(torch.randn(6, 8, 4))
+
+
+def test_two_strict_methods_on_one_optimizer():
+    from peft_fused.layers import DyLoRALinear
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        DyLoRALinear.from_linear(nn.Linear(6, 6), r=4, frozen=True, strict_frozen=True),
+        AdaMixLinear.from_linear(nn.Linear(6, 6), r=2, strict_experts=True),
+    )
+    nn.init.normal_(net[0].lora_B)
+    net[1].block.randomize()
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.1)
+    for step in range(8):
+        on_step(net, step=step, optimizer=optimizer)
+        before = net[0].lora_A.detach().clone(), net[1].block.down.weight.detach().clone()
+        net(torch.randn(3, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rows = (net[0].lora_A != before[0]).any(1).nonzero().flatten().tolist()
+        experts = (net[1].block.down.weight != before[1]).flatten(1).any(1).nonzero().flatten().tolist()
+        assert rows == [net[0].ranks.train_value - 1]
+        assert experts == [net[1].block.routes.values[0][0]]
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
+        adamix_loss(bert(), {**batch(), "labels": torch.zeros(4).long()}, weight=-1)

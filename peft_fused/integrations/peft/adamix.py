@@ -238,6 +238,8 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     adapter_name: None means all. The function that evaluation computes does not change. ValueError if the model has
     no such adapter.
     """
+    while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # of wrappers such as DistributedDataParallel
     layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]
     names = sorted({name for layer in layers for name in layer.adamix_block})
     if not names:
@@ -247,11 +249,11 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     chosen = set(names if adapter_name is None else [adapter_name])
     if any(chosen.intersection(layer.merged_adapters) for layer in layers):
         raise ValueError("merge_experts: the adapter is merged into the base weights; unmerge it first")
+    configs = [model.peft_config[name] for name in chosen]
     for layer in layers:
         for name in chosen.intersection(layer.adamix_block):
             layer.adamix_block[name].average_()
-    for name in chosen:
-        config = model.peft_config[name]
+    for config in configs:
         config.num_experts, config.routing, config.strict_experts = 1, "batch", False
 
 

@@ -57,7 +57,7 @@ def export_lora(
         raise TypeError(f"adapter_name must be a str or None, got {type(adapter_name).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}
     if not layers:
-        raise ValueError("export_lora: the model has adapter of ours")
+        raise ValueError("export_lora: the model has no peft_fused adapter")
     if adapter_name is None:
         active = next(iter(layers.values())).active_adapters
         if len(active) != 1:

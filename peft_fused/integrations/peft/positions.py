@@ -23,7 +23,8 @@ POSITIONS: dict[str, dict[str, list[str] | str]] = {
     },
     # Before the norm that ends the feed-forward block, of whose result the bottleneck is taken (Pfeiffer et al. 2021).
     "pfeiffer": {
-        **dict.fromkeys(_BERT_LIKE, r".*layer\.\d+\.output\.LayerNorm"),
+        # DeBERTa's first version has a norm of its own, which is no torch.nn.LayerNorm.
+        **dict.fromkeys((t for t in _BERT_LIKE if t != "deberta"), r".*layer\.\d+\.output\.LayerNorm"),
         "distilbert": r".*output_layer_norm",
     },
 }
