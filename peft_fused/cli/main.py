@@ -41,7 +41,7 @@ def bench(
         str,
         typer.Option(
             help="lowrank (LoRA and DyLoRA layers), circulant, skew_circulant, toeplitz, toeplitz_product, kronecker, "
-            "ldr, or all. One op alone is written with --out only."
+            "ldr, adamix, aflora, or all. One op alone is written with --out only."
         ),
     ] = "all",
     everything: Annotated[bool, typer.Option("--all", help="More shapes, and torch.compile for each layer.")] = False,

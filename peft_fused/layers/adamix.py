@@ -162,8 +162,8 @@ class RouteState(ScheduleState):
         if batch % PASSES or batch != (self.sequences or batch):
             wanted = f"have {self.sequences} sequences" if self.sequences else f"be divisible by {PASSES}"
             raise ValueError(
-                f"AdaMix: both passes as one batch must {wanted} in the first dimension of a layer's input, got {batch}; "
-                "run them one after the other (doubled=False)"
+                f"AdaMix: both passes as one batch must {wanted} in the first dimension of a layer's input, got "
+                f"{batch}; run them one after the other (doubled=False)"
             )
         if self.policy.routing == "batch":
             return self.routes[0], self.routes[1]
