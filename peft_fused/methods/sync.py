@@ -12,7 +12,7 @@ from torch import nn
 CHECKED_CALLS = 3
 ZERO3 = (
     "DeepSpeed ZeRO-3 is not supported: which parameters take part is fixed when it starts, and their values are not "
-    "at hand between uses. Use DDP, FSDP2, or ZeRO-1 or ZeRO-2."
+    "at hand between uses. Use DDP or FSDP2."
 )
 
 

@@ -1,0 +1,74 @@
+"""What all tuners share, on a model whose head is a module of modules, as RoBERTa's is."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import RobertaConfig, RobertaForSequenceClassification
+
+import peft_fused
+
+ATTENTION = dict(target_modules=["query", "value"])
+CONFIGS = {
+    "dylora": lambda: peft_fused.DyLoraConfig(r=2, init_weights=False, task_type="SEQ_CLS", **ATTENTION),
+    "surm": lambda: peft_fused.SurmConfig(init_weights=False, task_type="SEQ_CLS", **ATTENTION),
+    "adamix": lambda: peft_fused.AdaMixConfig(
+        kind="lora", r=2, init_weights=False, task_type="SEQ_CLS", **ATTENTION
+    ),
+    "aflora": lambda: peft_fused.AfLoraConfig(r=2, init_weights=False, task_type="SEQ_CLS"),
+    "rosa": lambda: peft_fused.RosaConfig(r=2, task_type="SEQ_CLS", **ATTENTION),
+}  # fmt: skip
+
+
+def base():
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        initializer_range=0.3, max_position_embeddings=20,
+    )  # fmt: skip
+    return RobertaForSequenceClassification(config)
+
+
+def adapt(method):
+    torch.manual_seed(1)
+    model = get_peft_model(base(), CONFIGS[method]()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:  # as training leaves it
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def logits(model):
+    return model(torch.arange(2, 14).reshape(2, 6)).logits
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_unloading_keeps_the_trained_head(method):
+    model = adapt(method)
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected)
+    assert type(merged.classifier).__name__ == "RobertaClassificationHead"
+    model, head = adapt(method), None
+    with model.disable_adapter():
+        merged = model.merge_and_unload()
+    head = merged.classifier.out_proj.weight
+    assert not torch.equal(head, base().classifier.out_proj.weight)
+    torch.testing.assert_close(logits(merged), expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(method, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapt(method).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    dropped = next(key for key in tensors if f"{method}_" in key and "state" not in key)
+    save_file({key: value for key, value in tensors.items() if key != dropped}, path, metadata={"format": "pt"})
+    model = base().eval()
+    expected, names = logits(model), str(model)
+    with pytest.raises(ValueError, match=r"nothing was loaded.*1 missing"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert str(model) == names
+    assert torch.equal(logits(model), expected)
