@@ -4,8 +4,9 @@ ROSA (Gamboa et al. 2024), the authors' synthetic task: a map of 512 inputs to 3
 and a product of normal factors, from inputs and outputs alone. LoRA of a rank below 24 cannot, whatever it is trained
 for; ROSA of any rank learns it direction by direction, as the directions are drawn anew. Full fine-tuning can at once.
 
-The learning rate is constant, as the authors': where the task is solved, Adam's steps are no smaller than before, and
-the error that is left is theirs. It is what full fine-tuning ends with, too.
+The learning rate of all methods is constant, as the authors', for the first half of the training, and falls linearly
+to 0 in the second. At a constant one Adam's steps are no smaller where the task is solved than before, and the error
+that is left is theirs, whatever the method and the rank.
 
 What drawing costs is measured beside that: all adapted layers of the demo's encoder, against its training step.
 """
@@ -57,6 +58,11 @@ def phase(epoch: int, epochs: int) -> int:
     return 0 if epoch < WARM_UP else 1 + (epoch - WARM_UP) // every
 
 
+def decay(progress: float) -> float:
+    """The learning rate after a part of the training, in 0..1, relative to the one at its start."""
+    return min(1.0, 2 * (1 - progress))
+
+
 def adapt(method: str, rank: int, start: nn.Linear, seed: int) -> nn.Module:
     layer = nn.Linear(IN, OUT, bias=False)
     layer.load_state_dict(start.state_dict())
@@ -70,6 +76,8 @@ def train(model: nn.Module, data: tuple[torch.Tensor, ...], epochs: int, seed: i
     x, y, x_test, y_test = data
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    steps = epochs * math.ceil(TRAIN / BATCH)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / steps))
     generator, step, errors = torch.Generator().manual_seed(seed), 0, []
     for epoch in range(epochs):
         for index in torch.randperm(TRAIN, generator=generator).split(BATCH):
@@ -77,6 +85,7 @@ def train(model: nn.Module, data: tuple[torch.Tensor, ...], epochs: int, seed: i
             peft_fused.on_step(model, step=step, epoch=phase(epoch, epochs), optimizer=optimizer)
             F.mse_loss(model(x[index]), y[index]).backward()
             optimizer.step()
+            scheduler.step()
             optimizer.zero_grad()
             step += 1
         if epoch >= epochs - LAST:
@@ -130,7 +139,7 @@ def run(
     errors[FULL] = train(adapt(FULL, 0, start, seed), data, epochs, seed) / before
     result = {
         "seeds": [seed], "sizes": [OUT, IN], "true_rank": TRUE_RANK, "epochs": epochs, "batch": BATCH,
-        "learning_rate": LEARNING_RATE, "draws": phase(epochs - 1, epochs), "error_before_training": before,
+        "learning_rate": LEARNING_RATE, "learning_rate_decay": "linear to 0 from half of the training", "draws": phase(epochs - 1, epochs), "error_before_training": before,
         "relative_error": errors, "drawing": cost(model),
     }  # fmt: skip
     files.write("rosa", result, folder)

@@ -73,6 +73,8 @@ bool takes(LowRankArguments& a, const std::string& backend) {
   if (at::autocast::is_autocast_enabled(x.device().type())) return false;
 
   const auto adapter = A.scalar_type();
+  // Folded into B, u, v and scale may leave fp16's range: Python widens the factors.
+  if (adapter == at::kHalf && (a.u.defined() || a.v.defined()) && backend != "cuda") return false;
   if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
   if (!same(A, x, adapter) || !same(B, x, adapter) || !same(a.u, x, adapter) || !same(a.v, x, adapter)) return false;
   if (!same(a.weight, x, type) || !same(a.bias, x, type) || !same(a.add, x, type)) return false;

@@ -9,6 +9,8 @@ from transformers import TrainerCallback
 from ..layers.adamix import PASSES
 from ..methods import on_step, set_pass
 from ..methods.adamix import can_double, double, pass_divergence, predicts_tokens, second_pass, with_decoder_input
+from ..methods.aflora import NEEDS_UNUSED
+from ..methods.stepping import members_of
 from ..methods.sync import ZERO3
 
 EPOCH_ROUNDING = 1e-6
@@ -29,6 +31,9 @@ class PeftFusedCallback(TrainerCallback):
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         if deepspeed is not None and deepspeed.is_zero3():
             raise NotImplementedError(f"PeftFusedCallback: {ZERO3}")
+        # The model is given without DistributedDataParallel around it, so the method itself cannot see this.
+        if args.ddp_find_unused_parameters is False and args.world_size > 1 and "aflora" in members_of(model):
+            raise ValueError(NEEDS_UNUSED)
         self.micro = 0
         if self._tell(state, model, optimizer) == 0:
             raise ValueError("PeftFusedCallback: the model has no adapter with a schedule, such as DyLoRA's")

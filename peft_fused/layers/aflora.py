@@ -11,7 +11,7 @@ from .lowrank import LowRankLinear
 from .scheduled import ScheduleState
 
 MATRICES = ("A", "B")
-RAMPS = {"quadratic": 2, "cubic": 3}
+RAMPS = ("cubic", "quadratic")
 RULES = ("paper", "code")
 # What frozen_at holds of a matrix that is trained, and of one that never was; others hold the steps done until then.
 NOT_FROZEN, FROM_THE_START = -1, 0
@@ -26,7 +26,8 @@ class FreezingPolicy:
     """When the projection matrices are frozen, and which. (AFLoRA, Liu et al. 2024, sec. 3.)
 
     t_i: nothing is frozen before. t_f: everything is frozen for that long at the end. Both are a fraction of the run
-    (float) or a number of steps (int). ramp: how the frozen share grows in between, "cubic" or "quadratic". rule:
+    (float) or a number of steps (int). ramp: how the frozen share grows in between, "cubic", fast at first, as the
+    paper's, or "quadratic", slow at first, as the authors' on LLaMA; see `peft_fused.methods.freezing_fraction`. rule:
     "paper" freezes that share, least scores first; "code" what the authors' program freezes, every matrix whose mean
     score is below that quantile of all elements' scores. beta1, beta2: of the averages of |gradient| and of its change.
     window: steps whose |gradient| is averaged before it enters those, and between decisions in the ramp. Raises
@@ -50,7 +51,7 @@ class FreezingPolicy:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if isinstance(self.t_i, float) and isinstance(self.t_f, float) and self.t_i + self.t_f > 1.0:
             raise ValueError(f"t_i + t_f must be at most 1, got {self.t_i} + {self.t_f}")
-        check_choice("ramp", self.ramp, tuple(RAMPS))
+        check_choice("ramp", self.ramp, RAMPS)
         check_choice("rule", self.rule, RULES)
         for name in ("beta1", "beta2"):
             if not 0.0 <= check_alpha(name, getattr(self, name)) < 1.0:
@@ -129,6 +130,8 @@ class AfLoraState(ScheduleState):
         numbers = progress.tolist() if progress.shape == (3,) else None
         if numbers is None or not all(n == int(n) and n >= -1 for n in map(_finite, numbers)) or numbers[2] < 0:
             raise ValueError(f"AFLoRA's progress must be 3 whole numbers of at least -1, -1 and 0, got {progress}")
+        if not all(torch.isfinite(local(tensor)).all() for tensor in tensors.values()):
+            raise ValueError("AFLoRA's statistics must be finite, got some that are not")
         for matrix, frozen_at in zip(MATRICES, numbers, strict=False):
             shapes = {tuple(tensors[f"{matrix}_{name}"].shape) for name in STATISTICS}
             allowed = [{(0,)}] if frozen_at != NOT_FROZEN else [{(0,)}, {self.shapes[matrix]}]

@@ -13,11 +13,13 @@ base weight changes, and cost neither device memory nor, as buffers would, a bro
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from ..draws import draw_int
 from ..ops import lowrank_linear
@@ -32,8 +34,12 @@ EPOCH = "epoch"
 # Of the randomised decomposition: worth it while the rank is this much smaller than the matrix.
 RANDOMISED_BELOW = 1 / 8
 OVERSAMPLING, POWER_ITERATIONS = 16, 6
-# By how many roundings a loaded base weight may differ from what it should be, and still be taken for the same.
-SAME_ROUNDINGS = 8
+# And right if its residuals are at most this much of the last singular value that is used.
+RESIDUAL = 1e-4
+# Of a fraction of a size, which may come out below the whole number that it is meant to be (0.29 * 100).
+FRACTION_ROUNDING = 1e-9
+# How far apart two devices' fp64 sums may be, in terms of the largest pretrained value.
+SUM_ROUNDING = 64 * torch.finfo(torch.float64).eps
 # Numbers before the tensors in a saved state.
 HEADER = 4
 
@@ -76,7 +82,7 @@ def check_subspace_rank(name: str, value) -> int | float:
 def subspace_rank(value: int | float, in_features: int, out_features: int) -> int:
     """The rank that an int, or a fraction of the smaller size, is for a layer. ValueError if it is too large for it."""
     least = min(in_features, out_features)
-    r = max(1, int(value * least)) if isinstance(value, float) else value
+    r = max(1, math.floor(value * least + FRACTION_ROUNDING)) if isinstance(value, float) else value
     most = min(least, MAX_RANK)
     if r > most:
         fraction = f" (r={value} of {least})" if isinstance(value, float) else ""
@@ -105,13 +111,15 @@ def draw_directions(policy: SubspacePolicy, r: int, most: int, phase: int, layer
 def split_weight(
     W: torch.Tensor, r: int, policy: SubspacePolicy, phase: int, layer: int | str = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A [r, K], B [N, r]) with B A the part of W [N, K] that lies in the directions drawn. fp32 or fp64, as W."""
+    """(A [r, K], B [N, r]) with B A the part of W [N, K] that lies in the directions drawn. fp32 or fp64, as W.
+
+    A few of the top directions are found without the whole decomposition where W's singular values fall off enough.
+    """
     most = min(W.shape)
     directions = draw_directions(policy, r, most, phase, layer)
-    if policy.sample == "top" and r <= most * RANDOMISED_BELOW:
-        U, S, V = _top_directions(W, min(most, r + OVERSAMPLING))
-    else:
-        U, S, V = torch.linalg.svd(W, full_matrices=False)
+    few = policy.sample == "top" and r <= most * RANDOMISED_BELOW
+    found = _top_directions(W, r, min(most, r + OVERSAMPLING)) if few else None
+    U, S, V = torch.linalg.svd(W, full_matrices=False) if found is None else found
     index = torch.tensor(directions, device=W.device)
     U, S, V = U[:, index], S[index], V[index]
     if policy.split == "us_v":
@@ -120,9 +128,10 @@ def split_weight(
     return root[:, None] * V, U * root
 
 
-def _top_directions(W: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, S, V of W's largest singular values, to within the last ones. (Halko et al. 2011, algorithms 4.4 and 5.1.)
+def _top_directions(W: torch.Tensor, r: int, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """U, S, V of W's largest singular values, the first r of them accurate. (Halko et al. 2011, algorithms 4.4, 5.1.)
 
+    count: of those iterated on. None if they have not converged, as happens where singular values lie close together.
     Always of the same random start, which is no torch generator's.
     """
     start = torch.randn(W.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=W.dtype)
@@ -130,7 +139,9 @@ def _top_directions(W: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(W @ torch.linalg.qr(W.t() @ basis).Q).Q
     U, S, V = torch.linalg.svd(basis.t() @ W, full_matrices=False)
-    return basis @ U, S, V
+    U, S, V = (basis @ U)[:, :r], S[:r], V[:r]
+    residuals = (W @ V.t() - U * S).norm(dim=0), (W.t() @ U - V.t() * S).norm(dim=0)
+    return (U, S, V) if (torch.cat(residuals) <= RESIDUAL * S[-1]).all() else None
 
 
 # --------------------------------------------------------------------------------------------------- sharded parameters
@@ -148,9 +159,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter, to be written to: behind autograd, which has saved no values of it that
-    are not put back before they are used (`disable_adapter` between forward and backward).
-    """
+    """What this process holds of a parameter, to be written to behind autograd; see `SubspaceHost.refresh`."""
     return tensor.detach().to_local().data if is_sharded(tensor) else tensor.data
 
 
@@ -163,12 +172,29 @@ def part_of(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(full.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
-def check_writable(name: str, weight: torch.Tensor) -> None:
-    """ValueError if a weight cannot be split now."""
+def span(tensor: torch.Tensor) -> int:
+    """How many elements its first and last are apart in memory, both counted."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def check_writable(name: str, base: nn.Module) -> None:
+    """TypeError or ValueError if a module's weight cannot be split now."""
+    if not isinstance(base._parameters.get("weight"), nn.Parameter):
+        raise TypeError(
+            f"{name}: the weight of this {type(base).__name__} is no parameter but computed from others (parametrized, "
+            "as by weight_norm or spectral_norm, or pruned); ROSA changes the weight in place, which that would undo. "
+            "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
+        )
+    weight = base.weight
     if is_sharded(weight):
         raise ValueError(f"{name}: the weight is sharded already; ROSA has to be added before fully_shard")
     if weight.is_meta:
         raise ValueError(f"{name}: the weight has no values (meta device, or offloaded); ROSA splits and changes it")
+    if span(weight) < weight.numel():
+        raise ValueError(
+            f"{name}: elements of the weight share memory (shape {list(weight.shape)}, strides {weight.stride()}, as "
+            "expand makes them); ROSA changes each by itself: give the layer a contiguous weight"
+        )
 
 
 class PretrainedWeight:
@@ -204,16 +230,26 @@ class PretrainedWeight:
         """Sets the weight to that, in place."""
         local(weight).copy_(self.plus(weight, change))
 
-    def adopt(self, weight: torch.Tensor, change: torch.Tensor | None) -> None:
+    def is_in(self, weight: torch.Tensor, change: torch.Tensor | None) -> bool:
+        """Whether this process's part of a weight is W0 + change, up to one rounding, as another device computes it."""
+        expected, W0 = self.plus(weight, change), self.part(weight)
+        if expected.numel() == 0:
+            return True
+        info = torch.finfo(weight.dtype)
+        room = info.eps * expected.abs().double() + max(info.tiny, SUM_ROUNDING * W0.abs().max().item())
+        return bool(((local(weight).double() - expected).abs() <= room).all())
+
+    def adopt(
+        self, weight: torch.Tensor, change: torch.Tensor | None, others: Iterable[torch.Tensor | None] = ()
+    ) -> None:
         """Takes W0 from a weight that was loaded and should hold W0 + change: if it does not, it is of another W0.
 
-        A weight within a few roundings, as another device computes it, leaves W0 exact as it is.
+        others: further changes with which it may have been saved; where it holds W0 plus one of them, W0 stays as well.
         """
-        expected, given = self.plus(weight, change), local(weight)
-        if expected.numel() == 0 or weight.is_meta:
-            return
-        room = SAME_ROUNDINGS * torch.finfo(weight.dtype).eps * expected.abs().max()
-        if not ((given - expected).abs() <= room).all():
+        held = (self.is_in(weight, each) for each in chain([change], others))
+        # Changes may be collective, so that for sharded weights all processes have to ask for all of them.
+        if not any(list(held) if is_sharded(weight) else held):
+            given = local(weight)
             found = given if change is None else (given - part_of(change, weight)).to(given.dtype)
             self.values = found.to("cpu", copy=True)
 
@@ -231,8 +267,9 @@ class RosaState(ScheduleState):
     Tensors on the host in fp32, fp64 for an fp64 layer; they are saved with the adapter:
     A0 [r, K], B0 [N, r]: the factors as they were drawn. P [n, K], Q [N, n], or dense [N, K] as soon as that is no
     larger: the change from before, delta = Q P or dense; those not in use are of size 0. phase: of the draw, the number
-    of resamples done unless some were skipped. start: the phase that the run under way began with. on_load: called
-    when all that was replaced by what was saved.
+    of resamples done unless some were skipped. start: what is added to a phase counted from the beginning of the run
+    under way; negative if a run on a new adapter counts from more than 0. on_load: called when all that was replaced by
+    what was saved.
     """
 
     TENSORS = ("A0", "B0", "P", "Q", "dense")
@@ -350,10 +387,13 @@ class RosaState(ScheduleState):
         """What keeps a tensor from being this adapter's state, as the end of a sentence."""
         if not isinstance(state, torch.Tensor) or state.dim() != 1 or len(state) < HEADER:
             return f"must be a vector of at least {HEADER} numbers, got {getattr(state, 'shape', state)}"
+        if not state.is_floating_point():
+            return f"must hold floating-point numbers, got {state.dtype}"
         if not torch.isfinite(state).all():
             return "has values that are not finite"
         header = state[:HEADER].tolist()
-        if any(value < 0 or value != int(value) for value in header) or header[3] > 1 or (header[2] and header[3]):
+        phase, _, n, dense = header
+        if any(value != int(value) for value in header) or min(phase, n, dense) < 0 or dense > 1 or (n and dense):
             return f"starts with {header}, which is no phase, start, and form of a change"
         wanted = HEADER + sum(math.prod(shape) for shape in self._shapes(int(header[2]), int(header[3])))
         if len(state) != wanted:
@@ -398,6 +438,7 @@ def draw_factors(
         state.anchor(new_A, new_B)
         for parameter, factor in ((A, new_A), (B, new_B)):
             local(parameter).copy_(part_of(factor, parameter))
+            increment_version(parameter)
         state.phase = phase
 
 
@@ -425,6 +466,8 @@ class SubspaceHost:
 
     base_weight(): the Parameter. transposed: whether it is [K, N]. WEIGHT: its name in this module's state dict.
     wanted(): a key for what the weight must hold now. wanted_change(): that as a change of W0, [N, K], or None.
+    other_changes(): those with which the weight may have been saved elsewhere. suspended(): whether what the weight
+    holds is only for a while, after which it will hold again what it did.
     """
 
     WEIGHT: str
@@ -432,7 +475,7 @@ class SubspaceHost:
     def keep_pretrained(self) -> None:
         """Takes the weight as it is for W0."""
         self._pretrained = PretrainedWeight(self.base_weight())
-        self._holds = None
+        self._holds = self._held_in_use = None
         self._loading = self._weight_loaded = False
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -444,15 +487,26 @@ class SubspaceHost:
         values = self._pretrained.whole(self.base_weight())
         return values.t() if self.transposed else values
 
+    def suspended(self) -> bool:
+        return False
+
     @torch.no_grad()
     def refresh(self, force: bool = False) -> None:
-        """Sets the base weight, in place, to what it must hold now. force: even if it should hold that already."""
-        wanted = self.wanted()
+        """Sets the base weight, in place, to what it must hold now. force: even if it should hold that already.
+
+        A backward pass that needs the values from before raises autograd's error, except after `suspended` changes:
+        those are undone by the time of the backward pass (`disable_adapter` between forward and backward).
+        """
+        wanted, suspended = self.wanted(), self.suspended()
         if force or wanted != self._holds:
             weight = self.base_weight()
             with torch.autocast(weight.device.type, enabled=False):
                 self._pretrained.write(weight, self._in_layout(self.wanted_change()))
             self._holds = wanted
+        if force or not (suspended or wanted == self._held_in_use):
+            increment_version(self.base_weight())
+        if not suspended:
+            self._held_in_use = wanted
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._loading, self._weight_loaded = True, prefix + self.WEIGHT in state_dict
@@ -461,8 +515,10 @@ class SubspaceHost:
     @torch.no_grad()
     def loaded(self) -> None:
         """Makes the base weight follow state, or a W0, that was loaded."""
-        if self._weight_loaded:
-            self._pretrained.adopt(self.base_weight(), self._in_layout(self.wanted_change()))
+        weight = self.base_weight()
+        if self._weight_loaded and not weight.is_meta:
+            others = map(self._in_layout, self.other_changes())
+            self._pretrained.adopt(weight, self._in_layout(self.wanted_change()), others)
         self._loading = self._weight_loaded = False
         self.refresh(force=True)
 
@@ -507,7 +563,7 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         check_linear("base", base)
         check_subspace_rank("r", r)
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
-        check_writable("base", base.weight)
+        check_writable("base", base)
         super().__init__(base)
         r = subspace_rank(r, self.in_features, self.out_features)
         device = self.weight.device
@@ -557,6 +613,11 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         if self._merged:
             return self.rosa_state.total_change(*map(whole, self.factors()))
         return self.rosa_state.frozen_change(self.weight.device)
+
+    def other_changes(self) -> Iterator[torch.Tensor | None]:
+        yield None
+        yield self.rosa_state.total_change(*map(whole, self.factors()))
+        yield self.rosa_state.frozen_change(self.weight.device)
 
     def _draw(self, phase: int, agree=None) -> None:
         draw_factors(self.rosa_state, self.pretrained_nk(), *self.factors(), phase, agree)

@@ -42,7 +42,7 @@ def _warn_unscheduled(state: ScheduleState) -> None:
     global _last_to_warn
     # The layers of one model come here in one pass, during which the first of them does not run again.
     first = _last_to_warn and _last_to_warn()
-    if first is not None and first.forwards == state.forwards:
+    if first is not None and first.forwards == state.forwards and not first.scheduled:
         return
     _last_to_warn = weakref.ref(state)
     warnings.warn(

@@ -4,9 +4,10 @@ The score of a matrix is the mean over its elements of mean |gradient| times the
 averages over windows of steps. From step t_i on a growing share of the matrices is frozen, after T - t_f all of them;
 the vectors train on. Frozen matrices never thaw: their gradients, optimizer state and statistics are gone.
 
-Gradients are read as the optimizer gets them: averaged over the micro-batches and over all processes, unscaled, and
-clipped where the loop clips. t is the number of steps done before the step, as in the authors' program, and what is
-frozen at t is frozen after that step's update. Windows end, and decisions fall, at multiples of the window.
+Gradients are read as the optimizer gets them: averaged over the micro-batches and over all processes, without a loss
+scaler's scale, and clipped where the loop clips (the authors' program reads them before). t is the number of steps done
+before the step, as in the authors' program, and what is frozen at t is frozen after that step's update. Windows end,
+and decisions fall, at multiples of the window.
 """
 
 import math
@@ -21,7 +22,6 @@ from ..layers.aflora import (
     FROM_THE_START,
     MATRICES,
     NOT_FROZEN,
-    RAMPS,
     AfLoraMember,
     AfLoraState,
     FreezingPolicy,
@@ -31,17 +31,23 @@ from ..layers.aflora import (
 )
 from .stepping import METHODS, Method, Step
 
+NEEDS_UNUSED = (
+    "AFLoRA stops training parameters, for which DistributedDataParallel waits: wrap the model with "
+    "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) and without static_graph"
+)
+
 
 def freezing_fraction(policy: FreezingPolicy, step: int, total_steps: int) -> float:
     """k(t), the share of the matrices to be frozen at a step: 0 up to t_i, 1 after T - t_f, in between
-    1 - (1 - (t - t_i) / (T - t_i - t_f))^p, where p is 3 (cubic) or 2 (quadratic). ValueError if t_i + t_f > T.
+    1 - (1 - x)^3 (cubic) or x^2 (quadratic) of x = (t - t_i) / (T - t_i - t_f). ValueError if t_i + t_f > T.
     """
     start, end = policy.bounds(total_steps)
     if step <= start:
         return 0.0
     if step > end:
         return 1.0
-    return 1.0 - (1.0 - (step - start) / (end - start)) ** RAMPS[policy.ramp]
+    x = (step - start) / (end - start)
+    return x**2 if policy.ramp == "quadratic" else 1.0 - (1.0 - x) ** 3
 
 
 class _Matrix(NamedTuple):
@@ -100,7 +106,7 @@ class AFLoRA(Method):
         for adapter in _adapters(members):
             if step.step % adapter.policy.window == 0:
                 _absorb(adapter)
-            _accumulate(adapter)
+            _accumulate(adapter, step.grad_scale)
 
     @torch.no_grad()
     def after_step(self, members: list[AfLoraMember], step: Step) -> None:
@@ -125,14 +131,10 @@ def _check(adapter: _Adapter, step: Step) -> None:
     if step.optimizer is None:
         raise ValueError("AFLoRA reads gradients and drops optimizer state: pass optimizer= to on_step")
     adapter.policy.bounds(step.total_steps)
-    if all(state.scheduled for state in adapter.states):
-        return
-    for module in step.model.modules():
+    for module in step.model.modules() if not all(state.scheduled for state in adapter.states) else ():
         if isinstance(module, DistributedDataParallel) and (module.static_graph or not module.find_unused_parameters):
-            raise ValueError(
-                "AFLoRA stops training parameters, for which DistributedDataParallel waits: wrap the model with "
-                "find_unused_parameters=True (Trainer: ddp_find_unused_parameters=True) and without static_graph"
-            )
+            raise ValueError(NEEDS_UNUSED)
+    # Every time: a checkpoint loaded meanwhile may have brought back what the optimizer was relieved of.
     owned = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
     for matrix in adapter.alive:
         if tuple(matrix.parameter.shape) != matrix.state.shapes[matrix.name] or id(matrix.parameter) not in owned:
@@ -165,12 +167,15 @@ def _absorb(adapter: _Adapter) -> None:
         state.gradients = 0
 
 
-def _accumulate(adapter: _Adapter) -> None:
+def _accumulate(adapter: _Adapter, grad_scale: torch.Tensor | None) -> None:
     """Adds |gradient| to the windows. A matrix that no forward pass has used has the gradient zero."""
     used = [matrix for matrix in adapter.alive if matrix.parameter.grad is not None]
     if used:
         windows = [matrix.statistics()[0] for matrix in used]
-        torch._foreach_add_(windows, torch._foreach_abs([local(matrix.parameter.grad) for matrix in used]))
+        sizes = torch._foreach_abs([local(matrix.parameter.grad) for matrix in used])
+        if grad_scale is not None:
+            torch._foreach_div_(sizes, grad_scale)
+        torch._foreach_add_(windows, sizes)
     for state in adapter.states:
         state.gradients += 1
 

@@ -3,17 +3,19 @@
 At the start of every epoch, or every so many steps, what the factors learned is counted as part of the weights, these
 are decomposed, and the factors drawn anew, which leaves the function as it was. A draw is a function of (seed, phase,
 layer), where a phase is an epoch or so many steps; which phase a layer is in is saved with the adapter, so that a
-resumed run draws neither twice nor not at all. A run that starts at step 0 goes on from the phase it finds.
+resumed run draws neither twice nor not at all. A run that starts at step 0 goes on from the phase it finds, whatever
+epoch it starts with.
 
 The authors build the optimizer and scheduler anew; here only the state of the factors is reset, for it belongs to
-directions that are no longer trained. Their `use_scale`, which scales the factors' part by alpha / r, is not offered:
-it would change the function at the start, for that part is the pretrained weight's.
+directions that are no longer trained (of LBFGS the whole state, which it keeps for all parameters together). Their
+`use_scale`, which scales the factors' part by alpha / r, is not offered: it would change the function at the start, for
+that part is the pretrained weight's.
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import Adagrad, Optimizer
+from torch.optim import LBFGS, Adagrad, Optimizer
 
 from ..layers.rosa import EPOCH, Maker, RosaMember, SubspacePolicy
 from .stepping import METHODS, Method, Step
@@ -35,21 +37,27 @@ class Rosa(Method):
 
     def before_step(self, members: list[RosaMember], step: Step) -> None:
         phases = [phase_of(member.state.policy, step) for member in members]
-        due = []
+        # What keeps an optimizer from being reset shows from the beginning, and not only when a draw is due.
+        first = step.step == 0 or not all(member.state.scheduled for member in members)
+        due, trained = [], []
         for member, phase in zip(members, phases, strict=True):
             state = member.state
             state.scheduled = True
             if step.micro > 0 or not any(p.requires_grad for p in member.factors()):
                 continue
-            if step.step == 0 and phase == 0:
-                state.start = state.phase
+            trained.append(member)
+            if step.step == 0:
+                # Whether epochs count from 0 or 1: the run goes on from here.
+                state.start = state.phase - phase
             if state.start + phase > state.phase:
                 due.append((member, state.start + phase))
+        distributed = dist.is_available() and dist.is_initialized()
+        if distributed and (due or first):
+            _reshard(step.model)
+        if first and step.optimizer is not None:
+            _check_owned(trained, step.optimizer)
         if not due:
             return
-        distributed = dist.is_available() and dist.is_initialized()
-        if distributed:
-            _reshard(step.model)
         _check_due([member for member, _ in due], step.optimizer)
         for member, phase in due:
             member.resample(phase, _of_process_0 if distributed else None)
@@ -66,6 +74,11 @@ def _check_due(members: list[RosaMember], optimizer: Optimizer | None) -> None:
         raise ValueError("ROSA: the adapter is merged into the base weights; unmerge it before training goes on")
     if optimizer is None:
         raise ValueError("ROSA resets the optimizer's state of what it draws anew: pass optimizer= to on_step")
+    _check_owned(members, optimizer)
+
+
+def _check_owned(members: list[RosaMember], optimizer: Optimizer) -> None:
+    """ValueError if a trained factor is not among the optimizer's parameters."""
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for member in members:
         for parameter in member.factors():
@@ -87,9 +100,14 @@ def _reshard(model: nn.Module | None) -> None:
 
 @torch.no_grad()
 def _reset(optimizer: Optimizer, parameter: torch.nn.Parameter) -> None:
-    """What the optimizer knows of a parameter, as it is before the first step; its gradient is dropped."""
+    """What the optimizer knows of a parameter, as it is before the first step; its gradient is dropped.
+
+    LBFGS forgets all: its history, under the first of its parameters, is of steps along all of them together.
+    """
     parameter.grad = None
-    if not isinstance(optimizer, Adagrad):
+    if isinstance(optimizer, LBFGS):
+        optimizer.state.clear()
+    elif not isinstance(optimizer, Adagrad):
         optimizer.state.pop(parameter, None)
     elif parameter in optimizer.state:  # filled by the constructor and expected by the step
         (group,) = (g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))

@@ -4,8 +4,8 @@ A layer that takes part in a schedule defines `schedule_members()`, a list of ob
 that sets them. A method is registered under that name and gets all its members of the model in one call, so that it
 can make one choice for all of them, or compare them.
 
-Per optimizer step a method is called before the forward passes, when the gradients are ready (unscaled, and clipped
-where the loop clips), and after the update, while the gradients are still there. The last two come from hooks of the
+Per optimizer step a method is called before the forward passes, when the gradients are ready (clipped where the loop
+clips), and after the update, while the gradients are still there. The last two come from hooks of the
 optimizer, so that a loop has nothing more to call than `on_step`.
 """
 
@@ -13,6 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,8 @@ from . import sync
 class Step:
     """Where in the run a method is called: the arguments of `on_step`, the optimizer unwrapped.
 
-    model: as it was given, wrappers and all; only in `before_step`.
+    model: as it was given, wrappers and all; only in `before_step`. grad_scale: in `gradients_ready`, the 0-d tensor by
+    which the gradients are still multiplied, None as a rule: a fused optimizer divides by a loss scaler's scale itself.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Step:
     epoch: int | None = None
     optimizer: Optimizer | None = None
     model: nn.Module | None = None
+    grad_scale: torch.Tensor | None = None
 
 
 class Method:
@@ -85,9 +88,13 @@ class _Hooks:
         optimizer.register_step_post_hook(self._after_step)
 
     def _gradients_ready(self, optimizer, args, kwargs):
+        # A loss scaler leaves it to a fused optimizer to skip a step, and to unscale unless that was asked for before.
+        if (found_inf := getattr(optimizer, "found_inf", None)) is not None and found_inf.item():
+            self.announced.clear()
+        scale = getattr(optimizer, "grad_scale", None)
         for found, step in self.announced.values():
             for name, members in found.items():
-                METHODS[name].gradients_ready(members, step)
+                METHODS[name].gradients_ready(members, replace(step, grad_scale=scale))
 
     def _after_step(self, optimizer, args, kwargs):
         for found, step in self.announced.values():
@@ -123,9 +130,9 @@ def on_step(
     """
     check_int("step", step)
     check_int("micro", micro)
-    for name, value in (("total_steps", total_steps), ("epoch", epoch)):
+    for name, value, least in (("total_steps", total_steps, 1), ("epoch", epoch, 0)):
         if value is not None:
-            check_int(name, value)
+            check_int(name, value, least)
     optimizer = unwrap_optimizer(optimizer)
     found = members_of(model)
     if not found:
@@ -139,5 +146,5 @@ def on_step(
         hooks.announced[model] = (found, now)
     for name, members in found.items():
         METHODS[name].before_step(members, replace(now, model=model))
-    sync.check_first_steps(model, found)
+    sync.check_first_steps(model, found, (step, micro, total_steps, epoch))
     return sum(map(len, found.values()))

@@ -10,6 +10,8 @@ from torch import nn
 
 # Calls of on_step whose choices are compared without being asked: what goes wrong, goes wrong from the start.
 CHECKED_CALLS = 3
+# Taken at a time into a checksum, which widens them eightfold.
+CHECKSUM_BYTES = 1 << 22
 ZERO3 = (
     "DeepSpeed ZeRO-3 is not supported: which parameters take part is fixed when it starts, and their values are not "
     "at hand between uses. Use DDP or FSDP2."
@@ -25,9 +27,12 @@ def _digest(values: Iterable) -> int:
 def _checksum(tensor: torch.Tensor) -> int:
     """Equal for equal bits."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    # Weighted by position, so that an exchange of two values shows; integers wrap around and so sum in any order.
-    weights = torch.arange(1, flat.numel() + 1, device=flat.device)
-    return (flat.to(torch.int64) * weights).sum().item()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), CHECKSUM_BYTES):
+        part = flat[start : start + CHECKSUM_BYTES].to(torch.int64)
+        # Weighted by position, so that an exchange of two values shows; integers wrap around and so sum in any order.
+        total += (part * torch.arange(start + 1, start + 1 + part.numel(), device=flat.device)).sum()
+    return total.item()
 
 
 def _compare(digests: dict[str, int], device: torch.device, remedy: str) -> None:
@@ -66,14 +71,14 @@ _REMEDY = (
 )
 
 
-def check_first_steps(model: nn.Module, found: dict[str, list]) -> None:
-    """Compares the choices of the first calls for a model; costs nothing after those, or in a single process."""
+def check_first_steps(model: nn.Module, found: dict[str, list], arguments: tuple) -> None:
+    """Compares the first calls of on_step for a model; costs nothing after those, or in a single process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     calls = _CALLS.get(model, 0)
     if calls < CHECKED_CALLS:
         _CALLS[model] = calls + 1
-        _compare(_choices(found), _device(model), _REMEDY)
+        _compare({"the arguments of on_step": _digest(arguments), **_choices(found)}, _device(model), _REMEDY)
 
 
 _CALLS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -98,8 +103,8 @@ def check_sync(model: nn.Module) -> None:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and not hasattr(parameter, "full_tensor")
     }
-    if parameters:
-        _compare(parameters, device, "Start all processes from one checkpoint or seed, and give all the same updates.")
+    # Whether or not there are any: all processes have to come.
+    _compare(parameters, device, "Start all processes from one checkpoint or seed, and give all the same updates.")
 
 
 def refuse_zero3(model: nn.Module) -> None:

@@ -129,8 +129,20 @@ def unflatten(y, x):
     return y if x.dim() == 2 else unview(y, *x.shape[:-1], y.shape[1])
 
 
+def _leaves_fp16(B, u, v) -> bool:
+    """Whether the factors are to be fp32 for the products: u, v and scale, folded into B, may leave fp16's range."""
+    return B is not None and B.dtype == torch.float16 and not (u is None and v is None)
+
+
+def _wide(tensor):
+    return None if tensor is None else tensor.float()
+
+
 def forward(x, weight, add, bias, A, B, u, v, controls: Controls):
     """(y [..., N] in x's type, S [M, r] in A's type)."""
+    if _leaves_fp16(B, u, v):
+        y, S = forward(x, weight, add, bias, *map(_wide, (A, B, u, v)), controls)
+        return y, S.to(A.dtype)
     ad = _Adapter(A, B, u, v, controls)
     x2 = rows(x)
     M, N = x2.shape[0], B.shape[-2]
@@ -176,6 +188,9 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
 
     Each gradient has its parameter's dtype. A gradient of a truncated factor is zero in the rows that were dropped.
     """
+    if _leaves_fp16(B, u, v):
+        grads = backward(dy, x, weight, *map(_wide, (A, B, u, v, S)), controls, needs)
+        return *grads[:3], *(None if grad is None else grad.to(B.dtype) for grad in grads[3:])
     need_x, need_weight, need_bias, need_A, need_B, need_u, need_v = needs
     dy2 = rows(dy)
     M, N = dy2.shape

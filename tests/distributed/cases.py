@@ -213,6 +213,29 @@ def other_seed_is_caught(method: str, wrap: str) -> str:
     return "nothing"
 
 
+def other_total_is_caught() -> str:
+    """What on_step says when the processes are told different lengths of the run."""
+    model = build("aflora")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    try:
+        peft_fused.on_step(model, step=0, total_steps=TOTAL + dist.get_rank(), optimizer=optimizer)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def one_trains_nothing() -> str:
+    """What check_sync says when one process has frozen everything."""
+    model = build("dylora")
+    if dist.get_rank() == 1:
+        model.requires_grad_(False)
+    try:
+        peft_fused.check_sync(model)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def strays_are_caught(what: str) -> str:
     """What check_sync says of a process that has left the others."""
     model = build("dylora")

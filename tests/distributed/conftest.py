@@ -49,7 +49,11 @@ class Processes:
         pending = set(self.pipes)
         while pending and (ready := wait(pending, patience)):
             for pipe in ready:
-                answers[self.pipes.index(pipe)] = answer = pipe.recv()
+                try:
+                    answer = pipe.recv()
+                except EOFError:
+                    answer = (None, "it died")
+                answers[self.pipes.index(pipe)] = answer
                 pending.remove(pipe)
                 # Where one has failed, the other may wait for it for good.
                 patience = 3 if answer[1] else patience

@@ -58,6 +58,16 @@ def test_check_sync_finds_a_process_that_strayed(processes, what, message):
     assert processes("strays_are_caught", what="nothing") == ["nothing", "nothing"]
 
 
+def test_processes_of_different_lengths_are_told(processes):
+    for message in processes("other_total_is_caught"):
+        assert "differ from process 0 in the arguments of on_step" in message and "total_steps" in message
+
+
+def test_check_sync_answers_where_one_process_trains_nothing(processes):
+    for message in processes("one_trains_nothing"):
+        assert "different adapters" in message
+
+
 def test_aflora_needs_a_reducer_that_looks(processes):
     for message in processes("refuses_static_reducer"):
         assert "find_unused_parameters=True" in message

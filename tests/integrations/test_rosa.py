@@ -15,6 +15,7 @@ from peft import (
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -220,6 +221,40 @@ def test_disabling_between_forward_and_backward_leaves_the_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def switched_while_disabled(model):
+    with model.disable_adapter():
+        model.set_adapter("second")
+
+
+def merged_while_disabled(model):
+    model.base_model.disable_adapter_layers()
+    model.merge_adapter()
+    model.base_model.enable_adapter_layers()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_adapter("second"),
+        switched_while_disabled,
+        lambda model: model.merge_adapter(),
+        merged_while_disabled,
+        lambda model: model.unload(),
+    ],
+    ids=["set_adapter", "switched while disabled", "merged", "merged while disabled", "unload"],
+)
+def test_other_changes_between_forward_and_backward_are_autograds_error(change):
+    model = train(adapted())
+    model.add_adapter("second", config(seed=3))
+    embeddings = model.get_input_embeddings().weight.requires_grad_(True)
+    model.train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward(retain_graph=True)
+    change(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, embeddings)
+
+
 def test_several_adapters_take_turns():
     model = train(adapted())
     pretrained, first = base_weights(llama()), logits(model)
@@ -395,6 +430,31 @@ def test_state_dict_helpers_and_the_whole_state_dict_round_trip():
         assert torch.equal(logits(other), logits(llama()))
 
 
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved_as", ["disabled", "merged", "with another adapter"])
+def test_a_whole_state_dict_is_read_however_it_was_saved(saved_as, dtype, make):
+    def fresh(**options):
+        net = adapted(make(dtype), target_modules=targets, **options)
+        net.add_adapter("second", config(target_modules=targets, seed=3))
+        return net
+
+    targets = ["c_attn"] if make is gpt2 else TARGETS
+    model = train(fresh())
+    expected = logits(model)
+    if saved_as == "disabled":
+        with model.disable_adapter():
+            saved = copy.deepcopy(model.state_dict())
+    else:
+        model.merge_adapter() if saved_as == "merged" else model.set_adapter("second")
+        saved = copy.deepcopy(model.state_dict())
+    other = fresh(seed=1)
+    other.load_state_dict(saved)
+    assert torch.equal(logits(other), expected)
+    with other.disable_adapter():
+        assert same_weights(base_weights(other), base_weights(make(dtype)))
+
+
 def test_modules_to_save_biases_and_rank_patterns_travel(tmp_path):
     base = lambda: llama(attention_bias=True)  # noqa: E731
     model = adapted(
@@ -428,6 +488,8 @@ def damage(folder, what):
         tensors[key] = tensors[key][:-1]
     elif what == "not finite":
         tensors[key][9] = torch.nan
+    elif what == "integers":
+        tensors[key] = tensors[key].long()
     elif what == "shape":
         tensors[key.replace("rosa_state._extra_state", "rosa_A.weight")] = torch.zeros(R + 1, 16)
     elif what == "another method":
@@ -440,6 +502,7 @@ MESSAGES = {
     "other state": r"nothing was loaded",
     "size of the state": r"must have 356 numbers for r = 3 on \[16, 16\], got 355",
     "not finite": "has values that are not finite",
+    "integers": "must hold floating-point (tensors|numbers)",
     "shape": "1 of another shape",
     "another method": "8 missing",
 }
@@ -557,6 +620,48 @@ def test_tied_weights_are_refused_by_name():
         adapted(base, target_modules=["q_proj", "lm_head"])
     assert same_weights(base_weights(base), before) and not layers(base)
     assert layers(adapted(base, target_modules=["q_proj"]))
+
+
+class Pair(nn.Module):
+    def __init__(self, a, b):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.a.weight, self.b.weight = nn.Parameter(a), nn.Parameter(b)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_weights_in_one_memory_are_tied():
+    memory = torch.randn(16, 8)
+    before = memory.clone()
+    for a, b in ((memory[:8], memory[:8]), (memory[:8], memory[:8].T), (memory[4:12], memory[8:])):
+        with pytest.raises(ValueError, match="target module 'a' shares its weight with 'b'"):
+            get_peft_model(Pair(a, b), RosaConfig(r=2, target_modules=["a"]))
+    buffer = nn.Sequential(nn.Linear(8, 8), nn.Module())
+    buffer[1].register_buffer("copy", buffer[0].weight.data)
+    with pytest.raises(ValueError, match="target module '0' shares its weight with '1'"):
+        get_peft_model(buffer, RosaConfig(r=2, target_modules=["0"]))
+    assert torch.equal(memory, before)
+    # Beside each other they are not.
+    pair, x = Pair(memory[:8], memory[8:]), torch.randn(2, 8)
+    y = pair(x).detach()
+    model = get_peft_model(pair, RosaConfig(r=2, target_modules=["a", "b"]))
+    torch.testing.assert_close(model(x), y, rtol=0, atol=1e-5)
+    assert not torch.equal(memory[:8], before[:8]) and not torch.equal(memory[8:], before[8:])
+
+
+def test_weights_that_are_not_dense_or_no_parameters_are_refused():
+    expanded = Pair(torch.randn(1, 8).expand(8, 8), torch.randn(8, 8))
+    with pytest.raises(ValueError, match="target module 'a': elements of the weight share memory"):
+        get_peft_model(expanded, RosaConfig(r=2, target_modules=["a"]))
+    for computed in (parametrizations.weight_norm, lambda m: prune.l1_unstructured(m, "weight", amount=0.5)):
+        net, x = Pair(torch.randn(8, 8), torch.randn(8, 8)), torch.randn(2, 8)
+        computed(net.a)
+        y, tree = net(x), [type(m) for m in net.modules()]
+        with pytest.raises(TypeError, match=r"target module 'a': the weight of this \w+ is no parameter but computed"):
+            get_peft_model(net, RosaConfig(r=2, target_modules=["a"]))
+        assert torch.equal(net(x), y) and [type(m) for m in net.modules()] == tree
 
 
 class Int8(nn.Linear):

@@ -289,7 +289,7 @@ def test_half_precision_base_with_fp32_adapter(dtype):
         ({"t_f": "half"}, TypeError, "t_f must be a number, got 'half'"),
         ({"t_f": float("nan")}, ValueError, "t_f must be finite"),
         ({"t_i": 0.5, "t_f": 0.6}, ValueError, r"t_i \+ t_f must be at most 1, got 0.5 \+ 0.6"),
-        ({"ramp": "linear"}, ValueError, "ramp must be one of 'quadratic', 'cubic', got 'linear'"),
+        ({"ramp": "linear"}, ValueError, "ramp must be one of 'cubic', 'quadratic', got 'linear'"),
         ({"rule": "best"}, ValueError, "rule must be one of 'paper', 'code', got 'best'"),
         ({"beta1": 1.0}, ValueError, r"beta1 must be in \[0, 1\), got 1.0"),
         ({"beta2": -0.1}, ValueError, r"beta2 must be in \[0, 1\)"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -81,21 +82,48 @@ def test_splits_put_the_singular_values_where_they_say(sample, dtype):
         torch.testing.assert_close(left[: N - R], S[others], **close)
 
 
-def test_top_directions_of_a_large_weight_without_its_whole_decomposition():
-    W, policy = torch.randn(200, 300), SubspacePolicy(sample="top")
+def decomposed(monkeypatch):
+    """The smaller sizes of what is given to torch.linalg.svd from here on."""
+    sizes, svd = [], torch.linalg.svd
+
+    def counted(A, *args, **kwargs):
+        sizes.append(min(A.shape))
+        return svd(A, *args, **kwargs)
+
+    monkeypatch.setattr(torch.linalg, "svd", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("size", [384, 768])
+@pytest.mark.parametrize("spectrum", ["flat", "falling"])
+def test_top_directions_of_a_large_weight_are_the_top_ones(monkeypatch, spectrum, size):
+    r, policy = 8, SubspacePolicy(sample="top")
     torch.manual_seed(5)
-    before = torch.get_rng_state()
-    A, B = split_weight(W, 4, policy, 0)
+    W = torch.randn(size, size + 40)
+    if spectrum == "falling":
+        W = W @ torch.diag(0.9 ** torch.arange(size + 40.0))
+    U, S, V = torch.linalg.svd(W.double(), full_matrices=False)
+    before, sizes = torch.get_rng_state(), decomposed(monkeypatch)
+    A, B = split_weight(W, r, policy, 0)
     assert torch.equal(torch.get_rng_state(), before)
-    again = split_weight(W, 4, policy, 3)
+    # Whether the whole of it had to be decomposed: the singular values of a normal matrix hardly fall.
+    assert (size in sizes) == (spectrum == "flat") and len(sizes) == (2 if spectrum == "flat" else 1)
+    again = split_weight(W, r, policy, 3)
     assert torch.equal(A, again[0]) and torch.equal(B, again[1]), "the draw is no draw"
-    U, S, V = torch.linalg.svd(W, full_matrices=False)
-    # A normal matrix is the hardest case: its singular values hardly fall.
-    torch.testing.assert_close(A.norm(dim=1), S[:4], rtol=1e-2, atol=0)
-    W = W @ torch.diag(0.9 ** torch.arange(300.0))
-    A, B = split_weight(W, 4, policy, 0)
-    U, S, V = torch.linalg.svd(W, full_matrices=False)
-    torch.testing.assert_close(B @ A, U[:, :4] * S[:4] @ V[:4], rtol=0, atol=1e-3)
+    for mine, exact in ((B, U[:, :r]), (A.T / A.norm(dim=1), V[:r].T)):
+        assert torch.linalg.svdvals(mine.double().T @ exact).min() > 1 - 1e-3
+    torch.testing.assert_close(A.norm(dim=1).double(), S[:r], rtol=1e-4, atol=0)
+    torch.testing.assert_close((B @ A).double(), U[:, :r] * S[:r] @ V[:r], rtol=0, atol=1e-3 * S[0].item())
+
+
+def test_top_directions_keep_the_function():
+    base = linear(sizes=(384, 384))
+    x = torch.randn(5, 384)
+    y = base(x).detach()
+    layer = RosaLinear.from_linear(base, r=R, sample="top")
+    torch.testing.assert_close(layer(x), y)
+    layer.resample(1)
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_draws_are_subsets_and_functions_of_seed_phase_and_layer():
@@ -304,6 +332,66 @@ def test_a_state_dict_of_another_pretrained_weight_brings_that_weight():
     torch.testing.assert_close(other.weight, nn.Linear(K, N).weight, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pretrained_weight_a_few_roundings_away_is_another_one(dtype):
+    saved = make(dtype, sizes=(80, 70))
+    with torch.no_grad():
+        base = linear(dtype, (80, 70))
+        base.weight *= 1 + 4 * rounding(dtype)
+    given = RosaLinear.from_linear(base, r=R)
+    intended = given._pretrained.values.double() - saved._pretrained.values.double()
+    saved.load_state_dict(given.state_dict())
+    assert torch.equal(saved.weight, given.weight)
+    # W0 out of the rounded remainder: what is lost is half a rounding of that, and of the result.
+    largest = base.weight.abs().max().double()
+    lost = (saved._pretrained.values.double() - given._pretrained.values.double()).abs().max()
+    assert lost <= 2 * rounding(dtype) * largest < intended.abs().max()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_computed_on_another_device_is_the_same_one(dtype):
+    layer = trained(dtype=dtype)
+    W0, saved = layer._pretrained.values.clone(), copy.deepcopy(layer.state_dict())
+    weight = saved["weight"]
+    # One rounding off, up or down, and none next to zero.
+    weight += weight.sign() * torch.finfo(dtype).eps / 2 * weight.abs() * torch.tensor([1.0, -1.0]).repeat(K // 2)
+    layer.load_state_dict(saved)
+    assert torch.equal(layer._pretrained.values, W0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved_as", ["merged", "restored"])
+@pytest.mark.parametrize("loaded_as", ["frozen", "merged"])
+def test_a_state_dict_of_a_merged_or_restored_layer_is_read_as_one(saved_as, loaded_as, dtype):
+    layer = trained(dtype=dtype)
+    reference = copy.deepcopy(layer)
+    getattr(layer, {"merged": "merge", "restored": "restore"}[saved_as])()
+    other = make(dtype)
+    W0 = other._pretrained.values.clone()
+    if loaded_as == "merged":
+        other.merge()
+    other.load_state_dict(copy.deepcopy(layer.state_dict()))
+    assert torch.equal(other._pretrained.values, W0)
+    if loaded_as == "merged":
+        other.unmerge()
+    assert torch.equal(other.weight, reference.weight)
+    x = torch.randn(3, K).to(dtype)
+    assert torch.equal(other(x), reference(x))
+
+
+@pytest.mark.parametrize("call", ["merge", "unmerge", "restore", "resample"])
+def test_a_change_between_forward_and_backward_is_autograds_error(call):
+    first, layer = nn.Linear(K, K), trained()
+    if call == "unmerge":
+        layer.merge()
+    loss = layer(first(torch.randn(2, K))).square().sum()
+    loss.backward(retain_graph=True)
+    getattr(layer, call)(*((3,) if call == "resample" else ()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    layer(first(torch.randn(2, K))).square().sum().backward()
+
+
 STATE = "rosa_state._extra_state"
 
 
@@ -315,7 +403,9 @@ STATE = "rosa_state._extra_state"
         (lambda t: t[:-1], r"must have 175 numbers for r = 3 on \[9, 12\], got 174"),
         (lambda t: t.index_fill(0, torch.tensor([20]), torch.nan), "values that are not finite"),
         (lambda t: t.index_fill(0, torch.tensor([0]), 0.5), r"starts with \[0\.5, 0\.0, 0\.0, 1\.0\]"),
-        (lambda t: t.index_fill(0, torch.tensor([1]), -1.0), r"starts with \[2\.0, -1\.0"),
+        (lambda t: t.index_fill(0, torch.tensor([0]), -1.0), r"starts with \[-1\.0, 0\.0"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), -0.5), r"starts with \[2\.0, -0\.5"),
+        (lambda t: t.long(), r"must hold floating-point numbers, got torch\.int64"),
         (lambda t: t.index_fill(0, torch.tensor([2]), 2.0), "no phase, start, and form of a change"),
         (lambda t: t.index_fill(0, torch.tensor([3]), 2.0), "no phase, start, and form of a change"),
         (lambda t: t.index_fill(0, torch.tensor([3]), 0.0), "must have 67 numbers"),
@@ -411,6 +501,11 @@ def test_ranks_as_fractions(r, expected):
     assert make(r=r).factors()[0].shape[0] == expected == subspace_rank(r, K, N)
 
 
+def test_ranks_as_fractions_are_not_a_rounding_short():
+    assert all(subspace_rank(percent / 100, 100, 130) == percent for percent in range(1, 100))
+    assert int(0.29 * 100) == 28 and subspace_rank(0.2899, 100, 100) == 28
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -447,6 +542,42 @@ def test_bases_that_cannot_be_split_are_refused():
     with pytest.raises(ValueError, match=r"got 409 \(r=0\.1 of 4096\)"):
         subspace_rank(0.1, 4096, 4096)
     assert check_subspace_rank("r", 256) == 256
+    expanded = nn.Linear(K, K)
+    expanded.weight = nn.Parameter(torch.randn(1, K).expand(K, K))
+    with pytest.raises(
+        ValueError, match=r"base: elements of the weight share memory \(shape \[12, 12\], strides \(0, 1\)"
+    ):
+        RosaLinear.from_linear(expanded, r=R)
+    view = nn.Linear(K, N)
+    view.weight = nn.Parameter(torch.randn(N, 2 * K)[:, ::2])
+    x = torch.randn(2, K)
+    y = view(x).detach()
+    torch.testing.assert_close(RosaLinear.from_linear(view, r=R)(x), y)
+
+
+def pruned(base):
+    prune.l1_unstructured(base, "weight", amount=0.5)
+    return base
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    "computed",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        pruned,
+    ],
+)
+def test_weights_that_are_computed_from_others_are_refused(computed):
+    base = computed(linear()).eval()
+    x = torch.randn(2, K)
+    y = base(x)
+    with pytest.raises(TypeError, match=r"base: the weight of this \w+ is no parameter but computed from others"):
+        RosaLinear.from_linear(base, r=R)
+    assert torch.equal(base(x), y) and all(p.requires_grad for p in base.parameters())
 
 
 def test_defaults_are_the_released_codes():

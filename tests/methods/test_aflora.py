@@ -59,9 +59,11 @@ def alive(net):
 # ----------------------------------------------------------------------------------------------------------- schedule
 
 
-@pytest.mark.parametrize(("ramp", "power"), [("cubic", 3), ("quadratic", 2)])
+@pytest.mark.parametrize(
+    ("ramp", "share"), [("cubic", lambda x: 1 - (1 - x) ** 3), ("quadratic", lambda x: 1 - (1 - x**2))]
+)
 @pytest.mark.parametrize(("t_i", "t_f"), [(0.1, 0.5), (20, 100), (0.1, 100), (0, 0), (0.0, 1.0), (60, 140)])
-def test_freezing_fraction_is_the_formula(ramp, power, t_i, t_f):
+def test_freezing_fraction_is_the_formula(ramp, share, t_i, t_f):
     policy, total = FreezingPolicy(t_i=t_i, t_f=t_f, ramp=ramp), 200
     start = t_i * total if isinstance(t_i, float) else t_i
     final = t_f * total if isinstance(t_f, float) else t_f
@@ -72,7 +74,7 @@ def test_freezing_fraction_is_the_formula(ramp, power, t_i, t_f):
         elif t > total - final:
             expected = 1
         else:
-            expected = 1 - (1 - (t - start) / (total - start - final)) ** power
+            expected = share((t - start) / (total - start - final))
         assert fraction == pytest.approx(expected, abs=1e-12)
     assert fractions == sorted(fractions) and fractions[0] == 0.0
     if final:
@@ -479,3 +481,59 @@ def test_history():
         freezing_history(DyLoRALinear.from_linear(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn.Module, got str"):
         freezing_history("model")
+
+
+# ------------------------------------------------------------------------------------------------------- loss scaling
+
+
+class FusedUnderScaler(torch.optim.SGD):
+    """What GradScaler makes of a fused optimizer: it is stepped in any case, and told what it has to do itself."""
+
+    found_inf = grad_scale = None
+
+    def step(self, closure=None):
+        pass
+
+
+@pytest.mark.parametrize("rule", ["paper", "code"])
+def test_scaled_and_skipped_steps_of_a_fused_optimizer_change_no_score(rule):
+    plain = model(rule=rule)
+    drive(plain, 40)
+    net = model(rule=rule)
+    optimizer = FusedUnderScaler(trainable(net), lr=0.1)
+    attempt = step = 0
+    while step < 40:
+        on_step(net, step=step, total_steps=40, optimizer=optimizer)
+        overflow = attempt % 5 == 2
+        scale = 2.0**14 if step < 20 else 2.0**10
+        optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(overflow)), torch.tensor(scale)
+        for (i, m), p in matrices(net).items():
+            if p.requires_grad:
+                p.grad = gradient(step, i, m, p.shape) * (math.inf if overflow else scale)
+        optimizer.step()
+        optimizer.zero_grad()
+        attempt, step = attempt + 1, step + (not overflow)
+    assert freezing_history(net) == freezing_history(plain)
+    assert len({at for _, _, at in freezing_history(net)}) > 1
+
+
+def test_a_state_that_brings_back_what_the_optimizer_was_relieved_of_is_told():
+    net = model()
+    optimizer = drive(net, 40, steps=3)
+    early = copy.deepcopy(net.state_dict())
+    drive(net, 40, steps=30, start=3, optimizer=optimizer)
+    assert len(alive(net)) < 6
+    net.load_state_dict(early)
+    assert len(alive(net)) == 6
+    with pytest.raises(ValueError, match="not among the optimizer's"):
+        on_step(net, step=3, total_steps=40, optimizer=optimizer)
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    net = model()
+    drive(net, 40, steps=9)
+    state = net.state_dict()
+    statistics = next(value for key, value in state.items() if key.endswith("_mean") and value.numel())
+    statistics.view(-1)[0] = math.nan
+    with pytest.raises((ValueError, RuntimeError), match="must be finite"):
+        model().load_state_dict(state)

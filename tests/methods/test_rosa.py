@@ -158,6 +158,44 @@ def test_the_optimizer_forgets_the_factors_and_nothing_else(name):
             torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
+def test_lbfgs_forgets_its_history_which_is_of_all_parameters():
+    def closure(optimizer, each):
+        def compute():
+            optimizer.zero_grad()
+            loss = each(x).square().mean()
+            loss.backward()
+            return loss
+
+        return compute
+
+    def lbfgs(each):
+        # Its state is that of the first parameter, here none of ROSA's.
+        return torch.optim.LBFGS(reversed(trained_parameters(each)), lr=0.1, max_iter=3)
+
+    x, net = torch.randn(8, 12), model()
+    optimizer = lbfgs(net)
+    for step in range(2):
+        on_step(net, step=step, optimizer=optimizer)
+        optimizer.step(closure(optimizer, net))
+    assert optimizer.state[net[2].bias]["old_dirs"]
+    on_step(net, step=2, optimizer=optimizer)
+    assert not optimizer.state
+    fresh_net = copy.deepcopy(net)
+    fresh = lbfgs(fresh_net)
+    for each, opt in ((net, optimizer), (fresh_net, fresh)):
+        opt.step(closure(opt, each))
+    assert equal(snapshot(net), snapshot(fresh_net))
+
+
+def test_a_draw_between_forward_and_backward_is_autograds_error():
+    net = model()
+    loss = net(torch.randn(8, 12)).square().sum()
+    on_step(net, step=2, optimizer=adam(net))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    backward(net, 2)
+
+
 class Wrapped(torch.optim.Optimizer):
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -192,6 +230,22 @@ def test_refusals_come_before_anything_is_changed():
     on_step(net, step=1)
     on_step(net, step=2, optimizer=optimizer)
     assert phases(net) == [1, 1]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_foreign_optimizer_is_refused_at_the_first_call(step):
+    """At step 0, and where a run is resumed; not an epoch later, when a draw is due."""
+    net = model()
+    before = snapshot(net)
+    flat = torch.optim.SGD([nn.Parameter(torch.cat([p.flatten() for p in trained_parameters(net)]))], lr=0.1)
+    for optimizer in (flat, adam(net[:1])):
+        with pytest.raises(ValueError, match="not among the optimizer's.*flattened"):
+            on_step(model(), step=step, optimizer=optimizer)
+    on_step(net, step=step, optimizer=adam(net))
+    for p in net[1].parameters():
+        p.requires_grad_(False)
+    on_step(net, step=0, optimizer=adam(net[:1]))
+    assert equal(snapshot(net), before)
 
 
 def test_frozen_factors_are_left_alone():
@@ -264,6 +318,35 @@ def test_another_run_goes_on_from_the_phase_it_finds():
     assert phases(third) == [4, 4]
     on_step(third, step=6, optimizer=adam(third))
     assert phases(third) == [5, 5]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_a_run_goes_on_from_its_phase_whatever_its_first_epoch(epoch):
+    """Loops that count epochs from 1, and those that go on counting where the run before ended."""
+    net = model("epoch")
+    optimizer, seen = adam(net), []
+
+    def steps(net, optimizer, first, last):
+        for step in range(first, last):
+            for _ in range(2):  # as at the start of a Trainer's run
+                on_step(net, step=step, epoch=epoch + step // 2, optimizer=optimizer)
+            backward(net, step)
+            optimizer.step()
+            seen.append(phases(net)[0])
+
+    steps(net, optimizer, 0, 6)
+    assert seen == [0, 0, 1, 1, 2, 2]
+    again = model("epoch")
+    again.load_state_dict(net.state_dict())
+    seen.clear()
+    steps(again, adam(again), 0, 5)
+    assert seen == [2, 2, 3, 3, 4]
+    # Resumed in the middle of that run.
+    third = model("epoch")
+    third.load_state_dict(again.state_dict())
+    seen.clear()
+    steps(third, adam(third), 5, 7)
+    assert seen == [4, 5]
 
 
 @pytest.mark.parametrize("split", ["us_v", "sqrt"])

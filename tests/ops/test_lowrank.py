@@ -607,3 +607,27 @@ def test_bad_add_is_named(cpp):
         pytest.raises(ValueError, match=r"add must have shape .* = \[4, 5\]"),
     ):
         lowrank(torch.ones(4, 6), torch.ones(3, 6), torch.ones(5, 3), add=torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_small_vectors_beside_fp16_factors_lose_no_digits(native):
+    """v . B . u of AFLoRA's start lies below fp16's normal numbers."""
+    torch.manual_seed(0)
+    values = dict(
+        x=torch.randn(64, 48), A=torch.randn(4, 48) / 7, B=torch.randn(40, 4) / 2, u=torch.full((4,), 0.1),
+        v=torch.full((40,), 1e-4) * torch.randn(40),
+    )  # fmt: skip
+    dy = torch.randn(64, 40)
+    found = {}
+    for name, dtype, op in (
+        ("truth", torch.float64, lowrank_reference), ("plain", torch.float16, lowrank_reference),
+        ("ours", torch.float16, lowrank),
+    ):  # fmt: skip
+        leaves = {key: value.half().to(dtype).requires_grad_() for key, value in values.items()}
+        with peft_fused.use_backend("torch" if name == "ours" else None, native=native):
+            y = op(**leaves)
+            grads = torch.autograd.grad(y, list(leaves.values()), dy.half().to(dtype))
+        found[name] = {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    for key, truth in found["truth"].items():
+        plain, ours = ((found[name][key].double() - truth).norm() for name in ("plain", "ours"))
+        assert ours <= 2 * plain + 1e-3 * truth.norm(), key

@@ -33,7 +33,7 @@ TARGETS = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     **{name: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"] for name in _LLAMA_LIKE},
 }
-# model type -> the attention's projections, whose matrices the paper never trains.
+# model type -> the attention's projections, whose matrices the paper does not train in encoders. On LLaMA it does.
 ATTENTION = {
     **{name: ["query", "key", "value", "attention.output.dense"] for name in _BERT_LIKE},
     "deberta": ["in_proj", "pos_proj", "pos_q_proj", "attention.output.dense"],
@@ -43,7 +43,6 @@ ATTENTION = {
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin"],
     "vit": ["query", "key", "value", "attention.output.dense", "q_proj", "k_proj", "v_proj", "o_proj"],
     "gpt2": ["c_attn", "q_attn", "attn.c_proj", "crossattention.c_proj"],
-    **{name: ["q_proj", "k_proj", "v_proj", "o_proj"] for name in _LLAMA_LIKE},
 }  # fmt: skip
 
 
@@ -51,14 +50,16 @@ ATTENTION = {
 class AfLoraConfig(FusedConfig):
     """Configuration of AFLoRA (Liu et al. 2024): y = x W^T + bias + scale * b . (B (d . (A drop(x)))).
 
-    The vectors d [r] and b [N] always train. A and B of the attention stay as they were drawn, the others are frozen
-    one after another by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, which need the number of steps of the
-    run; `peft_fused.freezing_history` tells when. Fields beside those of LoraConfig: d_initial, frozen_modules, and
-    t_i, t_f, ramp, rule, beta1, beta2, window; see `peft_fused.layers.FreezingPolicy`. A checkpoint holds the state of
-    the schedule; the optimizer of a resumed run is made, as Trainer does, of the parameters that then need gradients.
-    Under DistributedDataParallel find_unused_parameters=True is needed. A model under torch.compile is compiled anew
-    whenever something was frozen: compile it layer by layer, or raise torch._dynamo.config.recompile_limit. Raises
-    TypeError or ValueError naming the field, the value and what is allowed.
+    The vectors d [r] and b [N] always train. In encoders A and B of the attention stay as they were drawn
+    (`frozen_modules`); the others are frozen one after another by `peft_fused.PeftFusedCallback` or
+    `peft_fused.on_step`, which need the number of steps of the run; `peft_fused.freezing_history` tells when. Fields
+    beside those of LoraConfig: d_initial, frozen_modules, and t_i, t_f, ramp, rule, beta1, beta2, window; see
+    `peft_fused.layers.FreezingPolicy`. A checkpoint holds the state of the schedule; the optimizer of a resumed run is
+    made, as Trainer does, of the parameters that then need gradients. Under DistributedDataParallel
+    find_unused_parameters=True is needed, and no reentrant activation checkpointing. A model under torch.compile is
+    compiled anew whenever something was frozen: compile it layer by layer, or raise
+    torch._dynamo.config.recompile_limit. Raises TypeError or ValueError naming the field, the value and what is
+    allowed.
     """
 
     fused_type: ClassVar = FusedPeftType.AFLORA

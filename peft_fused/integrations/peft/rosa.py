@@ -1,6 +1,6 @@
 """ROSA as a PEFT method: `get_peft_model(model, RosaConfig(...))`."""
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from ...layers.rosa import (
     RosaMember,
@@ -19,6 +20,7 @@ from ...layers.rosa import (
     check_subspace_rank,
     check_writable,
     draw_factors,
+    span,
     subspace_rank,
     whole,
 )
@@ -42,14 +44,20 @@ class RosaConfig(FusedConfig):
 
     The base weight is changed in place, and rounded once to its dtype; the pretrained one is kept on the host, and is
     back, bit for bit, under `disable_adapter` and after `unload` or `delete_adapter`. So one ROSA adapter at a time is
-    active in a layer, and quantised weights, and weights that another module shares, are refused. The adapter is saved
-    with all it has changed so far: at first its two factors, twice; then 2 r (N + K) numbers more for every draw, up to
-    the N K of the weight.
+    active in a layer, and quantised weights, parametrized or pruned ones, and weights that another module shares, are
+    refused. The adapter is saved with all it has changed so far: at first its two factors, twice; then 2 r (N + K)
+    numbers more for every draw, up to the N K of the weight.
 
-    Weight decay pulls A and B, which have pretrained content, to zero: `peft_fused.decay_groups` spares them. The
-    scale alpha / r of the authors' `use_scale` is not offered, as it would change the function at the start. Fields
-    beside PEFT's: r, split, sample, resample_every, seed; see `peft_fused.layers.SubspacePolicy`. Raises TypeError or
-    ValueError naming the field, the value and what is allowed.
+    Entering and leaving `disable_adapter` each rewrite the base weights of all adapted layers, from the copies on the
+    host: ask at once for all that is needed of the pretrained model, rather than once per token. What was computed with
+    gradients under it must be differentiated under it. A backward pass through weights that merging, a change of the
+    adapter or a draw has replaced raises autograd's error of a variable modified in place.
+
+    Weight decay pulls A and B, which have pretrained content, to zero: `peft_fused.decay_groups` spares them. With
+    split="sqrt" a direction of singular value 0 has zeros in both factors, and so no gradient: it never learns; "us_v"
+    has no such points. The scale alpha / r of the authors' `use_scale` is not offered, as it would change the function
+    at the start. Fields beside PEFT's: r, split, sample, resample_every, seed; see `peft_fused.layers.SubspacePolicy`.
+    Raises TypeError or ValueError naming the field, the value and what is allowed.
     """
 
     fused_type: ClassVar = FusedPeftType.ROSA
@@ -136,6 +144,16 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             return None
         return self._total_change(name) if kind == "merged" else self.rosa_state[name].frozen_change(self.weight.device)
 
+    def other_changes(self) -> Iterator[torch.Tensor | None]:
+        yield None
+        for name, state in self.rosa_state.items():
+            if not self.factor(name).is_meta:
+                yield self._total_change(name)
+                yield state.frozen_change(self.weight.device)
+
+    def suspended(self) -> bool:
+        return self.disable_adapters and not self.merged
+
     @torch.no_grad()
     def _total_change(self, name: str) -> torch.Tensor:
         return self.rosa_state[name].total_change(*map(whole, self.factors(name)))
@@ -200,8 +218,10 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def release(self) -> None:
         """Puts back W0, for the base layer to be used without this one."""
-        self._pretrained.write(self.base_weight(), None)
-        self._holds = None
+        weight = self.base_weight()
+        self._pretrained.write(weight, None)
+        increment_version(weight)
+        self._holds = self._held_in_use = None
 
     @torch.no_grad()
     def learned(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,25 +321,35 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         return self._total_change(name).to(self.rosa_state[name].dtype)
 
 
+def memory_of(tensor: torch.Tensor | None) -> tuple[torch.device, int, int] | None:
+    """(device, first byte, end) of a tensor's memory; None if it has none, or is not plain."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if not plain or tensor.is_meta or tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + span(tensor) * tensor.element_size()
+
+
 class RosaModel(FusedTuner):
     """The ROSA tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "rosa_"
     tuner_layer_cls = RosaPeftLinear
-    # Names of the modules that hold a parameter, by the parameter's identity, while an adapter is added.
-    _holders: dict[int, list[str]] | None = None
+    # (device, first byte, end, name of the module) of all parameters and buffers, while an adapter is added.
+    _memory: list[tuple[torch.device, int, int, str]] | None = None
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As the base class's; no weight is changed before all layers have their factors, or if one cannot."""
-        before, holders = Snapshot(model), defaultdict(list)
-        for name, module in model.named_modules():
-            for parameter in module._parameters.values():
-                holders[id(parameter)].append(name)
-        self._holders = holders
+        before = Snapshot(model)
+        self._memory = [
+            (*memory, name)
+            for name, module in model.named_modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if (memory := memory_of(tensor)) is not None
+        ]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
-            self._holders = None
+            self._memory = None
         config = self.peft_config[adapter_name]
         if not awaits_checkpoint(config):
             self._start(model, adapter_name, config, before)
@@ -357,14 +387,22 @@ class RosaModel(FusedTuner):
                 f"target module {key!r}: the weight of this {type(base).__name__} is quantised or otherwise not plain "
                 f"({found}); ROSA changes the base weight in place, which only fp32, fp16, bf16 or fp64 can hold"
             )
-        check_writable(f"target module {key!r}", weight)
-        others = sorted(set(self._holders[id(weight)]) - {key})
+        check_writable(f"target module {key!r}", base)
+        others = sorted(self._holders(weight) - {key})
         if others:
             raise ValueError(
                 f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight "
                 "in place, which would change both. Exclude it with exclude_modules, or untie the weights first."
             )
         return cls
+
+    def _holders(self, weight: torch.Tensor) -> set[str]:
+        """Names of the modules with a parameter or buffer that lies where the weight does."""
+        memory = memory_of(weight)
+        if memory is None:
+            return set()
+        device, first, end = memory
+        return {name for where, a, b, name in self._memory if where == device and a < end and first < b}
 
     def layer_options(self, config: RosaConfig, key: str) -> dict:
         return dict(
