@@ -1,4 +1,4 @@
-"""Triton kernels of the low-rank adapter and the plans that choose their tiles.
+"""Triton kernels of the adapters and the plans that choose their tiles.
 
-`plan` and `dropout` import neither torch nor triton; `lowrank` needs both.
+The modules named `plan` or `*_plan`, and `dropout`, import neither torch nor triton; the others need both.
 """
