@@ -236,7 +236,7 @@ class PretrainedWeight:
         if expected.numel() == 0:
             return True
         info = torch.finfo(weight.dtype)
-        room = info.eps * expected.abs().double() + max(info.tiny, SUM_ROUNDING * W0.abs().max().item())
+        room = info.eps * expected.abs().double() + min(info.eps, SUM_ROUNDING) * W0.abs().max() + info.tiny
         return bool(((local(weight).double() - expected).abs() <= room).all())
 
     def adopt(

@@ -143,21 +143,40 @@ def test_a_bottleneck_adds_what_it_says():
 def test_rosa(encoder, tmp_path):
     result = rosa.run(tmp_path, epochs=16, ranks=(2, 8), model=str(encoder))
     found = written(tmp_path, "rosa")
-    errors = found["relative_error"]
-    assert found["draws"] == 12
-    # More with rank; what LoRA cannot; and what full fine-tuning ends with, as far as its own noise allows.
-    assert errors["ROSA"]["8"] < errors["ROSA"]["2"] / 3
-    assert errors["ROSA"]["2"] < errors["LoRA"]["2"] and errors["ROSA"]["8"] < errors["LoRA"]["8"] / 2
-    assert errors[rosa.FULL] < 1e-3 and errors["LoRA"]["8"] > 0.2
+    assert found["draws"] == 12 and list(found["relative_error"]) == ["constant", "falling"]
+    # More with rank; what LoRA cannot; and full fine-tuning at once.
+    for schedule, errors in found["relative_error"].items():
+        assert errors["ROSA"]["8"] < errors["ROSA"]["2"] / 3
+        assert errors["ROSA"]["2"] < errors["LoRA"]["2"] and errors["ROSA"]["8"] < errors["LoRA"]["8"] / 2
+        assert errors[rosa.FULL] < (1e-3 if schedule == "falling" else 5e-2) and errors["LoRA"]["8"] > 0.2
     drawing = found["drawing"]
     assert drawing["layers"] == 2 and drawing["draw_all_layers_s"] > 0 and 0 < drawing["share_of_an_epoch"] < 0.03
-    assert rosa.report(result).count("\n") == 3
+    assert rosa.report(result).count("\n") == 7
 
 
 def test_rosa_draws_at_the_authors_epochs():
     phases = [rosa.phase(epoch, 200) for epoch in range(200)]
     drawn = [epoch for epoch in range(1, 200) if phases[epoch] > phases[epoch - 1]]
     assert drawn == list(range(4, 200, 8)) and phases[0] == 0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "falling"])
+def test_rosas_rates_are_the_schedules(monkeypatch, schedule):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer, *args, **kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    monkeypatch.setattr(rosa, "BATCH", 500)
+    start, data = rosa.task(0)
+    for method in ("ROSA", "LoRA", rosa.FULL):
+        rates.clear()
+        rosa.train(rosa.adapt(method, 1, start, 0), data, 4, 0, schedule)
+        late = [1.0] * 20 if schedule == "constant" else [1 - i / 20 for i in range(20)]
+        expected = torch.tensor([1.0] * 20 + late) * rosa.LEARNING_RATE
+        torch.testing.assert_close(torch.tensor(rates), expected)
 
 
 def test_rosas_task_is_of_the_rank_that_it_says():

@@ -239,7 +239,7 @@ def test_a_foreign_optimizer_is_refused_at_the_first_call(step):
     before = snapshot(net)
     flat = torch.optim.SGD([nn.Parameter(torch.cat([p.flatten() for p in trained_parameters(net)]))], lr=0.1)
     for optimizer in (flat, adam(net[:1])):
-        with pytest.raises(ValueError, match="not among the optimizer's.*flattened"):
+        with pytest.raises(ValueError, match=r"not among the optimizer's.*flattened"):
             on_step(model(), step=step, optimizer=optimizer)
     on_step(net, step=step, optimizer=adam(net))
     for p in net[1].parameters():
