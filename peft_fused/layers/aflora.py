@@ -9,6 +9,7 @@ from ..ops import lowrank_linear
 from .checks import check_alpha, check_choice, check_flag, check_int
 from .lowrank import LowRankLinear
 from .scheduled import ScheduleState
+from .sharded import is_sharded, local, shard
 
 MATRICES = ("A", "B")
 RAMPS = ("cubic", "quadratic")
@@ -101,7 +102,7 @@ class AfLoraState(ScheduleState):
             if buffer.shape != parameter.shape:
                 buffer = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             elif is_sharded(parameter) and not is_sharded(buffer):  # loaded before the parameters were sharded
-                buffer = _shard(buffer, parameter)
+                buffer = shard(buffer, parameter)
             if buffer is not getattr(self, name):
                 setattr(self, name, buffer)
             found.append(local(buffer))
@@ -182,23 +183,6 @@ class AfLoraState(ScheduleState):
 
 def _finite(number: float) -> float:
     return number if abs(number) < float("inf") else -2.0
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "to_local")
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor, sharing its memory; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def _shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A tensor that all processes hold in full, sharded as another one is."""
-    from torch.distributed.tensor import DTensor, Replicate
-
-    whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-    return whole.redistribute(like.device_mesh, like.placements)
 
 
 @dataclass(frozen=True)

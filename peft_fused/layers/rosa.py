@@ -27,6 +27,7 @@ from ..ops.dispatch import Problem, problem_of
 from .adapted import AdaptedLinear
 from .checks import MAX_RANK, check_adapter_dtype, check_choice, check_int, check_linear, check_rank
 from .scheduled import ScheduleState
+from .sharded import is_sharded, local, part_of, whole
 
 SPLITS = ("us_v", "sqrt")
 SAMPLES = ("random", "window", "top", "bottom")
@@ -144,32 +145,7 @@ def _top_directions(W: torch.Tensor, r: int, count: int) -> tuple[torch.Tensor, 
     return (U, S, V) if (torch.cat(residuals) <= RESIDUAL * S[-1]).all() else None
 
 
-# --------------------------------------------------------------------------------------------------- sharded parameters
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, of which this process holds a part, as FSDP2 makes them."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a parameter; collective for a sharded one."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a parameter, to be written to behind autograd; see `SubspaceHost.refresh`."""
-    return tensor.detach().to_local().data if is_sharded(tensor) else tensor.data
-
-
-def part_of(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor that all have, sharded as `like`."""
-    if not is_sharded(like):
-        return full
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.contiguous(), like.device_mesh, like.placements, src_data_rank=None).to_local()
+# ----------------------------------------------------------------------------------------------------- the base weight
 
 
 def span(tensor: torch.Tensor) -> int:

@@ -25,10 +25,9 @@ from ..layers.aflora import (
     AfLoraMember,
     AfLoraState,
     FreezingPolicy,
-    is_sharded,
     keep_frozen,
-    local,
 )
+from ..layers.sharded import is_sharded, local
 from .stepping import METHODS, Method, Step
 
 NEEDS_UNUSED = (

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..layers.sharded import is_sharded
+
 
 def check_guarded(option: str, optimizer: Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
     """ValueError, naming the option, if the optimizer's updates of these parameters cannot be masked."""
@@ -17,7 +19,7 @@ def check_guarded(option: str, optimizer: Optimizer | None, parameters: Iterable
         raise ValueError(f"{option}=True masks the optimizer's update: pass optimizer= to on_step")
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for parameter in parameters:
-        if hasattr(parameter, "full_tensor"):
+        if is_sharded(parameter):
             raise ValueError(f"{option}: sharded parameters (FSDP2, tensor parallel) are not supported")
         if parameter.requires_grad and id(parameter) not in owned:
             raise ValueError(

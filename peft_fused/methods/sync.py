@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..layers.sharded import is_sharded
+
 # Calls of on_step whose choices are compared without being asked: what goes wrong, goes wrong from the start.
 CHECKED_CALLS = 3
 # Taken at a time into a checksum, which widens them eightfold.
@@ -101,7 +103,7 @@ def check_sync(model: nn.Module) -> None:
     parameters = {
         f"the values of {name}": _checksum(parameter)
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not hasattr(parameter, "full_tensor")
+        if parameter.requires_grad and not is_sharded(parameter)
     }
     # Whether or not there are any: all processes have to come.
     _compare(parameters, device, "Start all processes from one checkpoint or seed, and give all the same updates.")

@@ -8,6 +8,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ...layers.checks import check_rank
+from ...layers.sharded import is_sharded, whole
 from ...layers.surm_adapter import NO_DELTA
 from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
 from .aflora import AfLoraConfig, AfLoraLinear
@@ -77,21 +78,13 @@ def export_lora(
     tensors = {}
     for key, value in (others | factors).items():
         key = key if key.startswith(WRAPPER) else WRAPPER + key
-        tensors[key] = _whole(value).detach().to("cpu", copy=True).contiguous()
-    if any(map(_is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
+        tensors[key] = whole(value).detach().to("cpu", copy=True).contiguous()
+    if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return error
     os.makedirs(path, exist_ok=True)
     lora_config.save_pretrained(path)
     save_file(tensors, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
     return error
-
-
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
 
 
 def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name: str, rank: int | None):
@@ -101,7 +94,7 @@ def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name:
     factors = {}
     for name, layer in layers.items():
         b = min(rank, layer.dylora_ranks[adapter_name].r)
-        A, B = _whole(layer.dylora_A[adapter_name].weight), _whole(layer.dylora_B[adapter_name].weight)
+        A, B = whole(layer.dylora_A[adapter_name].weight), whole(layer.dylora_B[adapter_name].weight)
         factors |= {f"{name}.lora_A.weight": A[:b], f"{name}.lora_B.weight": B[:, :b]}
     lora_config = _lora_config(
         config, layers, r=min(rank, config.r), lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
@@ -119,7 +112,7 @@ def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, 
     if rank is None:
         raise ValueError(f"rank must be given for a SURM adapter, 1..{max(most.values())}")
     check_rank("rank", rank, max(most.values()))
-    if any(_is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
+    if any(is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
         raise ValueError("export_lora: sharded parameters (FSDP2) are not supported for SURM; gather the model first")
     factors, errors = {}, []
     for name, layer in layers.items():
@@ -148,8 +141,8 @@ def _adamix(config: AdaMixConfig, layers: dict[str, AdaMixLinear], adapter_name:
     factors = {}
     for name, layer in layers.items():
         block = layer.adamix_block[adapter_name]
-        factors[f"{name}.lora_A.weight"] = _whole(block.down.averaged()[0])
-        factors[f"{name}.lora_B.weight"] = _whole(block.up.averaged()[0])
+        factors[f"{name}.lora_A.weight"] = whole(block.down.averaged()[0])
+        factors[f"{name}.lora_B.weight"] = whole(block.up.averaged()[0])
     options = dict(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.adamix_dropout)
     return factors, _lora_config(config, layers, **options), None
 
@@ -166,8 +159,8 @@ def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraLinear], adapter_name:
     factors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         vectors = layer.aflora_vectors[adapter_name]
-        A, B = _whole(layer.aflora_A[adapter_name].weight), _whole(layer.aflora_B[adapter_name].weight)
-        d, b = _whole(vectors.d), _whole(vectors.b)
+        A, B = whole(layer.aflora_A[adapter_name].weight), whole(layer.aflora_B[adapter_name].weight)
+        d, b = whole(vectors.d), whole(vectors.b)
         factors |= {f"{name}.lora_A.weight": d.unsqueeze(1) * A, f"{name}.lora_B.weight": b.unsqueeze(1) * B}
         key, r = name.removeprefix(WRAPPER), len(d)
         ranks[key], alphas[key] = r, vectors.scale * r

@@ -22,8 +22,8 @@ from ...layers.rosa import (
     draw_factors,
     span,
     subspace_rank,
-    whole,
 )
+from ...layers.sharded import is_sharded, whole
 from ...ops import lowrank, lowrank_linear
 from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
@@ -381,7 +381,7 @@ class RosaModel(FusedTuner):
         cls = super().layer_cls_for(base, config, key)
         weight = getattr(base, "weight", None)
         plain = isinstance(weight, torch.Tensor) and weight.dtype in FLOATING
-        if not plain or (type(weight) not in (nn.Parameter, torch.Tensor) and not hasattr(weight, "full_tensor")):
+        if not plain or (type(weight) not in (nn.Parameter, torch.Tensor) and not is_sharded(weight)):
             found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, torch.Tensor) else "not a tensor"
             raise TypeError(
                 f"target module {key!r}: the weight of this {type(base).__name__} is quantised or otherwise not plain "
