@@ -1,5 +1,7 @@
 """Shared by all tests: seeds, poisoned uninitialised memory, and the skip of GPU tests with its reason."""
 
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +17,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_anew():
+    """What a test compiles does not count against the limit of recompilations of the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
