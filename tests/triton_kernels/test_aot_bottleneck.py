@@ -83,6 +83,8 @@ def source(config, aligned_rank):
 def test_every_configuration_fits(target, aligned_rank, capsys):
     # fp16 differs from bf16 in the name of its instructions, and beside fp32 parameters it is upcast like fp32.
     configs = [config for config in configurations() if config.dtype != "float16"]
+    if not aligned_rank:  # which changes how factors are loaded, whatever their type
+        configs = [config for config in configs if config.adapter_dtype == "bfloat16"]
     found = list(zip(configs, compile_all(configs, lambda config: source(config, aligned_rank), target), strict=True))
     print("", *(f"{describe(config, aligned_rank)} {resources}" for config, resources in found), sep="\n")
     with capsys.disabled():
