@@ -5,8 +5,8 @@ that sets them. A method is registered under that name and gets all its members 
 can make one choice for all of them, or compare them.
 
 Per optimizer step a method is called before the forward passes, when the gradients are ready (clipped where the loop
-clips), and after the update, while the gradients are still there. The last two come from hooks of the
-optimizer, so that a loop has nothing more to call than `on_step`.
+clips), and after the update, while the gradients are still there. The last two come from hooks of the optimizer, so
+that a loop has nothing more to call than `on_step`.
 """
 
 from collections import defaultdict

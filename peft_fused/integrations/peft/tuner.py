@@ -25,6 +25,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
 from .loading import (
@@ -66,9 +67,7 @@ def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> Non
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
 
 
-NOT_ADDITIVE = (
-    "is of kind 'adapter' and cannot be merged: its non-linear block on the layer's output is no change of the weight"
-)
+NOT_ADDITIVE = f"is of kind 'adapter' and cannot be merged: {NO_DELTA}"
 
 
 def check_target(module: nn.Module, key: str) -> None:
