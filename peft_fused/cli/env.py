@@ -39,6 +39,7 @@ def collect() -> dict:
             memory = round(found.total_memory / 2**30, 1)
             gpus.append({"name": found.name, "capability": f"{found.major}.{found.minor}", "memory_gib": memory})
     versions = {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+    versions["torch"] = torch.__version__  # unlike the metadata it always names the build
     extension = {
         "loaded": native.module is not None,
         "why_not": native.why_missing or None,

@@ -112,6 +112,7 @@ class AdaMixTrainerMixin:
 
     def _summed(self, num_items) -> bool:
         """Whether the Trainer sums the losses of a step's micro-batches as they are, rather than averaging them."""
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # which the Trainers of transformers 5.17 do not have
+        if scaled is not None:
+            return scaled
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None

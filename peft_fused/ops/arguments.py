@@ -10,8 +10,16 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+# Asked here, once: torch.compile of torch 2.11 does not trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
 def is_subclass(x) -> bool:
