@@ -1,9 +1,12 @@
 """Runs a grid: one result per (op, shape, dtype, dropout, mode), with the versions and the commit that made it."""
 
 import json
+import math
+import os
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,7 +48,8 @@ def slug(name: str) -> str:
 
 
 def commit() -> str | None:
-    """Git commit of the checkout this module lies in, with "-dirty" for local changes; None outside a checkout."""
+    """Git commit of the checkout this module lies in, with "-dirty" for local changes; outside a checkout, what the
+    environment variable PEFT_FUSED_COMMIT says, or None."""
     here = Path(__file__).parent
 
     def git(*arguments) -> str | None:
@@ -57,7 +61,7 @@ def commit() -> str | None:
 
     # An installed copy may lie inside an unrelated checkout: only one that tracks this file names our commit.
     if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
+        return os.environ.get("PEFT_FUSED_COMMIT")
     head = git("rev-parse", "HEAD")
     return f"{head}-dirty" if head and git("status", "--porcelain") else head
 
@@ -126,28 +130,41 @@ def run(
     name: str = "default",
     progress: Callable[[str, int, int], None] | None = None,
     op: str = "all",
+    seconds: float = math.inf,
+    failed: Callable[[str, Exception], None] | None = None,
 ) -> Iterator[dict]:
     """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of shapes.OPS, or "all".
 
-    progress(shape, done, total) is told before each shape. Raises verify.WrongResult before timing a wrong layer.
+    progress(shape, done, total) is told before each shape; no shape is started after `seconds`, so that `done` may stay
+    below `total`. A shape that raises, verify.WrongResult before anything wrong is timed, ends the run, unless
+    failed(shape, error) takes it: the other shapes are then measured all the same.
     """
+    start = time.monotonic()
     shapes = grid(device.type, name, op)
     dtypes = tuple({shape.dtype: None for shape in shapes})
     ceilings = roofline.measure(device, dtypes, repeats=1 if name == "tiny" else 5)
     about = {"versions": versions(), "commit": commit(), "device": device_name(device), "ceilings": ceilings.as_dict()}
     budget = COMPILE_SECONDS[name]
     for index, shape in enumerate(shapes):
+        if time.monotonic() - start > seconds:
+            break
         if progress:
             progress(f"{shape.name} {shape.dtype_name}", index, len(shapes))
-        if isinstance(shape, StructuredShape):
-            rows = structured.run_case(shape, device, seconds=STRUCTURED_SECONDS[name])
-        elif isinstance(shape, MethodShape):
-            rows = METHODS[shape.op](shape, device, seconds=METHOD_SECONDS[name])
-        else:
-            compiling = shape.compiled or name == "all" or device.type == "cuda"
-            limit = budget if compiling else None
-            rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=limit)
-            budget -= spent
+        try:
+            if isinstance(shape, StructuredShape):
+                rows = structured.run_case(shape, device, seconds=STRUCTURED_SECONDS[name])
+            elif isinstance(shape, MethodShape):
+                rows = METHODS[shape.op](shape, device, seconds=METHOD_SECONDS[name])
+            else:
+                compiling = shape.compiled or name == "all" or device.type == "cuda"
+                limit = budget if compiling else None
+                rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=limit)
+                budget -= spent
+        except Exception as error:
+            if failed is None:
+                raise
+            failed(f"{getattr(shape, 'op', 'lowrank')} {shape.name} {shape.dtype_name}", error)
+            continue
         for row in rows:
             floor = row.get("layers", 1) * roofline.floor_ms(shape, row["mode"], ceilings)
             yield row | {"floor_ms": floor} | about

@@ -27,8 +27,18 @@ METHOD_HEADINGS = {
 }
 
 
-def run(device_name: str, *, op: str, everything: bool, tiny: bool, out: Path | None, as_json: bool) -> None:
-    """Runs the grid, prints it, and writes results.jsonl and results.png. Exit code 1 when a result is wrong.
+def run(
+    device_name: str,
+    *,
+    op: str,
+    everything: bool,
+    tiny: bool,
+    seconds: float | None = None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Runs the grid, prints it, and writes results.jsonl and results.png. A shape with a wrong result gets no times;
+    the exit code is then 1.
 
     Without `out` it writes to bench/results/<device> of the repository that it is run from; tiny grids and those of one
     op, nowhere: they would replace the results of all.
@@ -44,30 +54,42 @@ def run(device_name: str, *, op: str, everything: bool, tiny: bool, out: Path | 
     if op not in ("all", *shapes.OPS):
         fail(f"--op must be all or one of {', '.join(shapes.OPS)}, got {op!r}")
     folder = result_folder(out) or (None if tiny or op != "all" else runner.default_folder(device))
-    rows = []
+    rows, wrong, reached = [], [], (0, 0)
     with Progress(console=err(), disable=as_json, transient=True) as progress:
         task = progress.add_task("")
 
         def tell(shape: str, done: int, total: int) -> None:
+            nonlocal reached
+            reached = done + 1, total
             progress.update(task, description=shape, completed=done, total=total)
 
-        try:
-            for row in runner.run(device, "tiny" if tiny else "all" if everything else "default", tell, op):
-                rows.append(row)
-                if folder:
-                    written = [runner.write(row, folder, first=len(rows) == 1)]
-                if as_json:
-                    print_json(row)
-        except WrongResult as error:
-            fail(f"wrong result, so no times: {error}", 1)
+        def failed(shape: str, error: Exception) -> None:
+            what = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+            wrong.append(f"{shape}: {what}{(str(error).splitlines() or [''])[0]}")
+
+        name = "tiny" if tiny else "all" if everything else "default"
+        limit = float("inf") if seconds is None else seconds
+        for row in runner.run(device, name, tell, op, limit, failed):
+            rows.append(row)
+            if folder:
+                written = [runner.write(row, folder, first=len(rows) == 1)]
+            if as_json:
+                print_json(row)
+    refused = f"wrong result, so no times: {'; '.join(wrong)}"
+    if not rows:
+        fail(refused if wrong else f"--seconds {seconds:g} is not enough for the first shape", 1)
     if not as_json:
         _print(rows)
+    if reached[0] < reached[1]:
+        err().print(f"{reached[0]} of {reached[1]} shapes measured, then the time was up")
     if folder is None:
         err().print("nothing written: give --out, or run every op from the repository root")
-        return
-    if plots():
-        written.append(plot(rows, folder / "results.png"))
-    err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+    else:
+        if plots():
+            written.append(plot(rows, folder / "results.png"))
+        err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
+    if wrong:
+        fail(refused, 1)
 
 
 def _print(rows: list[dict]) -> None:

@@ -48,6 +48,9 @@ def bench(
     tiny: Annotated[
         bool, typer.Option(help="A few tiny shapes: a smoke test, not a measurement; written with --out only.")
     ] = False,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="Start no shape after so many seconds; the first ones matter most.")
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,7 +58,7 @@ def bench(
     against the plain lines, PEFT's C3A, the dense matrix, and themselves by each method."""
     from . import bench as command
 
-    command.run(device, op=op, everything=everything, tiny=tiny, out=out, as_json=as_json)
+    command.run(device, op=op, everything=everything, tiny=tiny, seconds=seconds, out=out, as_json=as_json)
 
 
 @app.command()

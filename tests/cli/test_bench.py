@@ -71,14 +71,34 @@ def test_one_op_alone_does_not_replace_the_results_of_all(cli, monkeypatch, tmp_
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
 
 
-def test_a_wrong_result_ends_it_without_times(cli, one_shape, monkeypatch, tmp_path):
+@pytest.fixture
+def wrong_layer(monkeypatch):
     def refuse(case):
-        raise WrongResult("fused at 4x32x32 fp32: dA 5e-01 beyond 1e-04")
+        raise WrongResult("dA 5e-01 beyond 1e-04")
 
     monkeypatch.setattr(runner, "verify", refuse)
-    result = cli("bench", "--tiny", "--out", tmp_path, code=1)
-    assert "dA 5e-01" in result.stderr and "ms" not in result.stdout
+
+
+def test_a_wrong_result_has_no_times(cli, one_shape, wrong_layer, tmp_path):
+    result = cli("bench", "--tiny", "--op", "lowrank", "--out", tmp_path, code=1)
+    assert "lowrank 4x32x32 fp32: dA 5e-01" in result.stderr and "ms" not in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_other_shapes_are_measured_all_the_same(cli, one_shape, wrong_layer, tmp_path):
+    result = cli("bench", "--tiny", "--json", "--out", tmp_path, code=1)
+    assert "dA 5e-01" in result.stderr
+    assert {json.loads(line)["op"] for line in result.stdout.splitlines()} == {"circulant", "adamix"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
+
+
+def test_no_shape_is_started_after_its_time(cli, one_shape, monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
+    result = cli("bench", "--tiny", "--json", "--seconds", "1")
+    assert {json.loads(line)["op"] for line in result.stdout.splitlines()} == {"lora", "dylora"}
+    assert "1 of 3 shapes measured" in result.stderr
+    assert "not enough for the first shape" in cli("bench", "--tiny", "--seconds", "0", code=1).stderr
 
 
 @pytest.mark.parametrize(
