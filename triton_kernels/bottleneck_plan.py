@@ -124,7 +124,7 @@ class KernelConfig:
 # By class of operands (see plan.py) and block of units: (most rows, block_k, block_n, num_warps, num_stages). More
 # units than the largest key of FUSED take two launches, with blocks of units in both.
 FUSED = {
-    "half": {16: (64, 128, 64, 4, 3), 32: (64, 128, 64, 4, 3), 64: (64, 64, 64, 4, 3), 128: (32, 64, 64, 8, 3)},
+    "half": {16: (64, 128, 64, 4, 3), 32: (64, 128, 64, 4, 3), 64: (64, 64, 64, 8, 3), 128: (32, 64, 64, 8, 3)},
     "split": {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 4, 3), 64: (32, 64, 64, 8, 3)},
     "full": {16: (64, 32, 64, 4, 3), 32: (64, 32, 32, 4, 3), 64: (64, 32, 32, 8, 3)},
 }

@@ -117,7 +117,7 @@ class KernelConfig:
 # operands in registers, so their tiles are smaller. Keys are the rank block; a rank above the largest takes several.
 # Tuples are (block_m, block_n, num_warps, num_stages).
 SHRINK = {
-    "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3)},
+    "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
     "split": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3)},
     "full": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},
 }
