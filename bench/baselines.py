@@ -202,6 +202,8 @@ def compile_peft(case: Case, budget_s: float) -> float:
         case.skipped["compiled"] = "the time set aside for compiling is spent"
         return 0.0
     start = time.perf_counter()
+    # All layers share their code: beyond a number of variants of it torch would quietly run the next one uncompiled.
+    torch._dynamo.reset()
     model = copy.deepcopy(case.peft_model)
     layer = adapted_layer(model)
     peft = case.variants["peft"]

@@ -48,11 +48,12 @@ class Problem:
 
     def preference(self, launch_bound: float) -> tuple[str, ...]:
         """Backends on CUDA, the best first. launch_bound: multiply-adds that take less time than launching Triton."""
-        small = self.m * self.n * self.k < launch_bound
+        # The C++ node has no products of mixed types but by converting the larger operand.
+        small = self.m * self.n * self.k < launch_bound and self.dtype == self.adapter_dtype
         return ("cuda", "triton", "torch") if small else ("triton", "cuda", "torch")
 
     def has_native_node(self, backend: str) -> bool:
-        return backend in ("torch", "cuda")
+        return backend == "cuda" or (backend == "torch" and self.device == "cpu")
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""

@@ -126,7 +126,7 @@ struct Device {  // controls that stay on the device
 
 Tensor choose(const Tensor& stack, int64_t index, const Tensor& device_index) {
   if (!stack.defined() || stack.dim() == 2) return stack;
-  if (device_index.defined()) return stack.index_select(0, device_index.reshape({1})).squeeze(0);
+  if (device_index.defined()) return stack.index_select(0, device_index.reshape({1}).to(at::kLong)).squeeze(0);
   return stack.select(0, index);
 }
 

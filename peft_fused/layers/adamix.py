@@ -100,10 +100,9 @@ class RouteState(ScheduleState):
         # pass has been, the last one last.
         self.pass_index: int | None = 0
         self.marks: list[tuple[int, int | None]] = [(0, 0)]
-        # Sequences of a doubled batch, if known; whether no forward has followed the last mark; the pass last repeated.
-        self.sequences: int | None = None
-        self.unused_mark = True
-        self.repeated: int | None = 0
+        self.sequences: int | None = None  # of a doubled batch, if known
+        # The backward in which checkpointed forwards are being repeated, and the pass last repeated in it.
+        self.repeating: tuple[int, int | None] | None = None
 
     def unscheduled(self) -> str:
         return "AdaMix has trained the same experts"
@@ -113,7 +112,7 @@ class RouteState(ScheduleState):
 
         sequences: of the doubled batch, for inputs to be checked against.
         """
-        self.pass_index, self.sequences, self.unused_mark = index, sequences, True
+        self.pass_index, self.sequences = index, sequences
         self.marks.append((torch.autograd._get_sequence_nr(), index))
         if index != 0:
             self.note_used(1)
@@ -125,17 +124,28 @@ class RouteState(ScheduleState):
 
     def current_pass(self) -> int | None:
         """`pass_index`; in a forward that activation checkpointing repeats, that of the first time."""
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if torch.compiler.is_compiling():
             return self.pass_index
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            self.repeating = None  # should a backward have ended in an error
+            return self.pass_index
+        if self.repeating and self.repeating[0] != task:
+            # A backward within that backward, of a region nested in the repeated one. Its nodes may be numbered by the
+            # thread of a GPU's backward, not by the one that the marks were made in.
+            return self.repeating[1]
         # Repeated within backward: the node that asked for it was made during the pass.
         made = torch._C._current_autograd_node()._sequence_nr()
-        if made >= self.marks[-1][0] and self.unused_mark:
-            return self.repeated  # made by the repetition of an outer region, which this one is nested in
         for start, index in reversed(self.marks):
             if start <= made:
-                self.repeated = index
+                if self.repeating is None:
+                    torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+                self.repeating = task, index
                 return index
         raise RuntimeError("AdaMix: new routes were drawn before the backward of a checkpointed forward")
+
+    def _end_of_backward(self) -> None:
+        self.repeating = None
 
     def experts(self, training: bool, batch: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(expert of down, of up) as the ops take them, 0-d tensors or one index per group of rows; None: merged.
@@ -149,8 +159,6 @@ class RouteState(ScheduleState):
         else:
             self.count_forward()
             index = self.current_pass()
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1:
-                self.unused_mark = False
             if index is None:
                 return self._doubled(batch)
             routes = self.routes[:, index]
@@ -220,7 +228,6 @@ def write_routes(states: list[RouteState], values: list[tuple[tuple[int, ...], t
     _fill(*_routes_of(states, values))
     for state, value in zip(states, values, strict=True):
         state.values, state.pass_index, state.sequences = value, 0, None
-        state.unused_mark, state.repeated = True, 0
         state.marks = [(torch.autograd._get_sequence_nr(), 0)]
 
 

@@ -51,11 +51,12 @@ class RankPolicy:
 
 
 class RankState(ScheduleState):
-    """The rank and scale of one adapter of one layer, for training and for evaluation, as 0-d buffers on its device.
+    """The rank and scale of one adapter of one layer, for training and for evaluation, as 0-d tensors on its device.
 
-    The buffers are written in place, so that neither a compiled nor a captured forward pass has to be made anew when
-    the rank changes. They stay out of checkpoints: a schedule derives them from its seed and the step. The numbers in
-    them are also kept on the host, from which they are written again whenever the module is moved or cast.
+    They are written in place, so that neither a compiled nor a captured forward pass has to be made anew when the rank
+    changes. They are no buffers: DistributedDataParallel would write those between a forward pass and its backward. A
+    schedule derives them from its seed and the step; the numbers in them are also kept on the host, from which they are
+    written again when the module moves to another device.
     """
 
     def __init__(self, r: int, alpha: float, policy: RankPolicy, group: str = "default", use_rslora: bool = False):
@@ -67,9 +68,7 @@ class RankState(ScheduleState):
         # during its update.
         self.used = {r}
         self.kept: list = []
-        for name in ("train", "eval"):
-            self.register_buffer(f"{name}_rank", torch.tensor(r), persistent=False)
-            self.register_buffer(f"{name}_scale", torch.tensor(self.scale_at(r), dtype=torch.float32), persistent=False)
+        self._place(torch.empty(0).device)  # where modules are made now
 
     def scale_at(self, rank: int) -> float:
         """alpha / b of eq. 5, or alpha / sqrt(b)."""
@@ -82,13 +81,18 @@ class RankState(ScheduleState):
     def unscheduled(self) -> str:
         return f"DyLoRA has trained at the fixed rank {self.train_value}"
 
+    def _place(self, device: torch.device) -> None:
+        for name in ("train", "eval"):
+            setattr(self, f"{name}_rank", torch.empty((), dtype=torch.int64, device=device))
+            setattr(self, f"{name}_scale", torch.empty((), dtype=torch.float32, device=device))
+        write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
+
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for name in ("train", "eval"):
-            scale = getattr(self, f"{name}_scale")
-            if scale.dtype != torch.float32:
-                setattr(self, f"{name}_scale", scale.float())
-        write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
+        # Only where they are is followed, not a change of type.
+        device = fn(torch.empty(0, device=self.train_rank.device)).device
+        if device != self.train_rank.device:
+            self._place(device)
         return self
 
     def extra_repr(self) -> str:
@@ -107,9 +111,9 @@ def write_ranks(
             setattr(state, f"{name}_value", value)
         scales = [state.scale_at(value) for state, value in zip(states, values, strict=True)]
         for field, numbers in (("rank", values), ("scale", scales)):
-            buffers = [getattr(state, f"{name}_{field}") for state in states]
-            torch._foreach_zero_(buffers)
-            torch._foreach_add_(buffers, numbers)
+            tensors = [getattr(state, f"{name}_{field}") for state in states]
+            torch._foreach_zero_(tensors)
+            torch._foreach_add_(tensors, numbers)
 
 
 @dataclass(frozen=True)

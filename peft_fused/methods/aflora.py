@@ -222,7 +222,7 @@ def _below_quantile(adapter: _Adapter, share: float) -> list[_Matrix]:
     nth = int(share * elements.numel())
     if nth == 0:
         return []
-    threshold = elements.kthvalue(nth).values
+    threshold = elements.sort().values[nth - 1]  # on CUDA kthvalue is not deterministic
     sizes = torch.tensor([float(product.numel()) for product in products]).to(first, non_blocking=True)
     below = (_sums(adapter.alive, products) / sizes < threshold).tolist()
     return [matrix for matrix, freezes in zip(adapter.alive, below, strict=True) if freezes]

@@ -2,7 +2,7 @@
 
 Per step one rank b is drawn for all layers, and the layers compute with the first b rows of A and columns of B at scale
 alpha / b (eq. 5-7), in training and in evaluation alike. A draw is a function of (seed, step, micro-batch); the layers
-read it from buffers that are set here, outside their forward pass, so that a recomputed forward sees the same rank.
+read it from tensors that are set here, outside their forward pass, so that a recomputed forward sees the same rank.
 """
 
 from collections import defaultdict

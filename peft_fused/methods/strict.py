@@ -45,9 +45,10 @@ class Kept:
     @torch.no_grad()
     def restore(self, live: Iterable[int]) -> None:
         """Puts back all but the live indices along `dim`."""
-        index = torch.tensor(sorted(live), device=self.parameter.device)
         for name, tensor in self._tensors().items():
-            moved = tensor.index_select(self.dim, index)
+            # One by one: a tensor of indices would have the host wait for its copy to the device.
+            moved = [(tensor.select(self.dim, index), tensor.select(self.dim, index).clone()) for index in live]
             # State that this step created (Adam's first moments) starts at zero where nothing was trained.
             tensor.copy_(self.saved[name]) if name in self.saved else tensor.zero_()
-            tensor.index_copy_(self.dim, index, moved)
+            for target, value in moved:
+                target.copy_(value)

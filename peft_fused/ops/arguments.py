@@ -29,7 +29,8 @@ def is_subclass(x) -> bool:
 def seed_tensor(seed, device):
     if seed is None:
         return draw_seed(device)
-    return seed if isinstance(seed, torch.Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
+    # Filled there rather than copied to the device, for which the host would wait.
+    return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def split(value, kind):

@@ -99,7 +99,7 @@ def _choose(parameter, index: Index, stacked: bool):
         return parameter
     if isinstance(index, int):
         return parameter[index]
-    chosen = parameter.index_select(0, index.reshape(-1))
+    chosen = parameter.index_select(0, index.reshape(-1).long())
     return chosen if index.dim() else chosen.squeeze(0)
 
 

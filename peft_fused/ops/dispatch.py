@@ -140,11 +140,15 @@ def interpreting() -> bool:
 
 def why_not(backend: str, problem) -> list[str]:
     """Reasons against a backend for a problem; an empty list means that it can run. ValueError for an unknown name."""
-    return list(_why_not(_check_name(backend, "why_not"), problem, interpreting()))
+    return list(_against(_check_name(backend, "why_not"), problem))
+
+
+def _against(backend: str, problem) -> tuple[str, ...]:
+    return _why_not(backend, problem, interpreting(), state.native)
 
 
 @lru_cache(maxsize=4096)
-def _why_not(backend: str, problem, interpret: bool) -> tuple[str, ...]:
+def _why_not(backend: str, problem, interpret: bool, native_wanted: bool) -> tuple[str, ...]:
     reasons = []
     if backend in ("reference", "torch"):
         return ()
@@ -165,6 +169,8 @@ def _why_not(backend: str, problem, interpret: bool) -> tuple[str, ...]:
             reasons.append(f"C++ extension: {native.why_missing}")
         elif not native.has_cuda():
             reasons.append("the C++ extension was built without CUDA kernels")
+        elif not native_wanted:
+            reasons.append("its kernels run in the C++ node, which use_backend(native=False) excludes")
     if problem.device == "cuda" and not interpret:
         capability = _gpu(torch.device("cuda"))[2] if torch.cuda.is_available() else (0, 0)
         if capability < (8, 0):
@@ -201,7 +207,7 @@ def preferred(problem, traced: bool = False) -> str:
     traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
     """
     order = [name for name in _preference(problem) if not (traced and name == "cuda")]
-    chosen = next(name for name in order if not _why_not(name, problem, interpreting()))
+    chosen = next(name for name in order if not _against(name, problem))
     # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.
     if problem.device == "cuda" and chosen == "torch" and order[0] != "torch":
         told = (type(problem), problem.dtype)

@@ -142,6 +142,9 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         if weight is not None:
             return lowrank_linear_reference(x, weight, bias, A, B, **options)
         return lowrank_reference(x, A, B, add=add, **options)
+    if backend == "cuda" and dispatch.forced() is None:
+        # The node was asked first and left this call to Python: half-precision factors with u or v, for one.
+        backend = dispatch.preferred(_problem(x, weight, A, B, threshold), traced=True)
     if backend == "cuda":
         raise RuntimeError(
             "backend 'cuda' runs in the C++ node, which takes no tensor subclasses, dispatch modes or torch.compile"

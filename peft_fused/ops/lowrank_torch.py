@@ -51,7 +51,7 @@ def _expert(factor, index):
         return factor
     if isinstance(index, int):
         return factor[index]
-    return factor.index_select(0, index.reshape(1)).squeeze(0)
+    return factor.index_select(0, index.reshape(1).long()).squeeze(0)
 
 
 class _Adapter:
@@ -263,7 +263,7 @@ def _place(grad, factor, expert, c: Controls, b: int, columns: bool):
         return grad
     full = grad.new_zeros(factor.shape)
     if factor.dim() == 3 and not isinstance(expert, int):
-        return full.index_copy_(0, expert.reshape(1), grad.unsqueeze(0))
+        return full.index_copy_(0, expert.reshape(1).long(), grad.unsqueeze(0))
     slot = full[expert] if factor.dim() == 3 else full
     (slot[:, :b] if columns else slot[:b]).copy_(grad)
     return full

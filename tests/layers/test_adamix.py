@@ -1,6 +1,7 @@
 import copy
 import io
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_processes_route_their_parts_of_a_batch_as_one_process_would():
 @pytest.mark.parametrize("kind", ["adapter", "lora"])
 @pytest.mark.parametrize("routing", ["batch", "sequence"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, reentrant):
+@pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
+def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, reentrant, nested):
     net = nn.Sequential(make(kind, routing=routing), nn.Tanh(), nn.Linear(N, K, dtype=torch.float64), make(kind))
     parameters = [p for p in net.parameters() if p.requires_grad]
     x = torch.randn(4, 3, K, dtype=torch.float64, requires_grad=True)
@@ -155,11 +157,18 @@ def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, r
         second = run(x)
         set_pass(net, 0)
         net.zero_grad()
-        (2 * first + second.sin()).sum().backward()
+        loss = (2 * first + second.sin()).sum()
+        # In another thread, as backward runs on a GPU: autograd numbers the nodes of each thread for itself.
+        with ThreadPoolExecutor(1) as other:
+            other.submit(loss.backward).result()
         return [parameter.grad for parameter in parameters]
 
+    def inner(x):
+        x = checkpoint(net[:2], x, use_reentrant=reentrant)
+        return checkpoint(net[2:], x, use_reentrant=reentrant)
+
     plain = gradients(net)
-    repeated = gradients(lambda x: checkpoint(net, x, use_reentrant=reentrant))
+    repeated = gradients(lambda x: checkpoint(inner if nested else net, x, use_reentrant=reentrant))
     assert all(torch.equal(a, b) for a, b in zip(plain, repeated, strict=True))
     on_step(net, step=2)
     routes = net[0].block.routes

@@ -92,10 +92,15 @@ def test_ranks_survive_casts_copies_and_pickles():
 
 def test_ranks_are_written_in_place_and_stay_out_of_checkpoints():
     layer = make()
-    pointers = [buffer.data_ptr() for buffer in layer.ranks.buffers()]
+
+    def pointers():
+        return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True), *layer.ranks.controls(False))]
+
+    before = pointers()
     set_rank(layer, 2)
     on_step(layer, step=1)
-    assert pointers == [buffer.data_ptr() for buffer in layer.ranks.buffers()]
+    assert before == pointers()
+    assert not list(layer.ranks.buffers()), "DDP would write them between a forward pass and its backward"
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
 
 

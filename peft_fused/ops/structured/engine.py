@@ -197,9 +197,15 @@ def _check_dtypes(names, x, p, q, add):
 
 _CONTROLS = "float scale, Tensor? scale_t, int threshold, Tensor? seed, bool transposed, str backend"
 _LIBRARY = torch.library.Library("peft_fused", "FRAGMENT")
-_LIBRARY.define(f"structured_fwd(Tensor x, Tensor p, Tensor? q, Tensor? add, str kind, int n, {_CONTROLS}) -> Tensor")
+# What they keep from call to call, tables and dense matrices, must not lie in the memory of a graph of inductor's.
+_KEEPS = (torch.Tag.cudagraph_unsafe,)
 _LIBRARY.define(
-    f"structured_bwd(Tensor dy, Tensor? x, Tensor p, Tensor? q, str kind, int k, {_CONTROLS}, bool[] needs) -> Tensor[]"
+    f"structured_fwd(Tensor x, Tensor p, Tensor? q, Tensor? add, str kind, int n, {_CONTROLS}) -> Tensor", tags=_KEEPS
+)
+_LIBRARY.define(
+    f"structured_bwd(Tensor dy, Tensor? x, Tensor p, Tensor? q, str kind, int k, {_CONTROLS}, bool[] needs) "
+    "-> Tensor[]",
+    tags=_KEEPS,
 )
 
 

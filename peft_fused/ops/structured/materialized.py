@@ -12,6 +12,8 @@ from ..dropout import load
 from . import maps
 
 _made = WeakIdKeyDictionary()
+# Parameters of CUDA graphs, whose replays change them without a word to torch's version counters.
+_captured = WeakIdKeyDictionary()
 
 
 def forget(p: torch.Tensor) -> None:
@@ -29,7 +31,10 @@ def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Ten
     parts = [p] if q is None else [p, q]
     # A CUDA graph has to make the matrix itself: it replays with other values, and outlives what is kept here.
     capturing = p.is_cuda and torch.cuda.is_current_stream_capturing()
-    keeps = not capturing and all(map(_keeps, parts))
+    if capturing:
+        forget(p)
+        _captured[p] = True
+    keeps = p not in _captured and all(map(_keeps, parts))
     state = keeps and [(t.data_ptr(), t._version) for t in parts]
     key = (kind, rows, columns, dtype)
     found = _made.get(p, {}).get(key) if keeps else None
