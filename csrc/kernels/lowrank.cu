@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1) shrink_kernel(const ShrinkPara
   const int lane = threadIdx.x % 32;
   const int first = blockIdx.y * R;
   if (row >= p.m) return;
-  const int64_t rank = p.rank.pointer ? *p.rank.pointer : p.rank.value;
+  // A rank in device memory has been checked by nobody.
+  const int64_t rank = min(p.rank.pointer ? *p.rank.pointer : p.rank.value, static_cast<int64_t>(p.r));
   const int64_t expert = p.expert.pointer ? *p.expert.pointer : p.expert.value;
   const int live = static_cast<int>(min(static_cast<int64_t>(R), rank - first));
 
