@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
-STAGES ?= build tests check ceilings bench
+STAGES ?=
 
-.PHONY: venv demo test check format bench gpu clean
+.PHONY: venv demo test check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -48,6 +48,10 @@ bench: venv
 # On a CUDA machine, with its own python3, no network and no virtual environment: see bench/gpu.py.
 gpu:
 	$(PYTHON) bench/gpu.py $(STAGES)
+
+# The same without a GPU, in miniature: everything of it but the kernels.
+gpu-rehearsal: venv
+	$(BIN)/python bench/gpu.py --rehearse $(STAGES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info peft_fused/*.so peft_fused/_build_info.py

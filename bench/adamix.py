@@ -13,7 +13,7 @@ from peft_fused.layers.adamix import PASSES, write_routes
 
 from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of, saved_bytes
 from .shapes import Shape
-from .timing import STEP, CpuClock, CudaClock, interleave, ratio
+from .timing import STEP, clock_of, interleave, ratio, step_clock
 from .verify import TOLERANCE, WrongResult, relative_rms
 
 EXPERTS = (1, 4, 16)
@@ -107,8 +107,6 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict
     base = nn.Linear(shape.k, shape.n).to(device, shape.dtype).requires_grad_(False)
     x = torch.randn(shape.m, shape.k, device=device, dtype=shape.dtype, requires_grad=True)
     dy = torch.randn(shape.m, shape.n, device=device, dtype=shape.dtype)
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
-    steps = clock if device.type == "cuda" else CpuClock()  # one step at a time: each changes the parameters
     rows = []
     for kind in KINDS:
         layers = {str(experts): _layer(base, shape, kind, experts) for experts in EXPERTS}
@@ -116,12 +114,12 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict
         modules = dict(layers) | {f"lines of {name}": Lines(layer) for name, layer in layers.items()}
         variants = {name: Layer(module, x, dy, module.parameters()) for name, module in modules.items()}
         saved = {name: saved_bytes(variant) for name, variant in variants.items()}
-        times = interleave(variants, clock, seconds=seconds)
+        times = interleave(variants, clock_of(device, shape.calls), seconds=seconds)
         if shape.k == shape.n:
             stacks = {name: [_layer(base, shape, kind, int(name)) for _ in range(STEP_LAYERS)] for name in layers}
             stacks |= {f"lines of {name}": list(map(Lines, stack)) for name, stack in stacks.items()}
             measured = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
-            for name, found in interleave(measured, steps, seconds=seconds).items():
+            for name, found in interleave(measured, step_clock(device), seconds=seconds).items():
                 times[name][STEP] = found["both"]
         for experts in EXPERTS:
             name, plain = str(experts), f"lines of {experts}"

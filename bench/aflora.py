@@ -13,7 +13,7 @@ from peft_fused.layers import AFLoRALinear, LoRALinear
 
 from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of
 from .shapes import Shape
-from .timing import MODES, STEP, CpuClock, CudaClock, interleave, ratio
+from .timing import MODES, STEP, clock_of, interleave, ratio, step_clock
 from .verify import TOLERANCE, WrongResult, relative_rms
 
 # name: matrices frozen. That of A also drops the input; B's gradient is a by-product of the vectors'.
@@ -113,20 +113,14 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict
         layer = copy.deepcopy(layers[name])
         variants[f"lines of {name}"] = Layer(lines(layer), x, dy, layer.parameters())
     saved = {name: kept_bytes(variant) for name, variant in variants.items()}
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
-    single = clock if device.type == "cuda" else CpuClock()  # one step at a time: each changes the parameters
-    times = interleave(variants, clock, seconds=seconds)
+    times = interleave(variants, clock_of(device, shape.calls), seconds=seconds)
     if shape.k == shape.n:
         # Layers of their own: an optimizer per stack, and parameters that none of them shares.
         stacks = {name: [_aflora(base, shape, f) for _ in range(STEP_LAYERS)] for name, f in FROZEN.items()}
         stacks["lora"] = [_lora(base, shape) for _ in range(STEP_LAYERS)]
-        if device.type != "cuda":
-            clock = CpuClock(1)  # a backward pass has to come before the next update
-        steps = interleave(
-            {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}, single, seconds=seconds
-        )
-        for name, measured in steps.items():
-            times[name][STEP] = measured["both"]
+        measured = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
+        for name, found in interleave(measured, step_clock(device), seconds=seconds).items():
+            times[name][STEP] = found["both"]
 
     def row(name: str, mode: str) -> dict:
         mine, plain = times[name][mode], times.get(f"lines of {name}", {}).get(mode)

@@ -24,17 +24,30 @@ class Ceilings:
         return asdict(self)
 
 
-def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
+# An idle GPU takes this long to come to its full clocks.
+WARM_SECONDS = 0.2
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+        return time.perf_counter() - begin
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()  # takes the time in which the host queues the rest
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    begin = time.perf_counter()
+    run()
+    while device.type == "cuda" and time.perf_counter() - begin < WARM_SECONDS:
+        _seconds(run, device)
+    return min(_seconds(run, device) for _ in range(repeats))
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> list[Callable]:
@@ -45,14 +58,20 @@ def _products(device: torch.device, dtype: torch.dtype) -> list[Callable]:
     return products
 
 
-def measure(device: torch.device, dtypes: tuple[torch.dtype, ...], repeats: int = 5) -> Ceilings:
-    """Best of a few runs: a ceiling is what the machine can do undisturbed."""
+def measure(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], repeats: int = 5, size: int | None = None
+) -> Ceilings:
+    """Best of a few runs: a ceiling is what the machine can do undisturbed. size: of the square product.
+
+    The data are random: on zeros a GPU draws less power and clocks higher.
+    """
     cuda = device.type == "cuda"
-    source = torch.zeros((1 << 30) if cuda else (1 << 28), dtype=torch.uint8, device=device)
+    block = torch.randint(256, (1 << 20,), dtype=torch.uint8, device=device)
+    source = block.repeat(512 if cuda else 256)
     target = torch.empty_like(source)
     target.copy_(source)
     copy = 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device, repeats) / 1e9
-    n = 8192 if cuda else 1024
+    n = size or (8192 if cuda else 1024)
     rates = {}
     for dtype in dtypes:
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -61,12 +80,15 @@ def measure(device: torch.device, dtypes: tuple[torch.dtype, ...], repeats: int 
     return Ceilings(copy, rates)
 
 
+def floor_us(moved: float, flops: float, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """Least time of work that moves so many bytes at copy bandwidth and computes at the GEMM rate of a type."""
+    return max(flops / ceilings.gemm_gflop_s[str(dtype).removeprefix("torch.")], moved / ceilings.copy_gb_s) / 1e3
+
+
 def floor_ms(shape: Shape | StructuredShape, mode: str, ceilings: Ceilings) -> float:
     """Least time of a layer or map: the larger of its arithmetic at the GEMM rate and its compulsory traffic at copy
     bandwidth."""
-    item = torch.empty(0, dtype=shape.dtype).element_size()
-    rate = ceilings.gemm_gflop_s[str(shape.dtype).removeprefix("torch.")]
-    return max(shape.flops(mode) / rate, shape.moved(mode) * item / ceilings.copy_gb_s) / 1e6
+    return floor_us(shape.moved(mode) * shape.dtype.itemsize, shape.flops(mode), shape.dtype, ceilings) / 1e3
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import peft_fused
 
 from . import adamix, aflora, baselines, roofline, structured
 from .shapes import MethodShape, Shape, StructuredShape, grid
-from .timing import MODES, CpuClock, CudaClock, Times, interleave, ratio, wall_ms
+from .timing import MODES, Times, clock_of, interleave, ratio, wall_ms
 from .verify import verify
 
 # Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
@@ -112,8 +112,7 @@ def run_case(shape: Shape, device: torch.device, *, seconds: float, compile_budg
         spent = baselines.compile_peft(case, compile_budget)
     saved = {name: baselines.saved_bytes(case.variants[name]) for name in ("fused", "peft", "dylora")}
     cuda = device.type == "cuda"
-    clock = CudaClock(device) if cuda else CpuClock(shape.calls)
-    times = interleave(case.variants, clock, seconds=seconds)
+    times = interleave(case.variants, clock_of(device, shape.calls), seconds=seconds)
     rows = []
     for op, (ours, reference, _, _) in OPS.items():
         extra = {"error_vs_reference": errors[ours]}

@@ -18,7 +18,7 @@ from peft_fused.ops.accuracy import outputs
 
 from .baselines import Layer, cuda_peak_bytes, saved_bytes
 from .shapes import StructuredShape
-from .timing import MODES, CpuClock, CudaClock, interleave, ratio, wall_ms
+from .timing import MODES, clock_of, interleave, ratio, wall_ms
 from .verify import TOLERANCE, WrongResult, relative_rms
 
 plan_module = importlib.import_module("peft_fused.ops.structured.plan")  # the package's `plan` is the function in it
@@ -219,8 +219,7 @@ def run_case(shape: StructuredShape, device: torch.device, *, seconds: float) ->
     case.truth.clear()  # as large as the rest of the case, in float64
     measured = {name: case.variants[name] for name in MEASURED if name in case.variants}
     saved = {name: saved_bytes(variant) for name, variant in measured.items()}
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock(shape.calls)
-    times = interleave(case.variants, clock, seconds=seconds)
+    times = interleave(case.variants, clock_of(device, shape.calls), seconds=seconds)
     extra = {"saved_bytes": saved, "skipped": case.skipped, "error_vs_reference": errors["ours"]}
     if device.type == "cuda":
         extra["peak_bytes"] = {name: cuda_peak_bytes(variant) for name, variant in measured.items()}

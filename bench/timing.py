@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 
 FLUSH_BYTES = 1 << 30
+# Cycles that a GPU spins before a timed region, about a millisecond: time for the host to queue all of it.
+HEAD_START = 2_000_000
 MODES = ("forward", "backward", "both")
 # Of methods: forward, backward, schedule and optimizer, of a few layers.
 STEP = "step"
@@ -82,8 +84,8 @@ class CpuClock:
 
 
 class CudaClock:
-    """Times by CUDA events. A write far larger than the L2 cache precedes each timed region: it empties the cache, and
-    it keeps the device busy while the host queues the region, so that the events see device time."""
+    """Times by CUDA events. A write far larger than the L2 cache precedes each timed region and empties the cache; then
+    the device spins while the host queues the region, so that the events see device time."""
 
     def __init__(self, device: torch.device):
         self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
@@ -91,6 +93,7 @@ class CudaClock:
     def _timed(self, run: Callable[[], object]) -> tuple[float, object]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         start.record()
         result = run()
         end.record()
@@ -104,6 +107,22 @@ class CudaClock:
         variant.clear()
         both, _ = self._timed(lambda: variant.backward(variant.forward()))
         return {"forward": forward, "backward": backward, "both": both}
+
+
+def clock_of(device: torch.device, calls: int = 1) -> CpuClock | CudaClock:
+    """The clock of layers: of the device's time on a GPU, of `calls` at a time on a CPU."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock(calls)
+
+
+def step_clock(device: torch.device) -> CpuClock:
+    """The clock of training steps, with all that the host does: one at a time, since each changes the parameters."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return CpuClock(now=now)
 
 
 def wall_ms(variant: Variant, calls: int = 20) -> float:

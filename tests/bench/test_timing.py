@@ -1,8 +1,11 @@
 """Ratios, rotation and rounds on fake clocks, where the right answer is known."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
+from peft_fused.bench import timing
 from peft_fused.bench.timing import MODES, CpuClock, Times, interleave, order, ratio
 
 
@@ -48,6 +51,44 @@ def test_many_calls_are_reported_per_call():
     variant = FakeVariant(time, forward=0.002, backward=0.004)
     assert CpuClock(calls=7, now=time.now).measure(variant) == pytest.approx({"forward": 2, "backward": 4, "both": 6})
     assert variant.cleared == 7, "a second backward must not accumulate into the first one's gradients"
+
+
+def test_a_gpu_is_timed_from_cold_caches_and_behind_a_head_start(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("event")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    class Variant:
+        def clear(self):
+            told.append("clear")
+
+        def forward(self):
+            told.append("forward")
+
+        def backward(self, y):
+            told.append("backward")
+
+    told = []
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: told.append("sleep"))
+    clock = timing.CudaClock(torch.device("cpu"))
+    clock.flush = SimpleNamespace(zero_=lambda: told.append("flush"))
+    assert clock.measure(Variant()) == dict.fromkeys(MODES, 2.0)
+
+    def region(*calls):
+        return ["flush", "sleep", "event", *calls, "event", "wait"]
+
+    assert told == ["clear", *region("forward"), *region("backward"), "clear", *region("forward", "backward")]
 
 
 def test_ratio_is_the_median_of_per_round_ratios():
