@@ -53,7 +53,7 @@ def stages_of(device: str, folder: Path, seconds: int, rehearse: bool) -> dict[s
     build = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "-e", "."]
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
     # Several processes, since most of the time goes into compiling kernels; a lost CUDA context then costs one of them.
-    workers = max(1, min(8, (os.cpu_count() or 1) // 2))
+    workers = max(1, min(16, (os.cpu_count() or 1) - 2))
     spread = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") and workers > 1 else []
     hang = ["--timeout=100", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     sanitizer = shutil.which("compute-sanitizer")

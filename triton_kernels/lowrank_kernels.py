@@ -13,9 +13,10 @@ import triton.language as tl
 
 from .philox import keep_mask
 
-# These change from call to call or from step to step; specialising on 1 or on divisibility would compile again.
+# These change from call to call or from step to step; specialising on 1 or on divisibility would compile again. X is M
+# in the sum over splits of the columns.
 VOLATILE = ["M", "scale", "rank", "expert", "expert_a", "expert_b", "threshold"]
-VOLATILE += ["k_blocks", "n_blocks", "m_blocks", "planes"]
+VOLATILE += ["k_blocks", "n_blocks", "m_blocks", "planes", "X"]
 # 0-d tensors are often views into a table, at any offset.
 UNALIGNED = ["scale_ptr", "rank_ptr", "expert_ptr", "expert_a_ptr", "expert_b_ptr", "seed_ptr"]
 
@@ -49,9 +50,10 @@ def dot(a, b, acc, PREC: tl.constexpr):
         rest = b - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(a, low, acc)
-        acc = tl.dot(a, middle, acc)
-        return tl.dot(a, high, acc)
+        # Tensor cores truncate where they add, fp32 adders round: a long sum is better kept out of the former.
+        part = tl.dot(a, low)
+        part = tl.dot(a, middle, part)
+        return acc + tl.dot(a, high, part)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PREC)
 
