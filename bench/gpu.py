@@ -51,7 +51,8 @@ def stages_of(device: str, folder: Path, seconds: int, rehearse: bool) -> dict[s
     tiny = ["--tiny"] if rehearse else []
     # Forced, a build that fails says so; `auto` then installs what can be built, or the Triton kernels alone.
     build = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation", "-e", "."]
-    pytest = [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    # One module that lacks a package here is no reason to run none of the others.
+    pytest = [python, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     # Several processes, since most of the time goes into compiling kernels; a lost CUDA context then costs one of them.
     workers = max(1, min(16, (os.cpu_count() or 1) - 2))
     spread = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") and workers > 1 else []
