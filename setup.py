@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -113,13 +114,15 @@ def native_extension(mode):
             include, lib = cuda_include(nvcc)
             build = Path(self.build_temp)
             build.mkdir(parents=True, exist_ok=True)
-            objects = []
-            for source in sorted((ROOT / "csrc" / "kernels").glob("*.cu")):
+            flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+            def compiled(source):
                 target = build / f"{source.stem}.cu.o"
-                flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
                 subprocess.run([nvcc, *flags, *CUDA_ARCHITECTURES, "-c", str(source), "-o", str(target)], check=True)
-                objects.append(str(target))
-            extension.extra_objects = objects
+                return str(target)
+
+            with ThreadPoolExecutor() as pool:
+                extension.extra_objects = list(pool.map(compiled, sorted((ROOT / "csrc" / "kernels").glob("*.cu"))))
             extension.define_macros.append(("PEFT_FUSED_CUDA", "1"))
             extension.include_dirs.append(include)
             extension.library_dirs.append(lib)

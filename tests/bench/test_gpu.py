@@ -53,16 +53,16 @@ def test_a_failure_is_shown_and_the_next_stages_run(stages, capsys):
 
 
 def test_an_extension_that_does_not_build_is_left_out(stages):
-    programs = {"build": "raise SystemExit(1)", "build-auto": "print('built in part')", "bench": "print('measured')"}
+    programs = {"build": "raise SystemExit(1)", "build-python": "print('built without')", "bench": "print('measured')"}
     status, summary, _ = stages(programs, "build", "bench")
     assert status == 1
     assert {name: stage["exit"] for name, stage in summary["stages"].items()} == {
         "build": 1,
-        "build-auto": 0,
+        "build-python": 0,
         "bench": 0,
     }
-    status, summary, _ = stages(programs | {"build-auto": "raise SystemExit(1)"}, "build", "bench")
-    assert status == 1 and list(summary["stages"]) == ["build", "build-auto"]
+    status, summary, _ = stages(programs | {"build-python": "raise SystemExit(1)"}, "build", "bench")
+    assert status == 1 and list(summary["stages"]) == ["build", "build-python"]
 
 
 def test_a_stage_out_of_time_is_stopped_with_its_processes_and_keeps_what_it_wrote(stages, tmp_path):
