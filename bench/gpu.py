@@ -26,9 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 530
 # Seconds that a stage is sure of. Tests compile every Triton kernel that they launch.
-RESERVED = {"build": 120, "tests": 190, "parts": 85, "bench": 100, "check": 35, "memcheck": 120, "racecheck": 120}
+RESERVED = {"build": 120, "tests": 210, "parts": 90, "bench": 110, "check": 120, "memcheck": 120, "racecheck": 120}
 RESERVED |= {"build-python": 30}
-DEFAULT = ("build", "tests", "parts", "bench", "check")
+DEFAULT = ("build", "tests", "parts", "bench")
 LEAST = 5
 # From the request to stop until the stage is killed: time to write its last results.
 GRACE = 10

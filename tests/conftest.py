@@ -1,9 +1,17 @@
-"""Shared by all tests: seeds, poisoned uninitialised memory, and the skip of GPU tests with its reason."""
+"""Shared by all tests: seeds, poisoned uninitialised memory, the skip of GPU tests with its reason, and their tools."""
 
+import os
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
+
+
+def pytest_configure(config):
+    # On CUDA, what `poisoned` switches on warns of every product by cuBLAS.
+    for message in ("Deterministic behavior was enabled", ".* does not have a deterministic implementation"):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:UserWarning")
 
 
 def pytest_collection_modifyitems(items):
@@ -27,12 +35,80 @@ def compiled_anew():
         torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def finished(request):
+    """What a test left to do on the GPU fails in that test, not in the next one. A lost CUDA context would fail all
+    others of the process: xdist starts another process, and without xdist the run ends."""
+    yield
+    if not request.node.get_closest_marker("gpu"):
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        told = f"{request.node.nodeid} lost the CUDA context: {error}"
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(told, returncode=1)
+        os.write(2, told.encode())
+        os._exit(1)
+
+
 @pytest.fixture
 def poisoned():
-    """Uninitialised memory holds NaN, in C++ too: an element that nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    """Uninitialised memory holds NaN, in C++ too: an element that nobody wrote shows.
+
+    Only warning, because torch takes cuBLAS for deterministic by an environment variable alone, read at the first
+    product of the process.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _no_sync():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def no_sync():
+    """A context in which whatever makes the host wait for the GPU raises RuntimeError."""
+    return _no_sync
+
+
+def _capture(step):
+    # First by hand, on another stream as CUDA graphs want it: nothing may be compiled or copied to the device in one.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    return graph.replay, found
+
+
+@pytest.fixture
+def capture():
+    """Captures step() as a CUDA graph: (a function that replays it, the tensors that step returned, then new ones)."""
+    return _capture
+
+
+@pytest.fixture
+def compilations():
+    """() -> how many variants of this package's Triton kernels the process has compiled."""
+    from peft_fused.triton_kernels import bottleneck_kernels, kronecker_kernels, lowrank_kernels, structured_kernels
+
+    modules = (bottleneck_kernels, kronecker_kernels, lowrank_kernels, structured_kernels)
+    kernels = [value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")]
+    return lambda: sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())

@@ -375,21 +375,3 @@ def test_defects_of_the_public_op_do_not_pass(device):
         for defect, verdicts in compare_mutated(bottleneck, bottleneck_reference, case).items():
             shown = SHOWS_IN.get(defect, "y")
             assert not next(v for v in verdicts if v.name == shown).ok, defect
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts compilations on a GPU")
-def test_values_do_not_recompile(device):
-    """New numbers of rows, groups, scales and experts reuse the compiled kernels."""
-    kernels = [value for name, value in vars(launchers.kernels).items() if name.endswith("_kernel")]
-
-    def compiled():
-        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
-
-    counts = []
-    for step, rows in enumerate((1000, 1001, 1008, 1024)):
-        case = Case(
-            rows=rows, groups=2 + step, N=256, K=256, r=16, types="bf16", expert_d=(step % 3, 1), scale=1 + step
-        )
-        run(case, make(case, device))
-        counts.append(compiled())
-    assert counts[0] == counts[-1]

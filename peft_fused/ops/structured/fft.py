@@ -60,11 +60,14 @@ class Negacyclic:
 
 @lru_cache(maxsize=64)
 def _turn(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What multiplies the coefficients before the transform: signs, or exp(i pi k / length) for the first half."""
+    """What multiplies the coefficients before the transform: signs, or exp(i pi k / length) for the first half.
+
+    Made on the host: what a stream or a CUDA graph is yet to compute is not for other streams to find here.
+    """
     if length % 2:
-        return (1 - 2 * (torch.arange(length, device=device) % 2)).to(dtype)
-    angle = torch.arange(length // 2, dtype=torch.float64, device=device) * (torch.pi / length)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.promote_types(dtype, torch.complex32))
+        return (1 - 2 * (torch.arange(length) % 2)).to(dtype).to(device)
+    angle = torch.arange(length // 2, dtype=torch.float64) * (torch.pi / length)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.promote_types(dtype, torch.complex32)).to(device)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def matrix(kind, p, q, rows: int, columns: int, dtype: torch.dtype) -> torch.Ten
         _captured[p] = True
     keeps = p not in _captured and all(map(_keeps, parts))
     state = keeps and [(t.data_ptr(), t._version) for t in parts]
-    key = (kind, rows, columns, dtype)
+    # What one stream has made another would read before it is there.
+    stream = torch.cuda.current_stream(p.device).cuda_stream if p.is_cuda else 0
+    key = (kind, rows, columns, dtype, stream)
     found = _made.get(p, {}).get(key) if keeps else None
     if found and found[0] is q and found[1] == state and (p.is_cuda or all(map(torch.equal, found[2], parts))):
         return found[3]
