@@ -108,13 +108,14 @@ def machine() -> dict:
     import torch
 
     # Without packages that the build stage has yet to install.
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=ROOT, capture_output=True, text=True
-    )
+    commit = ""
+    if git := shutil.which("git"):
+        described = [git, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
         "date": time.strftime("%Y-%m-%d"),
-        "commit": git.stdout.strip() or os.environ.get("PEFT_FUSED_COMMIT"),
+        "commit": commit or os.environ.get("PEFT_FUSED_COMMIT"),
         "python": sys.version.split()[0],
         "cuda": torch.version.cuda,
     }
@@ -175,6 +176,7 @@ def excerpt(stage: str, text: str, status: int) -> str:
 
 def main() -> int:
     """Exit status 1 when a stage fails or the arguments are wrong."""
+    begin, outcome = time.time(), {}
     parser = argparse.ArgumentParser(description="Build, test and measure on this machine's GPU.")
     parser.add_argument(
         "stages", nargs="*", metavar="stage", help=f"of {', '.join(RESERVED)}; default: {', '.join(DEFAULT)}"
@@ -196,7 +198,6 @@ def main() -> int:
     name = "rehearsal" if options.rehearse else "".join(c if c.isalnum() else "-" for c in about["gpu"].lower())
     folder = (options.out or ROOT / ("build" if options.rehearse else "bench/results") / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    begin, outcome = time.time(), {}
     device, todo = "cpu" if options.rehearse else "cuda", list(chosen)
     with Clocks(folder / "clocks.csv") as clocks:
         while todo:

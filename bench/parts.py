@@ -127,9 +127,16 @@ def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:1000]}"
 
 
+def _settle() -> None:
+    """Raises what the device has failed to do, before it is blamed on what runs next."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def _check(entry: Entry, truth: list[torch.Tensor] | None) -> list[torch.Tensor]:
     """Runs an entry once, and with that compiles it; WrongResult beyond the tolerance of the coarsest of its types."""
     results = entry.results()
+    _settle()
     if truth is not None:
         limit = max(TOLERANCE[t.dtype] for t in results)
         errors = [relative_rms(a, b) for a, b in zip(results, truth, strict=True)]
@@ -156,6 +163,7 @@ def measure_group(
             truths[name] = _check(entry, truths.get(entry.equals))
         except Exception as error:  # whatever a compiler, a kernel or a graph raises: the rest is worth measuring
             yield row(name, error=_message(error))
+            _settle()
             continue
         if entry.work:
             kept[name] = entry
@@ -193,6 +201,11 @@ def rows_of(device: torch.device, grid: Grid, ceilings: Ceilings, parts: list[st
                 yield from measure_group(part, group, host if group.host else clock, grid, ceilings)
             except Exception as error:  # see measure_group: of its inputs, or while it is timed
                 yield row(error=_message(error))
+                try:
+                    _settle()
+                except RuntimeError:
+                    yield row(error="the CUDA context is lost, so that nothing after this is measured")
+                    return
 
 
 # --------------------------------------------------------------------------------------------------- compiling, output
@@ -229,7 +242,7 @@ def compile_ahead(arguments: list[str], processes: int, seconds: float) -> None:
 
 
 # Characters of the summary: what the last of an output is still sure to hold.
-SUMMARY, WIDTH = 11_600, 165
+SUMMARY, WIDTH = 8_900, 165
 # Modes that it leaves to the file.
 UNSHOWN = {"structured": ("both",), "methods": ("forward", "backward")}
 
@@ -261,7 +274,7 @@ def summary(rows: list[dict]) -> str:
     told = [*errors, *(f"left out: {len(places)} rows, as {places[0]}: {why}" for why, places in left_out.items())]
     end = "\n".join(line[:400] for line in told)[: SUMMARY // 2]
     shown = Table(box=None, pad_edge=False, header_style="")
-    for heading in ("what", "of", "us, ratio to the first or the one before it, share of the ceiling"):
+    for heading in ("what", "of", "us, ratio (to what, is in the file), share of the ceiling"):
         shown.add_column(heading, no_wrap=len(shown.columns) < 2)
     for key, cells in lines.items():
         shown.add_row(*key, "; ".join(cells))

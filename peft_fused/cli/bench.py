@@ -69,19 +69,24 @@ def run(
 
         name = "tiny" if tiny else "all" if everything else "default"
         limit = float("inf") if seconds is None else seconds
-        for row in runner.run(device, name, tell, op, limit, failed):
-            rows.append(row)
-            if folder:
-                written = [runner.write(row, folder, first=len(rows) == 1)]
-            if as_json:
-                print_json(row)
+        try:
+            for row in runner.run(device, name, tell, op, limit, failed):
+                rows.append(row)
+                if folder:
+                    written = [runner.write(row, folder, first=len(rows) == 1)]
+                if as_json:
+                    print_json(row)
+        except KeyboardInterrupt:  # what has been measured is worth a table and a picture
+            if not rows:
+                raise
+            reached = reached[0] - 1, reached[1]
     refused = f"wrong result, so no times: {'; '.join(wrong)}"
     if not rows:
         fail(refused if wrong else f"--seconds {seconds:g} is not enough for the first shape", 1)
     if not as_json:
         _print(rows)
     if reached[0] < reached[1]:
-        err().print(f"{reached[0]} of {reached[1]} shapes measured, then the time was up")
+        err().print(f"{reached[0]} of {reached[1]} shapes measured, then it was stopped or its time was up")
     if folder is None:
         err().print("nothing written: give --out, or run every op from the repository root")
     else:

@@ -61,6 +61,9 @@ def test_a_gpu_is_timed_from_cold_caches_and_behind_a_head_start(monkeypatch):
         def record(self):
             told.append("event")
 
+        def query(self):
+            return next(late)
+
         def synchronize(self):
             told.append("wait")
 
@@ -80,15 +83,18 @@ def test_a_gpu_is_timed_from_cold_caches_and_behind_a_head_start(monkeypatch):
     told = []
     monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: told.append("sleep"))
+    late = iter((False, True, False))
+    monkeypatch.setattr(torch.cuda, "_sleep", told.append)
     clock = timing.CudaClock(torch.device("cpu"))
-    clock.flush = SimpleNamespace(zero_=lambda: told.append("flush"))
+    clock.flush = SimpleNamespace(sum=lambda: told.append("flush"))
     assert clock.measure(Variant()) == dict.fromkeys(MODES, 2.0)
 
-    def region(*calls):
-        return ["flush", "sleep", "event", *calls, "event", "wait"]
+    def region(cycles, *calls):
+        return ["flush", cycles, "event", *calls, "event", "wait"]
 
-    assert told == ["clear", *region("forward"), *region("backward"), "clear", *region("forward", "backward")]
+    short, longer = timing.HEAD_START, 2 * timing.HEAD_START
+    both = region(longer, "forward", "backward")
+    assert told == ["clear", *region(short, "forward"), *region(short, "backward"), "clear", *both]
 
 
 def test_ratio_is_the_median_of_per_round_ratios():

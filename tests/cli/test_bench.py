@@ -92,6 +92,16 @@ def test_the_other_shapes_are_measured_all_the_same(cli, one_shape, wrong_layer,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
 
 
+def test_stopped_it_shows_what_it_has(cli, one_shape, monkeypatch, tmp_path):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.structured, "run_case", interrupt)
+    result = cli("bench", "--tiny", "--out", tmp_path)
+    assert "1 of 3 shapes measured" in result.stderr and "4x32x32" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
+
+
 def test_no_shape_is_started_after_its_time(cli, one_shape, monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(runner.time, "monotonic", lambda: next(now))
