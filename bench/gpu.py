@@ -64,7 +64,8 @@ def stages_of(device: str, folder: Path, seconds: int, rehearse: bool) -> dict[s
     return {
         "build": Stage(build, {"PEFT_FUSED_BUILD": "force"}),
         "build-python": Stage(build, {"PEFT_FUSED_BUILD": "off"}),
-        "tests": Stage([*pytest, "-m", "gpu", "--durations=25", *spread, *hang]),
+        # References run on the host: one thread for each of so many processes.
+        "tests": Stage([*pytest, "-m", "gpu", "--durations=25", *spread, *hang], {"OMP_NUM_THREADS": "1"}),
         "parts": Stage([python, "-m", "peft_fused.bench.parts", device, *results, *tiny]),
         "bench": Stage([*cli, "bench", "--device", device, *results, *tiny]),
         "check": Stage([*cli, "check", "--device", device]),

@@ -12,7 +12,7 @@ By default half for bf16 results and split for others.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -167,19 +167,20 @@ def _tables(plan: ConvolutionPlan, device):
 @cache
 def _tables_of(factors, padded, split, device):
     """(DFT matrices in fp16, twiddles in fp32) in the layout of structured_kernels.py."""
+    count = partial(torch.arange, device="cpu")  # whatever the default device, on which it would be made too late
     squares = []
     for n, p in zip(factors, padded, strict=True):
-        square = torch.zeros(2, p, p, dtype=torch.float64)
-        square[:, :n, :n] = _roots(n, torch.arange(n)[:, None] * torch.arange(n))
+        square = torch.zeros(2, p, p, dtype=torch.float64, device="cpu")
+        square[:, :n, :n] = _roots(n, count(n)[:, None] * count(n))
         squares.append(square.flatten())
     exact = torch.cat(squares)
     high = exact.half()
     dft = torch.cat((high, (exact - high).half())) if split else high
 
     (n1, n2, n3), (p1, p2, p3) = factors, padded
-    rest = torch.arange(p2)[:, None] * n3 + torch.arange(p3)
-    first = _roots(n1 * n2 * n3, torch.arange(p1)[:, None, None] * rest) / math.sqrt(n1)
-    second = _roots(n2 * n3, torch.arange(p2)[:, None] * torch.arange(p3)) / math.sqrt(n2)
+    rest = count(p2)[:, None] * n3 + count(p3)
+    first = _roots(n1 * n2 * n3, count(p1)[:, None, None] * rest) / math.sqrt(n1)
+    second = _roots(n2 * n3, count(p2)[:, None] * count(p3)) / math.sqrt(n2)
     return dft.to(device), torch.cat((first.flatten(), second.flatten())).float().to(device)
 
 

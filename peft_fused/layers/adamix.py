@@ -147,11 +147,13 @@ class RouteState(ScheduleState):
     def _end_of_backward(self) -> None:
         self.repeating = None
 
-    def experts(self, training: bool, batch: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def experts(self, training: bool, batch: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(expert of down, of up) as the ops take them, 0-d tensors or one index per group of rows; None: merged.
 
-        batch: length of the input's first dimension.
+        batch: length of the input's first dimension. device: of the input.
         """
+        if self.routes.device != device:
+            self._place(device)  # FSDP and DataParallel move parameters and buffers, and nothing else
         if not training:
             if self.eval_values is None:
                 return None
@@ -199,11 +201,16 @@ class RouteState(ScheduleState):
         # Only where they are is followed, not a change of type.
         device = fn(torch.empty(0, device=self.routes.device)).device
         if device != self.routes.device:
-            self.routes = torch.empty_like(self.routes, device=device)
-            self.eval_routes = torch.empty_like(self.eval_routes, device=device)
-            _fill(*_routes_of([self], [self.values]))
-            write_eval_routes([self], [self.eval_values])
+            self._place(device)
         return self
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _place(self, device: torch.device) -> None:
+        self.routes = torch.empty_like(self.routes, device=device)
+        self.eval_routes = torch.empty_like(self.eval_routes, device=device)
+        _fill(*_routes_of([self], [self.values]))
+        write_eval_routes([self], [self.eval_values])
 
     def extra_repr(self) -> str:
         return f"values={self.values}, evaluation={'merged' if self.eval_values is None else self.eval_values}"
@@ -359,7 +366,7 @@ class RoutedBlock(nn.Module):
         """(down, down_bias, up, up_bias, expert) of a forward pass: stacks with their routes, or the averages."""
         down, up, expert = self.down, self.up, None
         if down.stacked or up.stacked:
-            expert = self.routes.experts(self.training, x.shape[0] if x.dim() > 1 else 1)
+            expert = self.routes.experts(self.training, x.shape[0] if x.dim() > 1 else 1, x.device)
             if expert is None:
                 return *down.averaged(), *up.averaged(), None
         return down.weight, down.bias, up.weight, up.bias, expert

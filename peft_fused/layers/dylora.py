@@ -74,13 +74,16 @@ class RankState(ScheduleState):
         """alpha / b of eq. 5, or alpha / sqrt(b)."""
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def controls(self, training: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rank, scale) of a forward pass in training or evaluation mode."""
+    def controls(self, training: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rank, scale) of a forward pass in training or evaluation mode, on the device of its input."""
+        if self.train_rank.device != device:
+            self._place(device)  # FSDP and DataParallel move parameters and buffers, and nothing else
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
     def unscheduled(self) -> str:
         return f"DyLoRA has trained at the fixed rank {self.train_value}"
 
+    @torch.inference_mode(False)
     def _place(self, device: torch.device) -> None:
         for name in ("train", "eval"):
             setattr(self, f"{name}_rank", torch.empty((), dtype=torch.int64, device=device))
@@ -184,7 +187,7 @@ class DyLoRALinear(LowRankLinear):
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.ranks.count_forward()
-        rank, scale = self.ranks.controls(self.training)
+        rank, scale = self.ranks.controls(self.training, x.device)
         return lowrank_linear(
             x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=scale, rank=rank, dropout_p=self.dropout_p,
             frozen=self.ranks.policy.frozen,

@@ -5,6 +5,7 @@ copied before the update, and all but the rows (or columns) that were trained is
 """
 
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -45,9 +46,11 @@ class Kept:
     @torch.no_grad()
     def restore(self, live: Iterable[int]) -> None:
         """Puts back all but the live indices along `dim`."""
+        # By runs of neighbours: a tensor of indices would have the host wait for its copy to the device.
+        runs = [[i for _, i in run] for _, run in groupby(enumerate(sorted(live)), lambda pair: pair[1] - pair[0])]
         for name, tensor in self._tensors().items():
-            # One by one: a tensor of indices would have the host wait for its copy to the device.
-            moved = [(tensor.select(self.dim, index), tensor.select(self.dim, index).clone()) for index in live]
+            parts = [tensor.narrow(self.dim, run[0], len(run)) for run in runs]
+            moved = [(part, part.clone()) for part in parts]
             # State that this step created (Adam's first moments) starts at zero where nothing was trained.
             tensor.copy_(self.saved[name]) if name in self.saved else tensor.zero_()
             for target, value in moved:

@@ -104,7 +104,7 @@ def make_case(
         wrt = tuple(name for name in GRADIENTS if tensors.get(name) is not None and name != "weight")
     for name in wrt:
         tensors[name].requires_grad_()
-    return Case(op, _label(f"{m}x{k}x{n}, r={r}", options), n, tensors, options, wrt)
+    return Case(op, _label(f"{m}x{k}x{n}, r={r}{', with base' if base else ''}", options), n, tensors, options, wrt)
 
 
 def _label(sizes: str, options: dict) -> str:

@@ -178,7 +178,7 @@ def test_layers_compile_into_one_graph_for_all_choices(make):
         peft_fused.on_step(layer, step=step)
         results = [(y, *torch.autograd.grad(y.sum(), inputs)) for y in (compiled(x), layer(x))]
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6
 
     with inductor.patch(compile_threads=1):  # no pool of processes for each one that runs tests
         check(0)

@@ -15,6 +15,7 @@ from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import on_step, set_pass, set_routing
 
 K, N, R, E = 12, 9, 4, 3
+CPU = torch.device("cpu")
 
 
 def make(kind="adapter", dtype=torch.float64, **options):
@@ -120,25 +121,38 @@ def test_sequences_are_routed_one_by_one(kind):
     layer = make(kind, routing="sequence")
     x = torch.randn(40, 2, K, dtype=torch.float64)
     on_step(layer, step=0)
-    down, up = layer.block.routes.experts(True, 40)
+    down, up = layer.block.routes.experts(True, 40, CPU)
     expected = torch.stack([formula(layer, one, i, j) for one, i, j in zip(x, down, up, strict=True)])
     torch.testing.assert_close(layer(x), expected)
     counts = torch.bincount(down, minlength=E)
     assert down.dim() == 1 and counts.min() >= 5  # of 40 over 3
     assert not torch.equal(down, up)
     on_step(layer, step=1)
-    assert not torch.equal(down, layer.block.routes.experts(True, 40)[0])
+    assert not torch.equal(down, layer.block.routes.experts(True, 40, CPU)[0])
 
 
 def test_processes_route_their_parts_of_a_batch_as_one_process_would():
     state = make(routing="sequence").block.routes
     on_step(layer := make(routing="sequence"), step=0)
     state = layer.block.routes
-    whole = state.experts(True, 10)[0]
+    whole = state.experts(True, 10, CPU)[0]
     parts = []
     for state.process in (0, 1):
-        parts.append(state.experts(True, 5)[0])
+        parts.append(state.experts(True, 5, CPU)[0])
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_routes_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
+    """As FSDP and DataParallel do, which move parameters and buffers by themselves."""
+    layer, x = make(), torch.randn(4, K, dtype=torch.float64)
+    on_step(layer, step=2)
+    expected = layer(x)
+    routes = layer.block.routes
+    routes.routes, routes.eval_routes = routes.routes.to("meta"), routes.eval_routes.to("meta")
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    on_step(layer, step=3)
+    assert torch.equal(routes.routes, torch.tensor(routes.values))
 
 
 @pytest.mark.parametrize("kind", ["adapter", "lora"])

@@ -12,6 +12,7 @@ from peft_fused.methods import on_step, set_rank
 from peft_fused.ops.dispatch import use_backend
 
 R, ALPHA = 5, 7.0
+CPU = torch.device("cpu")
 
 
 def make(**options):
@@ -90,11 +91,23 @@ def test_ranks_survive_casts_copies_and_pickles():
         assert ranks.eval_scale.item() == ranks.train_scale.item() == torch.tensor(ALPHA / 3).item()
 
 
+def test_ranks_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
+    """As FSDP and DataParallel do, which move parameters and buffers by themselves."""
+    layer, x = make(), torch.randn(4, 12)
+    set_rank(layer, 2)
+    expected = layer(x)
+    layer.ranks.train_rank, layer.ranks.train_scale = (t.to("meta") for t in layer.ranks.controls(True, CPU))
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    set_rank(layer, 3)
+    assert layer.ranks.train_rank.item() == 3
+
+
 def test_ranks_are_written_in_place_and_stay_out_of_checkpoints():
     layer = make()
 
     def pointers():
-        return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True), *layer.ranks.controls(False))]
+        return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True, CPU), *layer.ranks.controls(False, CPU))]
 
     before = pointers()
     set_rank(layer, 2)

@@ -65,8 +65,8 @@ def _turn(length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
     Made on the host: what a stream or a CUDA graph is yet to compute is not for other streams to find here.
     """
     if length % 2:
-        return (1 - 2 * (torch.arange(length) % 2)).to(dtype).to(device)
-    angle = torch.arange(length // 2, dtype=torch.float64) * (torch.pi / length)
+        return (1 - 2 * (torch.arange(length, device="cpu") % 2)).to(dtype).to(device)
+    angle = torch.arange(length // 2, dtype=torch.float64, device="cpu") * (torch.pi / length)
     return torch.polar(torch.ones_like(angle), angle).to(torch.promote_types(dtype, torch.complex32)).to(device)
 
 
