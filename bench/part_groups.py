@@ -419,13 +419,11 @@ def _layer_op(shape: Shape, device: torch.device) -> tuple[SimpleNamespace, Call
 
 
 def _host(shape: Shape, device: torch.device) -> dict:
-    """A problem that takes the device no time: one call of PyTorch's, one launch, and the op by backend and node."""
+    """A problem that takes the device no time: one call of PyTorch's, one of a launcher, the op by backend and node."""
     t, op, parameters = _layer_op(shape, device)
     x, W, A = t.x.detach(), t.weight.t(), t.A.detach()
-    launch = plans.plan(t.problem).shrink
     entries = {
         "at::addmm": _kernel(lambda: torch.addmm(t.dy, x, W), None),
-        "Triton launch": _triton(t.problem, lambda op: _bare_launch(op, x, A, t.S, launch), None),
         "Triton launcher": _triton(t.problem, lambda op: partial(op.shrink, x, A), None),
     }
     plain = "torch, Python node"
@@ -440,18 +438,6 @@ def _host(shape: Shape, device: torch.device) -> dict:
             entry.work, entry.against = {"forward": None, "both": None}, None if name == plain else plain
     entries["automatic"].note = dispatch.path_of(t.problem)
     return entries
-
-
-def _bare_launch(launchers, x, A, S, launch: plans.Launch) -> Callable[[], object]:
-    """One launch of the shrink kernel, its arguments at hand."""
-    (m, k), r = x.shape, A.shape[0]
-    start = launchers.kernels.shrink_kernel[(plans.cdiv(m, launch.block_m), 1, plans.cdiv(r, launch.block_r))]
-    arguments = x, A, None, S, None, None, None, None, m, k, r, 1.0, r, 0, 0, plans.cdiv(k, launch.block_n)
-    options = dict(
-        DROPOUT=False, PREC="tf32x3", BLOCK_M=launch.block_m, BLOCK_K=launch.block_n, BLOCK_R=launch.block_r,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
-    return partial(start, *arguments, *x.stride(), 0, *A.stride(), **options)
 
 
 def _graph(backend: str, shape: Shape, device: torch.device) -> dict:
