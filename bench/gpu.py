@@ -56,7 +56,8 @@ def stages_of(device: str, folder: Path, seconds: int, rehearse: bool) -> dict[s
     # Several processes, since most of the time goes into compiling kernels; a lost CUDA context then costs one of them.
     workers = max(1, min(16, (os.cpu_count() or 1) - 2))
     spread = ["-n", str(workers), "--dist", "worksteal"] if importlib.util.find_spec("xdist") and workers > 1 else []
-    hang = ["--timeout=100", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
+    # Longer than the test that compiles most takes beside so many others.
+    hang = ["--timeout=150", "--timeout-method=thread"] if importlib.util.find_spec("pytest_timeout") else []
     sanitizer = shutil.which("compute-sanitizer")
     missing = "" if sanitizer else "compute-sanitizer is not on the PATH"
     guarded = [sanitizer or "compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool"]
