@@ -23,7 +23,7 @@ from .checks import (
     check_rank,
     is_conv1d,
 )
-from .scheduled import ScheduleState
+from .scheduled import PlacedState
 from .surm_adapter import NO_DELTA
 
 ROUTINGS = ("batch", "sequence")
@@ -75,12 +75,11 @@ class RoutePolicy:
         return self.num_experts > 1 and not self.share_down, self.num_experts > 1 and not self.share_up
 
 
-class RouteState(ScheduleState):
+class RouteState(PlacedState):
     """The experts of the two sides of one adapter of one layer, per forward pass of a micro-batch.
 
     `routes` [2, PASSES] holds an expert's index per side and pass, or with routing="sequence" the key from which each
-    sequence's index follows. It is written in place, so that nothing compiled or captured has to be made anew, and is
-    no buffer: DistributedDataParallel would write buffers between two passes of which one awaits its backward.
+    sequence's index follows. It is written in place, so that nothing compiled or captured has to be made anew.
     """
 
     def __init__(self, policy: RoutePolicy, group: str = "default"):
@@ -152,8 +151,7 @@ class RouteState(ScheduleState):
 
         batch: length of the input's first dimension. device: of the input.
         """
-        if self.routes.device != device:
-            self._place(device)  # FSDP and DataParallel move parameters and buffers, and nothing else
+        self.follow(device)
         if not training:
             if self.eval_values is None:
                 return None
@@ -196,17 +194,11 @@ class RouteState(ScheduleState):
         """Whether rows of one batch may go to different experts."""
         return self.policy.routing == "sequence" or (self.training and self.current_pass() is None)
 
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        # Only where they are is followed, not a change of type.
-        device = fn(torch.empty(0, device=self.routes.device)).device
-        if device != self.routes.device:
-            self._place(device)
-        return self
+    @property
+    def device(self) -> torch.device:
+        return self.routes.device
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _place(self, device: torch.device) -> None:
+    def place(self, device: torch.device) -> None:
         self.routes = torch.empty_like(self.routes, device=device)
         self.eval_routes = torch.empty_like(self.eval_routes, device=device)
         _fill(*_routes_of([self], [self.values]))

@@ -9,7 +9,7 @@ from torch import nn
 from ..ops import lowrank_linear
 from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
 from .lowrank import LowRankLinear
-from .scheduled import ScheduleState
+from .scheduled import PlacedState
 
 DISTRIBUTIONS = ("uniform", "geometric")
 RESAMPLE = ("step", "micro")
@@ -50,13 +50,11 @@ class RankPolicy:
             raise ValueError(f"r_min must be in 1..r = 1..{r}, got {self.r_min}")
 
 
-class RankState(ScheduleState):
+class RankState(PlacedState):
     """The rank and scale of one adapter of one layer, for training and for evaluation, as 0-d tensors on its device.
 
     They are written in place, so that neither a compiled nor a captured forward pass has to be made anew when the rank
-    changes. They are no buffers: DistributedDataParallel would write those between a forward pass and its backward. A
-    schedule derives them from its seed and the step; the numbers in them are also kept on the host, from which they are
-    written again when the module moves to another device.
+    changes. A schedule derives them from its seed and the step.
     """
 
     def __init__(self, r: int, alpha: float, policy: RankPolicy, group: str = "default", use_rslora: bool = False):
@@ -68,7 +66,7 @@ class RankState(ScheduleState):
         # during its update.
         self.used = {r}
         self.kept: list = []
-        self._place(torch.empty(0).device)  # where modules are made now
+        self.place(torch.empty(0).device)  # where modules are made now
 
     def scale_at(self, rank: int) -> float:
         """alpha / b of eq. 5, or alpha / sqrt(b)."""
@@ -76,27 +74,21 @@ class RankState(ScheduleState):
 
     def controls(self, training: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(rank, scale) of a forward pass in training or evaluation mode, on the device of its input."""
-        if self.train_rank.device != device:
-            self._place(device)  # FSDP and DataParallel move parameters and buffers, and nothing else
+        self.follow(device)
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
     def unscheduled(self) -> str:
         return f"DyLoRA has trained at the fixed rank {self.train_value}"
 
-    @torch.inference_mode(False)
-    def _place(self, device: torch.device) -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.train_rank.device
+
+    def place(self, device: torch.device) -> None:
         for name in ("train", "eval"):
             setattr(self, f"{name}_rank", torch.empty((), dtype=torch.int64, device=device))
             setattr(self, f"{name}_scale", torch.empty((), dtype=torch.float32, device=device))
         write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        # Only where they are is followed, not a change of type.
-        device = fn(torch.empty(0, device=self.train_rank.device)).device
-        if device != self.train_rank.device:
-            self._place(device)
-        return self
 
     def extra_repr(self) -> str:
         return f"r={self.r}, train={self.train_value}, eval={self.eval_value}"

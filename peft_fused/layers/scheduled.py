@@ -35,6 +35,33 @@ class ScheduleState(nn.Module):
             _warn_unscheduled(self)
 
 
+class PlacedState(ScheduleState):
+    """A ScheduleState whose tensors lie on the device of its adapter's input. Subclasses define `place(device)`, which
+    makes them there anew from numbers on the host, and `device`, where they are.
+
+    They are no buffers: DistributedDataParallel would write those between a forward pass and its backward.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError
+
+    def place(self, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def follow(self, device: torch.device) -> None:
+        """To the device of an input: FSDP and DataParallel move parameters and buffers, and nothing else."""
+        if self.device != device:
+            with torch.inference_mode(False), torch.no_grad():
+                self.place(device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # Only where they are is followed, not a change of type.
+        self.follow(fn(torch.empty(0, device=self.device)).device)
+        return self
+
+
 _last_to_warn: weakref.ref | None = None
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 
 HERE = Path(__file__).parent
@@ -182,3 +183,14 @@ class IntControl(ctypes.Structure):
 
 class FloatControl(ctypes.Structure):
     _fields_ = (("pointer", ctypes.c_void_p), ("value", ctypes.c_float))
+
+
+def assert_shows(library, defects, defect):
+    """The control of a check: it passes until its defect is switched on. defects: the checks by name, in the order of
+    the changes that the library was compiled with."""
+    check, *_ = defects[defect]
+    library.set_defect(-1)
+    check(library)
+    library.set_defect([*defects].index(defect))
+    with pytest.raises((AssertionError, DeviceError)):
+        check(library)
