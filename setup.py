@@ -160,7 +160,7 @@ def remove_native(folder):
 
 
 def main():
-    mode = os.environ.get("PEFT_FUSED_BUILD", "auto")
+    mode = os.environ.get("PEFT_FUSED_BUILD") or "auto"
     if mode not in MODES:
         sys.exit(f"PEFT_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     native = native_extension(mode)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -589,6 +590,7 @@ def test_bad_configs_are_named(options, error, message):
 
 def test_registration_is_idempotent():
     register(FusedPeftType.AFLORA, AfLoraConfig, AfLoraModel)
+    assert PEFT_TYPE_TO_TUNER_MAPPING["AFLORA"] is AfLoraModel
 
 
 def test_the_trainer_is_told_when_the_run_is_too_short(tmp_path):

@@ -72,3 +72,34 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_model_as_it_was(method, tmp_p
         PeftModel.from_pretrained(model, tmp_path)
     assert str(model) == names
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_an_adapter_added_later_is_in_the_mode_of_its_layer(method):
+    model = adapt(method)
+    model.add_adapter("second", CONFIGS[method]())
+    assert not any(module.training for module in model.modules())
+    model.train().add_adapter("third", CONFIGS[method]())
+    assert all(m.training for name, m in model.named_modules() if ".third" in name)
+
+
+def test_a_second_adamix_adapter_evaluates_with_the_average(tmp_path):
+    adapt("adamix").save_pretrained(tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    model = PeftModel.from_pretrained(base(), tmp_path).eval()
+    expected = model(ids).logits
+    model.load_adapter(tmp_path, "two", is_trainable=True)
+    model.set_adapter("two")
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("first", (True, False))
+def test_a_name_that_would_lose_tensors_is_refused(method, first):
+    """PEFT leaves out of a saved adapter every key that has another adapter's name in it."""
+    names = ("query", "default") if first else ("default", "query")
+    model = get_peft_model(base(), CONFIGS[method](), adapter_name=names[0])
+    keys = set(model.state_dict())
+    with pytest.raises(ValueError, match="adapter_name: beside adapter 'default' none can be named 'query'"):
+        model.add_adapter(names[1], CONFIGS[method]())
+    assert set(model.state_dict()) == keys and list(model.peft_config) == [names[0]]

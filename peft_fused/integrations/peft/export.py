@@ -1,10 +1,11 @@
 """Exports our adapters as plain LoRA checkpoints, which need nothing of ours to be loaded."""
 
 import os
+import tempfile
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ...layers.checks import check_rank
@@ -82,8 +83,12 @@ def export_lora(
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return error
     os.makedirs(path, exist_ok=True)
-    lora_config.save_pretrained(path)
-    save_file(tensors, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    # Whole files only, and the config last: nothing that is cut short here passes for an adapter, or for another one.
+    with tempfile.TemporaryDirectory(dir=path, prefix=".export-") as whole_files:
+        lora_config.save_pretrained(whole_files)
+        save_file(tensors, os.path.join(whole_files, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(os.path.join(whole_files, name), os.path.join(path, name))
     return error
 
 

@@ -31,6 +31,7 @@ from ...ops.dispatch import Problem
 from .loading import (
     Snapshot,
     awaits_checkpoint,
+    check_adapter_names,
     check_state_dict,
     check_wrapped_modules,
     forget_checkpoint,
@@ -173,6 +174,12 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         """The active adapters that this layer has."""
         here = self.adapters_here()
         return [name for name in self.active_adapters if name in here]
+
+    def follow_mode(self, adapter_name: str) -> None:
+        """Puts an adapter added to a layer in use into the layer's mode, training or evaluation."""
+        for container in self.adapter_layer_names + self.other_param_names:
+            if adapter_name in self._modules[container]:
+                self._modules[container][adapter_name].train(self.training)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
@@ -319,6 +326,7 @@ class FusedTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_wrapped_modules(model, config, adapter_name)
+            check_adapter_names({name: m for name, m in model.named_modules() if isinstance(m, FusedLayer)})
         except Exception:
             before.restore()
             raise
@@ -370,6 +378,7 @@ class FusedTuner(BaseTuner):
         try:
             if wrapped:
                 target.update_layer(adapter_name, **options)
+                target.follow_mode(adapter_name)
                 return
             layer = layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
         except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
