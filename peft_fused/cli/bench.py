@@ -1,11 +1,16 @@
 """`peft-fused bench`: the table, JSON lines and files of peft_fused.bench."""
 
+import signal
 from pathlib import Path
 
+import typer
 from rich.progress import Progress
 from rich.table import Table
 
 from .output import err, fail, out, plots, print_json, result_folder, torch_device
+
+# Exit status of what SIGINT ended, as shells count it.
+INTERRUPTED = 128 + signal.SIGINT
 
 LAYER_HEADINGS = {
     "/ base": "ratio_to_base",
@@ -67,6 +72,7 @@ def run(
             what = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
             wrong.append(f"{shape}: {what}{(str(error).splitlines() or [''])[0]}")
 
+        interrupted = False
         name = "tiny" if tiny else "all" if everything else "default"
         limit = float("inf") if seconds is None else seconds
         try:
@@ -79,6 +85,7 @@ def run(
         except KeyboardInterrupt:  # what has been measured is worth a table and a picture
             if not rows:
                 raise
+            interrupted = True
             reached = reached[0] - 1, reached[1]
     refused = f"wrong result, so no times: {'; '.join(wrong)}"
     if not rows:
@@ -95,6 +102,8 @@ def run(
         err().print("written: " + ", ".join(map(str, written)), soft_wrap=True)
     if wrong:
         fail(refused, 1)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _print(rows: list[dict]) -> None:

@@ -66,15 +66,24 @@ class RankState(PlacedState):
         # during its update.
         self.used = {r}
         self.kept: list = []
+        self.scale_dtype = torch.float32
         self.place(torch.empty(0).device)  # where modules are made now
 
     def scale_at(self, rank: int) -> float:
         """alpha / b of eq. 5, or alpha / sqrt(b)."""
         return self.alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def controls(self, training: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rank, scale) of a forward pass in training or evaluation mode, on the device of its input."""
-        self.follow(device)
+    def controls(self, training: bool, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rank, scale) of a forward pass in training or evaluation mode, on the device of its input x.
+
+        The scale is kept in fp64 for fp64 inputs, in fp32 for all others.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.scale_dtype != dtype:
+            self.scale_dtype = dtype
+            with torch.inference_mode(False), torch.no_grad():
+                self.place(self.device)
+        self.follow(x.device)
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
     def unscheduled(self) -> str:
@@ -87,7 +96,7 @@ class RankState(PlacedState):
     def place(self, device: torch.device) -> None:
         for name in ("train", "eval"):
             setattr(self, f"{name}_rank", torch.empty((), dtype=torch.int64, device=device))
-            setattr(self, f"{name}_scale", torch.empty((), dtype=torch.float32, device=device))
+            setattr(self, f"{name}_scale", torch.empty((), dtype=self.scale_dtype, device=device))
         write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
 
     def extra_repr(self) -> str:
@@ -179,7 +188,7 @@ class DyLoRALinear(LowRankLinear):
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.ranks.count_forward()
-        rank, scale = self.ranks.controls(self.training, x.device)
+        rank, scale = self.ranks.controls(self.training, x)
         return lowrank_linear(
             x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=scale, rank=rank, dropout_p=self.dropout_p,
             frozen=self.ranks.policy.frozen,

@@ -6,8 +6,8 @@ import weakref
 import torch
 from torch import nn
 
-# A training loop that has not called the schedule after this many forwards is not going to.
-FORWARDS_BEFORE_WARNING = 50
+# A loop calls the schedule before a step's forward: one that has not by the next forward is not going to.
+FORWARDS_BEFORE_WARNING = 1
 
 
 class ScheduleState(nn.Module):
@@ -27,7 +27,7 @@ class ScheduleState(nn.Module):
         raise NotImplementedError
 
     def count_forward(self) -> None:
-        """Warns, once per model, when many training forwards have passed without a schedule."""
+        """Warns, once per model, with the second training forward that no schedule preceded."""
         if torch.compiler.is_compiling() or self.scheduled:
             return
         self.forwards += 1
@@ -73,7 +73,7 @@ def _warn_unscheduled(state: ScheduleState) -> None:
         return
     _last_to_warn = weakref.ref(state)
     warnings.warn(
-        f"{state.unscheduled()} for {FORWARDS_BEFORE_WARNING} training forwards because no schedule sets it. Add "
+        f"{state.unscheduled()}, because no schedule sets it. Add "
         "peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=..., optimizer=...) "
         "before each step.",
         stacklevel=5,

@@ -267,6 +267,10 @@ if native.module is not None:
     native.module.configure(_onednn_beats_blas(), ONEDNN_LEAST, LAUNCH_BOUND)
 
 
+# Names that a line for several equal layers gives.
+SHOWN = 3
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What runs and why. `lines` holds one (name, path, reasons against the alternatives) per op or layer."""
@@ -274,13 +278,14 @@ class Explanation:
     lines: tuple[tuple[str, str, tuple[str, ...]], ...]
 
     def __str__(self) -> str:
-        # The reasons, which are the same for most layers of a model, stand once below all layers that they are for.
+        # Most layers of a model are equal: those are one line, with their number and the first of their names.
         names: dict[tuple, list[str]] = {}
         for name, path, reasons in self.lines:
             names.setdefault((path, reasons), []).append(name)
         text = []
         for (path, reasons), group in names.items():
-            text.extend(f"{name}: {path}" for name in group)
+            shown = ", ".join(group[:SHOWN]) + (", ..." if len(group) > SHOWN else "")
+            text.append(f"{shown}: {path}" if len(group) == 1 else f"{len(group)} equal [{shown}]: {path}")
             text.extend(f"    not {reason}" for reason in reasons)
         return "\n".join(text) if text else "no peft_fused layer or op in here"
 

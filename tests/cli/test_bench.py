@@ -97,7 +97,7 @@ def test_stopped_it_shows_what_it_has(cli, one_shape, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner.structured, "run_case", interrupt)
-    result = cli("bench", "--tiny", "--out", tmp_path)
+    result = cli("bench", "--tiny", "--out", tmp_path, code=130)
     assert "1 of 3 shapes measured" in result.stderr and "4x32x32" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
 

@@ -263,7 +263,7 @@ def test_state_survives_casts_copies_and_pickles():
 
 def test_warns_when_nothing_schedules_it_but_not_what_is_not_trained():
     layer = make()
-    with pytest.warns(UserWarning, match="AFLoRA has trained without freezing anything for 50 training forwards"):
+    with pytest.warns(UserWarning, match="AFLoRA has trained without freezing anything, because no schedule"):
         for _ in range(FORWARDS_BEFORE_WARNING + 1):
             layer(torch.randn(1, K))
     silent = make().requires_grad_(False)

@@ -12,7 +12,6 @@ from peft_fused.methods import on_step, set_rank
 from peft_fused.ops.dispatch import use_backend
 
 R, ALPHA = 5, 7.0
-CPU = torch.device("cpu")
 
 
 def make(**options):
@@ -96,7 +95,7 @@ def test_ranks_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
     layer, x = make(), torch.randn(4, 12)
     set_rank(layer, 2)
     expected = layer(x)
-    layer.ranks.train_rank, layer.ranks.train_scale = (t.to("meta") for t in layer.ranks.controls(True, CPU))
+    layer.ranks.train_rank, layer.ranks.train_scale = (t.to("meta") for t in layer.ranks.controls(True, x))
     with torch.inference_mode():
         assert torch.equal(layer(x), expected)
     set_rank(layer, 3)
@@ -104,10 +103,10 @@ def test_ranks_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
 
 
 def test_ranks_are_written_in_place_and_stay_out_of_checkpoints():
-    layer = make()
+    layer, x = make(), torch.randn(4, 12)
 
     def pointers():
-        return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True, CPU), *layer.ranks.controls(False, CPU))]
+        return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True, x), *layer.ranks.controls(False, x))]
 
     before = pointers()
     set_rank(layer, 2)
@@ -210,3 +209,13 @@ def test_bad_policies_are_named(arguments, error, message):
 
 def test_policy_defaults_are_the_papers():
     assert (RankPolicy().rank_distribution, RankPolicy().geometric_p, RankPolicy().frozen) == ("uniform", 0.15, False)
+
+
+@pytest.mark.parametrize("b", (1, 2, 3, 4))
+def test_the_scale_is_as_exact_as_the_layer(b):
+    layer = DyLoRALinear.from_linear(nn.Linear(16, 8).double(), r=4, alpha=16, dtype=torch.float64).eval()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 16, dtype=torch.float64)
+    set_rank(layer, b)
+    expected = layer.base(x) + 16 / b * (x @ layer.lora_A[:b].T @ layer.lora_B[:, :b].T)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-14, atol=1e-14)

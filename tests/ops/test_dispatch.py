@@ -7,6 +7,7 @@ import torch
 from peft_fused.triton_kernels.plan import Problem
 
 import peft_fused
+from peft_fused.layers import LoRALinear
 from peft_fused.ops import dispatch, lowrank_linear, lowrank_linear_reference, native
 from peft_fused.ops.structured.plan import StructuredProblem
 
@@ -67,3 +68,9 @@ def test_what_the_cuda_node_declines_runs_elsewhere(monkeypatch):
     with peft_fused.use_backend(None, native=False):
         y = lowrank_linear(x, weight, None, A, B)
     torch.testing.assert_close(y, lowrank_linear_reference(x, weight, None, A, B))
+
+
+def test_equal_layers_are_explained_in_one_line():
+    layers = [LoRALinear.from_linear(torch.nn.Linear(8, 8)) for _ in range(40)]
+    text = str(peft_fused.explain(torch.nn.Sequential(*layers, LoRALinear.from_linear(torch.nn.Linear(8, 4)))))
+    assert text.startswith("41 equal [0, 1, 2, ...]: lowrank_linear -> ") and text.count("lowrank_linear ->") == 1

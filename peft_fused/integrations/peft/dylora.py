@@ -131,7 +131,7 @@ class DyLoraLinear(FusedLayer):
         state = self.dylora_ranks[name]
         if self.training:
             state.count_forward()
-        rank, scale = state.controls(self.training, x.device)
+        rank, scale = state.controls(self.training, x)
         dropout = self.dylora_dropout[name]
         return dict(
             scale=scale, rank=rank, dropout_p=dropout.p if dropout.training else 0.0, frozen=state.policy.frozen
