@@ -2,6 +2,8 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <algorithm>
+
 #include "../dropout.h"
 
 namespace peft_fused {
@@ -75,6 +77,19 @@ Tensor product(const Tensor& a, const Tensor& b, double alpha) {
   if (alpha == 1) return a.mm(b);
   Tensor out = at::empty({a.size(0), b.size(1)}, a.options());
   return out.addmm_(a, b, /*beta=*/0, alpha);
+}
+
+// Some BLAS add up several hundred terms in one chain, with more error than an FFT, or a sum of short products, has.
+Tensor product_in_parts(const Tensor& a, const Tensor& b, int64_t terms) {
+  if (a.scalar_type() != at::kFloat || !a.is_cpu()) return a.mm(b);
+  constexpr int64_t kParts = 32;  // a long sum is in so many parts at most
+  const int64_t k = a.size(1), step = std::max(terms, (k + kParts - 1) / kParts);
+  Tensor out = product(a.narrow(1, 0, std::min(step, k)), b.narrow(0, 0, std::min(step, k)), 1);
+  for (int64_t i = step; i < k; i += step) {
+    const int64_t n = std::min(step, k - i);
+    out.addmm_(a.narrow(1, i, n), b.narrow(0, i, n));
+  }
+  return out;
 }
 
 void accumulate(Tensor& sum, const Tensor& part) { sum.defined() ? sum.add_(part) : sum = part; }

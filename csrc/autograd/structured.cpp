@@ -92,6 +92,9 @@ constexpr int64_t kFftElementsCpu = 1 << 21;
 
 Tensor transform(const Tensor& x, int64_t length) { return at::fft_rfft(x, length); }
 
+// Terms of a sum that are added up in one chain: as ops/structured/materialized.py and gemm.py have them.
+constexpr int64_t kDenseTerms = 128, kFactorTerms = 64;
+
 constexpr int64_t kColumns = 128, kRows = 8;  // real numbers of a row, and rows, that are summed in fp32 first
 
 // Adds conj(x) . y, summed over the rows, to s. x, y: [rows, stride] complex as interleaved real numbers, of which `width`
@@ -338,7 +341,7 @@ struct Structured : torch::autograd::Function<Structured> {
       // The dense matrix and half-precision factors stay as they are: scaled, they may leave the range of their type.
       const bool late = c.method == Method::dense || p.element_size() == 2;
       Tensor delta = c.method == Method::dense
-                         ? product(xd, matrix.t(), 1)
+                         ? product_in_parts(xd, matrix.t(), kDenseTerms)
                          : kronecker_apply(xd, (late ? p : scaled(p, c, device_scale)).detach(), q.detach());
       if (late) delta = scaled(delta, c, device_scale);
       if (add2.defined()) delta.add_(add2);
@@ -379,10 +382,10 @@ struct Structured : torch::autograd::Function<Structured> {
         dk = correlate(c, dy2, x2, kernel_of(c, p, q), dx, work_type(c, p), scale, seed);
       } else {
         const Tensor gd = scaled(dy2.to(work_type(c, p)), c, scale);
-        if (need_x) dx = drop_back(c, product(gd, matrix, 1), seed).to(dy2.scalar_type());
+        if (need_x) dx = drop_back(c, product_in_parts(gd, matrix, kDenseTerms), seed).to(dy2.scalar_type());
         if (params) {
           const Tensor xd = Blocks(x2, 1, false).load(x2, 0, gd.scalar_type(), c.threshold, seed);
-          dk = diagonal_sums(c, product(gd.t(), xd, 1), p);
+          dk = diagonal_sums(c, product_in_parts(gd.t(), xd, kDenseTerms), p);
         }
       }
       if (params) std::tie(dp, dq) = fold(c, dk, p.to(dk.scalar_type()), q.defined() ? q.to(dk.scalar_type()) : q);
@@ -429,8 +432,9 @@ struct Structured : torch::autograd::Function<Structured> {
     if (need_x) dx = drop_back(c, at::matmul(B.t(), E).view({m, b2 * a2}), seed).to(dy2.scalar_type());
     if (need_A || need_B) x3 = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed).reshape({m, b2, a2});
     if (need_B)
-      dB = E.transpose(0, 1).reshape({b1, m * a2}).mm(x3.transpose(0, 1).reshape({b2, m * a2}).t());
-    if (need_A) dA = Y.t().mm(at::matmul(B, x3).view({m * b1, a2}));
+      dB = product_in_parts(E.transpose(0, 1).reshape({b1, m * a2}),
+                            x3.transpose(0, 1).reshape({b2, m * a2}).t(), kFactorTerms);
+    if (need_A) dA = product_in_parts(Y.t(), at::matmul(B, x3).view({m * b1, a2}), kFactorTerms);
     return {dx, dA, dB};
   }
 };

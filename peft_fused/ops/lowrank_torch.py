@@ -114,6 +114,24 @@ def product(a, b):
     return a @ b if out is None else out
 
 
+# A long sum is in so many parts at most: longer parts, where there are more terms.
+PARTS = 32
+
+
+def product_in_parts(a, b, terms):
+    """a b in fp32 on a CPU with sums in parts of a number of terms, or longer ones; elsewhere as it comes.
+
+    Some BLAS add up several hundred terms in one chain, with more error than an FFT, or a sum of short products, has.
+    """
+    if a.dtype != torch.float32 or a.device.type != "cpu":
+        return a @ b
+    step = max(terms, -(-a.shape[1] // PARTS))
+    out = product(a[:, :step], b[:step])
+    for i in range(step, a.shape[1], step):
+        out.addmm_(a[:, i : i + step], b[i : i + step])
+    return out
+
+
 def rows(t):
     """[..., K] -> [M, K]; said in full because -1 is undefined where K is 0."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])

@@ -26,7 +26,7 @@ from ..arguments import (
     split,
 )
 from ..dropout import drop, dropout_threshold, keep_mask, keep_scale, load
-from ..lowrank_torch import product, rows, unflatten
+from ..lowrank_torch import rows, unflatten
 from . import fft, gemm, kernels, maps, materialized
 from .plan import StructuredProblem
 
@@ -227,7 +227,7 @@ def _forward(x, p, q, add, kind, n, scale, scale_t, threshold, seed, transposed,
         del options["kind"], options["n"]
         y = gemm.forward(x2, p, q, add2, **options)
     elif plan.method == "dense":
-        y = materialized.forward(x2, p, q, add2, **options, product=product)
+        y = materialized.forward(x2, p, q, add2, **options)
     else:
         y = fft.forward(x2, p, q, add2, **options, length=plan.length)
     return unflatten(y, x)
@@ -274,7 +274,7 @@ def _gradients(dy2, x2, p, q, kind, k, scale, threshold, seed, backend, needs):
     if plan.method == "dense":
         vectors = options | {"needs": (False, *needs[1:])}
         by_fft = partial(fft.backward, dy2, x2, p, q, **vectors, length=plan.length)
-        return materialized.backward(dy2, x2, p, q, **options, product=product, correlate=by_fft)
+        return materialized.backward(dy2, x2, p, q, **options, correlate=by_fft)
     return fft.backward(dy2, x2, p, q, **options, length=plan.length)
 
 

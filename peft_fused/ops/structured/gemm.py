@@ -8,7 +8,10 @@ With X [b2, a2] a row of x and Y [b1, a1] one of dy: y = B X A^T and, summed ove
 import torch
 
 from ..dropout import load
-from ..lowrank_torch import unview
+from ..lowrank_torch import product_in_parts, unview
+
+# Of a parameter's gradient, that are added up in one chain: the factors are small, and the sums over rows long.
+TERMS = 64
 
 
 def _apply(x2: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -49,7 +52,8 @@ def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
         dx = load(torch.matmul(B.t(), E).view(m, b2 * a2), A.dtype, seed, threshold).to(dy2.dtype)
     x3 = load(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
     if need_B:
-        dB = E.transpose(0, 1).reshape(b1, m * a2) @ x3.transpose(0, 1).reshape(b2, m * a2).t()
+        left, right = (t.transpose(0, 1).reshape(-1, m * a2) for t in (E, x3))
+        dB = product_in_parts(left, right.t(), TERMS)
     if need_A:
-        dA = Y.t() @ torch.matmul(B, x3).view(m * b1, a2)
+        dA = product_in_parts(Y.t(), torch.matmul(B, x3).view(m * b1, a2), TERMS)
     return dx, dA, dB

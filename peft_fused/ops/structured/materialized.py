@@ -9,7 +9,11 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..dropout import load
+from ..lowrank_torch import product_in_parts
 from . import maps
+
+# That are added up in one chain: few enough for the error of an FFT, enough to cost little beside it.
+TERMS = 128
 
 _made = WeakIdKeyDictionary()
 # Parameters of CUDA graphs, whose replays change them without a word to torch's version counters.
@@ -58,19 +62,15 @@ def work_dtype(x, p):
     return x.dtype if x.is_cuda else torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
 
 
-def _product(a, b, product):
-    return product(a, b) if a.dtype == torch.float32 and a.device.type == "cpu" else a @ b
-
-
-def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed, product) -> torch.Tensor:
-    """y [m, n] in x2's type. product: fp32 matrix product to use on a CPU."""
+def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> torch.Tensor:
+    """y [m, n] in x2's type."""
     k, dtype = x2.shape[1], work_dtype(x2, p)
     M = matrix(kind, p, q, *((k, n) if transposed else (n, k)), dtype)
     xd = load(x2, dtype, seed, threshold)
     right = M if transposed else M.t()
     if add2 is not None and add2.dtype == dtype and isinstance(scale, float) and x2.is_cuda:
         return torch.addmm(add2, xd, right, alpha=scale)
-    delta = _product(xd, right, product)
+    delta = product_in_parts(xd, right, TERMS)
     if not (isinstance(scale, float) and scale == 1.0):
         delta = delta * scale
     if add2 is not None:
@@ -78,7 +78,7 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed, prod
     return delta.to(x2.dtype)
 
 
-def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, correlate):
+def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, correlate):
     """Gradients (dx, dp, dq).
 
     correlate(): the same by FFT, of the vectors alone, for a GPU's 16-bit types, whose GEMM would round the gradient of
@@ -91,12 +91,12 @@ def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, product, 
         gd = gd * scale
     dx = dp = dq = None
     if need_x:
-        dx = load(_product(gd, matrix(kind, p, q, n, k, dtype), product), dtype, seed, threshold).to(dy2.dtype)
+        dx = load(product_in_parts(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(dy2.dtype)
     if need_p or need_q:
         forget(p)  # an optimizer that bypasses version counters is about to change it
         if dtype.itemsize < 4:
             return dx, *correlate()[1:]
-        gradient = _product(gd.t(), load(x2, dtype, seed, threshold), product)
+        gradient = product_in_parts(gd.t(), load(x2, dtype, seed, threshold), TERMS)
         wide = [None if t is None else t.to(dtype) for t in (p, q)]
         dp, dq = maps.fold_dense(kind, gradient, *wide)
         dp, dq = dp.to(p.dtype) if need_p else None, dq.to(q.dtype) if need_q else None
