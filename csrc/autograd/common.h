@@ -61,7 +61,7 @@ at::Tensor onednn_linear(const at::Tensor& x2, const at::Tensor& weight, const a
 // alpha * a b, a product of the adapter.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, double alpha);
 
-// a b in fp32 on a CPU with sums in parts of a number of terms, or longer ones; elsewhere as it comes.
+// a b in fp32 on a CPU with sums in even parts of `terms` at most, unless that were too many; elsewhere as it comes.
 at::Tensor product_in_parts(const at::Tensor& a, const at::Tensor& b, int64_t terms);
 
 // sum += part, begun by the first part.

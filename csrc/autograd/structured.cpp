@@ -93,7 +93,7 @@ constexpr int64_t kFftElementsCpu = 1 << 21;
 Tensor transform(const Tensor& x, int64_t length) { return at::fft_rfft(x, length); }
 
 // Terms of a sum that are added up in one chain: as ops/structured/materialized.py and gemm.py have them.
-constexpr int64_t kDenseTerms = 128, kFactorTerms = 64;
+constexpr int64_t kDenseTerms = 256, kFactorTerms = 64;
 
 constexpr int64_t kColumns = 128, kRows = 8;  // real numbers of a row, and rows, that are summed in fp32 first
 

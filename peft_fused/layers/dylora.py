@@ -78,12 +78,8 @@ class RankState(PlacedState):
 
         The scale is kept in fp64 for fp64 inputs, in fp32 for all others.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.scale_dtype != dtype:
-            self.scale_dtype = dtype
-            with torch.inference_mode(False), torch.no_grad():
-                self.place(self.device)
-        self.follow(x.device)
+        before, self.scale_dtype = self.scale_dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.follow(x.device, anew=self.scale_dtype != before)
         return (self.train_rank, self.train_scale) if training else (self.eval_rank, self.eval_scale)
 
     def unscheduled(self) -> str:

@@ -49,9 +49,11 @@ class PlacedState(ScheduleState):
     def place(self, device: torch.device) -> None:
         raise NotImplementedError
 
-    def follow(self, device: torch.device) -> None:
-        """To the device of an input: FSDP and DataParallel move parameters and buffers, and nothing else."""
-        if self.device != device:
+    def follow(self, device: torch.device, anew: bool = False) -> None:
+        """To the device of an input: FSDP and DataParallel move parameters and buffers, and nothing else. anew: even if
+        they are there, as they are to be of another type.
+        """
+        if anew or self.device != device:
             with torch.inference_mode(False), torch.no_grad():
                 self.place(device)
 

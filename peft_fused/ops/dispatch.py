@@ -267,8 +267,9 @@ if native.module is not None:
     native.module.configure(_onednn_beats_blas(), ONEDNN_LEAST, LAUNCH_BOUND)
 
 
-# Names that a line for several equal layers gives.
-SHOWN = 3
+def first_of(names: list[str]) -> str:
+    """The names, or the first three of more, for a line about several equal layers."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -284,8 +285,7 @@ class Explanation:
             names.setdefault((path, reasons), []).append(name)
         text = []
         for (path, reasons), group in names.items():
-            shown = ", ".join(group[:SHOWN]) + (", ..." if len(group) > SHOWN else "")
-            text.append(f"{shown}: {path}" if len(group) == 1 else f"{len(group)} equal [{shown}]: {path}")
+            text.append(f"{group[0]}: {path}" if len(group) == 1 else f"{len(group)} equal [{first_of(group)}]: {path}")
             text.extend(f"    not {reason}" for reason in reasons)
         return "\n".join(text) if text else "no peft_fused layer or op in here"
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from peft_fused.integrations.peft import DyLoraConfig, export_lora
+from peft_fused.integrations.peft import DyLoraConfig, export, export_lora
 from peft_fused.integrations.peft.dylora import DyLoraLinear
 from peft_fused.methods import on_step, set_rank
 
@@ -325,3 +326,32 @@ def test_state_dict_helpers_round_trip():
     state = {key: torch.randn_like(value) for key, value in get_peft_model_state_dict(model).items()}
     set_peft_model_state_dict(model, state)
     assert all(torch.equal(value, state[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+def test_an_export_that_is_cut_short_leaves_the_old_one_or_none(tmp_path, monkeypatch):
+    model = adapted()
+    export_lora(model, tmp_path)
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*arguments, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(export, "save_file", full)
+        export_lora(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        export_lora(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_model.safetensors"]
+    export_lora(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old

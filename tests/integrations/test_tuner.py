@@ -103,3 +103,9 @@ def test_a_name_that_would_lose_tensors_is_refused(method, first):
     with pytest.raises(ValueError, match="adapter_name: beside adapter 'default' none can be named 'query'"):
         model.add_adapter(names[1], CONFIGS[method]())
     assert set(model.state_dict()) == keys and list(model.peft_config) == [names[0]]
+
+
+def test_the_name_of_extra_state_is_refused():
+    model = get_peft_model(base(), CONFIGS["rosa"]())
+    with pytest.raises(ValueError, match="none can be named '_extra_state'"):
+        model.add_adapter("_extra_state", CONFIGS["rosa"]())

@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from ...ops import lowrank, lowrank_linear
-from ...ops.dispatch import Problem, explainers, problem_of
+from ...ops.dispatch import Problem, explainers, first_of, problem_of
 from ...ops.lowrank import MAX_RANK
 from .tuner import is_hooked
 
@@ -314,7 +314,7 @@ def _why_not(module: LoraLayer, unused: set[int]) -> str | None:
 def _counted(names_by_reason: dict[str, list[str]]) -> list[str]:
     lines = []
     for reason, names in names_by_reason.items():
-        shown = ", ".join(name or "(the model itself)" for name in names[:3]) + (", ..." if len(names) > 3 else "")
+        shown = first_of([name or "(the model itself)" for name in names])
         lines.append(f"    {len(names)}: {reason} [{shown}]")
     return lines
 

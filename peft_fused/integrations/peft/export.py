@@ -1,5 +1,6 @@
 """Exports our adapters as plain LoRA checkpoints, which need nothing of ours to be loaded."""
 
+import contextlib
 import os
 import tempfile
 
@@ -83,10 +84,12 @@ def export_lora(
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return error
     os.makedirs(path, exist_ok=True)
-    # Whole files only, and the config last: nothing that is cut short here passes for an adapter, or for another one.
+    # Whole files only, and no config beside weights that are not its own: what is cut short here passes for no adapter.
     with tempfile.TemporaryDirectory(dir=path, prefix=".export-") as whole_files:
         lora_config.save_pretrained(whole_files)
         save_file(tensors, os.path.join(whole_files, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(path, CONFIG_NAME))
         for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
             os.replace(os.path.join(whole_files, name), os.path.join(path, name))
     return error

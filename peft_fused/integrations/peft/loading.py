@@ -67,23 +67,21 @@ def check_wrapped_modules(model: torch.nn.Module, config, adapter_name: str) -> 
                     raise ValueError(f"the checkpoint has no {name}.{key}; nothing was loaded")
 
 
-def check_adapter_names(layers: dict[str, torch.nn.Module]) -> None:
-    """ValueError if an adapter's name also stands elsewhere in the keys of another adapter of these layers.
+def check_adapter_names(model: torch.nn.Module) -> None:
+    """ValueError if the name of an adapter in one of our layers also stands elsewhere in the keys of another.
 
-    layers: ours, by module name. PEFT saves an adapter without every key that has another one's name in it, anywhere:
-    beside an adapter named "q" or "map", tensors of a module "q" or a leaf "map" would be left out without a word.
+    PEFT saves an adapter without every key that has another one's name in it, anywhere: beside an adapter named "q" or
+    "map", tensors of a module "q" or a leaf "map" would be left out without a word.
     """
-    for name, layer in layers.items():
-        adapters = list(layer.adapters_here())
-        for adapter in adapters:
-            parts = {*WRAPPER.split("."), *name.split(".")}
-            for container in layer.adapter_layer_names + layer.state_names:
-                parts.add(container)
-                if adapter in layer._modules[container]:
-                    block = layer._modules[container][adapter]
-                    for key, _ in (*block.named_parameters(), *block.named_buffers()):
-                        parts.update(key.split("."))
-            clash = sorted(parts.intersection(adapters) - {adapter})
+    for name, layer in model.named_modules():
+        if not hasattr(type(layer), "state_names") or len(layer.adapters_here()) < 2:
+            continue
+        containers = layer.adapter_layer_names + layer.state_names
+        for adapter in layer.adapters_here():
+            blocks = [layer._modules[container][adapter] for container in containers]
+            keys = [WRAPPER + name, *containers, *(key for block in blocks for key in block.state_dict())]
+            parts = {part for key in keys for part in key.split(".")}
+            clash = sorted(parts.intersection(layer.adapters_here()) - {adapter})
             if clash:
                 raise ValueError(
                     f"adapter_name: beside adapter {adapter!r} none can be named {clash[0]!r}, which is part of the "

@@ -178,8 +178,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def follow_mode(self, adapter_name: str) -> None:
         """Puts an adapter added to a layer in use into the layer's mode, training or evaluation."""
         for container in self.adapter_layer_names + self.other_param_names:
-            if adapter_name in self._modules[container]:
-                self._modules[container][adapter_name].train(self.training)
+            self._modules[container][adapter_name].train(self.training)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.disable_adapters:
@@ -326,7 +325,7 @@ class FusedTuner(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_wrapped_modules(model, config, adapter_name)
-            check_adapter_names({name: m for name, m in model.named_modules() if isinstance(m, FusedLayer)})
+            check_adapter_names(model)
         except Exception:
             before.restore()
             raise

@@ -10,7 +10,7 @@ import torch
 from ..dropout import load
 from ..lowrank_torch import product_in_parts, unview
 
-# Of a parameter's gradient, that are added up in one chain: the factors are small, and the sums over rows long.
+# Of the sum in a factor's gradient, that are added up in one chain.
 TERMS = 64
 
 

@@ -12,8 +12,8 @@ from ..dropout import load
 from ..lowrank_torch import product_in_parts
 from . import maps
 
-# That are added up in one chain: few enough for the error of an FFT, enough to cost little beside it.
-TERMS = 128
+# Of a sum, that are added up in one chain: few enough for the error of an FFT, enough to cost little beside it.
+TERMS = 256
 
 _made = WeakIdKeyDictionary()
 # Parameters of CUDA graphs, whose replays change them without a word to torch's version counters.
