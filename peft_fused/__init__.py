@@ -38,6 +38,7 @@ _PEFT = (
     "RosaConfig",
     "SurmConfig",
     "accelerate",
+    "copy_adapter",
     "export_lora",
     "merge_experts",
     "restore",
@@ -50,6 +51,7 @@ if importlib.util.find_spec("peft") is not None:
         DyLoraConfig,
         RosaConfig,
         SurmConfig,
+        copy_adapter,
         export_lora,
         merge_experts,
     )
@@ -68,6 +70,7 @@ __all__ = [
     "build_info",
     "check_sync",
     "consistency_loss",
+    "copy_adapter",
     "decay_groups",
     "evaluate_ranks",
     "explain",

@@ -106,6 +106,12 @@ class RouteState(PlacedState):
     def unscheduled(self) -> str:
         return "AdaMix has trained the same experts"
 
+    def follow_state(self, other: "RouteState") -> None:
+        super().follow_state(other)
+        write_routes([self], [other.values])
+        write_eval_routes([self], [other.eval_values])
+        self.used = tuple(map(set, other.used))
+
     def begin_pass(self, index: int | None, sequences: int | None = None) -> None:
         """From here on forward calls are pass `index`, or, for None, both: the first half of a batch is pass 0.
 

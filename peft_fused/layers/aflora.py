@@ -1,5 +1,7 @@
 """AFLoRA as a plain PyTorch layer, and the state by which a schedule freezes its projection matrices."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +10,8 @@ from torch import nn
 from ..ops import lowrank_linear
 from .checks import check_alpha, check_choice, check_flag, check_int
 from .lowrank import LowRankLinear
-from .scheduled import ScheduleState
-from .sharded import is_sharded, local, shard
+from .scheduled import SavedState
+from .sharded import is_sharded, local, shard, whole
 
 MATRICES = ("A", "B")
 RAMPS = ("cubic", "quadratic")
@@ -18,6 +20,8 @@ RULES = ("paper", "code")
 NOT_FROZEN, FROM_THE_START = -1, 0
 # Per matrix: the running sum of |gradient| in the window, and the two averages that it goes into.
 STATISTICS = ("window", "mean", "change")
+# Numbers in a saved state before the marks of what statistics follow.
+MARKS = 3
 # t_i and t_f in steps are products of a fraction and the number of steps.
 ROUNDING = 1e-9
 
@@ -70,14 +74,17 @@ class FreezingPolicy:
         return start, max(start, total_steps - final)
 
 
-class AfLoraState(ScheduleState):
+class AfLoraState(SavedState):
     """Which matrices of one adapter of one layer are frozen, and the statistics of those that are not.
 
     frozen_at: {"A", "B"} -> optimizer steps done when it was frozen, 0 for one that never was trained, -1 for one that
-    is. gradients: how many have entered the window. Those numbers live on the host and are written to the buffer
-    `progress` [3] when it is saved. The statistics `A_window`, `A_mean`, `A_change` and those of B have the shape of
-    the matrix in fp32, sharded as it is, or are empty: before the first gradient and once it is frozen.
+    is. gradients: how many have entered the window. The statistics of a matrix are three tensors of its shape in fp32,
+    sharded as it is; they are there from its first gradient until it is frozen.
+
+    They are no buffers: DistributedDataParallel would send those to every process in every forward pass.
     """
+
+    HEADER = MARKS + len(MATRICES)
 
     def __init__(self, r: int, features: tuple[int, int], policy: FreezingPolicy, frozen: bool, group: str = "default"):
         """features: (input, output) of the layer. frozen: both matrices from the start."""
@@ -86,103 +93,89 @@ class AfLoraState(ScheduleState):
         self.shapes = {"A": (r, features[0]), "B": (features[1], r)}
         self.frozen_at = dict.fromkeys(MATRICES, FROM_THE_START if frozen else NOT_FROZEN)
         self.gradients = 0
-        self.register_buffer("progress", torch.tensor(self._progress()))
-        for matrix in MATRICES:
-            for name in STATISTICS:
-                self.register_buffer(f"{matrix}_{name}", torch.empty(0))
+        self.kept: dict[str, list[torch.Tensor]] = {}
 
     def is_frozen(self, matrix: str) -> bool:
         return self.frozen_at[matrix] != NOT_FROZEN
 
     def statistics(self, matrix: str, parameter: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(window, mean, change) of a matrix that is not frozen, made on its first gradient; of its local shard."""
-        found = []
-        for name in (f"{matrix}_{name}" for name in STATISTICS):
-            buffer = getattr(self, name)
-            if buffer.shape != parameter.shape:
-                buffer = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-            elif is_sharded(parameter) and not is_sharded(buffer):  # loaded before the parameters were sharded
-                buffer = shard(buffer, parameter)
-            if buffer is not getattr(self, name):
-                setattr(self, name, buffer)
-            found.append(local(buffer))
-        return tuple(found)
+        kept = self.kept.get(matrix)
+        if kept is None:
+            kept = [torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False) for _ in STATISTICS]
+        elif is_sharded(parameter) and not is_sharded(kept[0]):  # loaded before the parameters were sharded
+            kept = [shard(tensor.to(parameter.device), parameter) for tensor in kept]
+        elif kept[0].device != parameter.device:
+            kept = [tensor.to(parameter.device) for tensor in kept]
+        self.kept[matrix] = kept
+        return tuple(map(local, kept))
 
     def freeze(self, matrix: str, steps: int) -> None:
         """Notes that a matrix was frozen after that many steps, for good, and drops its statistics."""
         self.frozen_at[matrix] = steps
-        for name in STATISTICS:
-            setattr(self, f"{matrix}_{name}", self.progress.new_empty(0))
+        self.kept.pop(matrix, None)
 
     def unscheduled(self) -> str:
         return "AFLoRA has trained without freezing anything"
 
-    def _progress(self) -> list[float]:
-        return [float(self.frozen_at[matrix]) for matrix in MATRICES] + [float(self.gradients)]
+    # ----------------------------------------------------------------------------------------------- saving and loading
 
-    def check(self, tensors: dict[str, torch.Tensor]) -> None:
-        """ValueError, naming it, if a tensor is none that this state could hold. None at all are fine."""
-        if not tensors:
-            return
-        if tensors.keys() != self._buffers.keys():
-            odd = sorted(tensors.keys() ^ self._buffers.keys())
-            raise ValueError(f"AFLoRA's state must be {sorted(self._buffers)}; missing or unexpected: {odd}")
-        progress = tensors["progress"]
-        numbers = progress.tolist() if progress.shape == (3,) else None
-        if numbers is None or not all(n == int(n) and n >= -1 for n in map(_finite, numbers)) or numbers[2] < 0:
-            raise ValueError(f"AFLoRA's progress must be 3 whole numbers of at least -1, -1 and 0, got {progress}")
-        if not all(torch.isfinite(local(tensor)).all() for tensor in tensors.values()):
-            raise ValueError("AFLoRA's statistics must be finite, got some that are not")
-        for matrix, frozen_at in zip(MATRICES, numbers, strict=False):
-            shapes = {tuple(tensors[f"{matrix}_{name}"].shape) for name in STATISTICS}
-            allowed = [{(0,)}] if frozen_at != NOT_FROZEN else [{(0,)}, {self.shapes[matrix]}]
-            if shapes not in allowed:
-                raise ValueError(
-                    f"AFLoRA's statistics of {matrix} must be empty or, while it is trained, "
-                    f"{list(self.shapes[matrix])}, got {sorted(map(list, shapes))}"
-                )
+    def get_extra_state(self) -> torch.Tensor:
+        """All of it as one vector, the form in which it is part of state dicts: of frozen_at, gradients, which matrices
+        have statistics, those statistics, and zeros up to a length that is always the same, as distributed checkpoints
+        need it. Collective for sharded statistics.
+        """
+        numbers = [*self.frozen_at.values(), self.gradients, *(matrix in self.kept for matrix in MATRICES)]
+        state = torch.zeros(self._length(MATRICES), device="cpu")
+        state[: self.HEADER] = torch.tensor(numbers, dtype=torch.float32)
+        kept = [whole(tensor).flatten().cpu() for matrix in MATRICES for tensor in self.kept.get(matrix, ())]
+        if kept:
+            kept = torch.cat(kept)
+            state[self.HEADER : self.HEADER + len(kept)] = kept
+        return state
 
-    def fit(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over which matrices are frozen, and the shapes of statistics that `check` let pass."""
-        if not tensors:
-            return
-        *frozen_at, gradients = map(int, tensors["progress"].tolist())
+    def take_over(self, state: torch.Tensor) -> None:
+        *frozen_at, gradients = map(int, state[:MARKS].tolist())
         self.frozen_at, self.gradients = dict(zip(MATRICES, frozen_at, strict=True)), gradients
-        for name, tensor in tensors.items():
-            if tensor.shape != getattr(self, name).shape:
-                like = tensor if is_sharded(tensor) else self.progress
-                setattr(self, name, like.new_zeros(tensor.shape, dtype=torch.float32))
+        self.kept, start = {}, self.HEADER
+        for matrix in _marked(state):
+            shape = self.shapes[matrix]
+            size = len(STATISTICS) * math.prod(shape)
+            self.kept[matrix] = list(state[start : start + size].float().clone().view(-1, *shape))
+            start += size
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        with torch.no_grad():
-            self.progress.copy_(torch.tensor(self._progress()))
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def unpadded(self, state: torch.Tensor) -> torch.Tensor:
+        """What `get_extra_state` returned without the zeros at the end."""
+        return state[: self._length(_marked(state))].clone()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        tensors = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
-        try:
-            self.check(tensors)
-        except ValueError as error:
-            errors.append(f"{prefix}: {error}")
-            return
-        self.fit(tensors)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+    def _length(self, matrices: Iterable[str]) -> int:
+        return self.HEADER + sum(len(STATISTICS) * math.prod(self.shapes[matrix]) for matrix in matrices)
 
-    def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in self._buffers.items():
-            if buffer.dtype != torch.float32:  # from the old one, which the cast has rounded
-                self._buffers[name] = before[name].to(buffer.device)
-        return self
+    def problem_with(self, state: torch.Tensor | None) -> str | None:
+        # Without it the parameters mean the same, and training begins anew: a checkpoint may lack it.
+        return None if state is None else super().problem_with(state)
+
+    def why_not(self, state: torch.Tensor) -> str | None:
+        header = state[: self.HEADER].tolist()
+        whole_numbers = all(number == int(number) for number in header)
+        if not whole_numbers or min(header[:2]) < NOT_FROZEN or min(header[2:]) < 0 or max(header[MARKS:]) > 1:
+            return f"starts with {header}, which is no frozen_at of A and B, number of gradients, and two marks"
+        for matrix, frozen_at in zip(MATRICES, header, strict=False):
+            if frozen_at != NOT_FROZEN and matrix in _marked(state):
+                return f"has statistics of {matrix}, which it says is frozen"
+        wanted = [self._length(_marked(state)), self._length(MATRICES)]
+        if len(state) not in wanted:
+            return f"must have {wanted[0]} or {wanted[1]} numbers for matrices {self.shapes}, got {len(state)}"
+        return None
 
     def extra_repr(self) -> str:
         names = {NOT_FROZEN: "trained", FROM_THE_START: "frozen from the start"}
         return ", ".join(f"{m} {names.get(at, f'frozen after step {at}')}" for m, at in self.frozen_at.items())
 
 
-def _finite(number: float) -> float:
-    return number if abs(number) < float("inf") else -2.0
+def _marked(state: torch.Tensor) -> list[str]:
+    """The matrices whose statistics a saved state says it has."""
+    return [matrix for matrix, mark in zip(MATRICES, state[MARKS : AfLoraState.HEADER].tolist(), strict=True) if mark]
 
 
 @dataclass(frozen=True)
@@ -239,7 +232,7 @@ class AFLoRALinear(LowRankLinear):
         self.lora_d = nn.Parameter(self.lora_A.new_full((r,), d_initial))
         self.lora_b = nn.Parameter(self.lora_A.new_zeros(self.out_features))
         features = (self.in_features, self.out_features)
-        self.freezing = AfLoraState(r, features, policy, frozen).to(self.weight.device)
+        self.freezing = AfLoraState(r, features, policy, frozen)
         keep_frozen(self.freezing, self.lora_A, self.lora_B, True)
         self.register_load_state_dict_post_hook(_after_load)
 

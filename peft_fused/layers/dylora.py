@@ -85,6 +85,11 @@ class RankState(PlacedState):
     def unscheduled(self) -> str:
         return f"DyLoRA has trained at the fixed rank {self.train_value}"
 
+    def follow_state(self, other: "RankState") -> None:
+        super().follow_state(other)
+        write_ranks([self], train=[other.train_value], evaluation=[other.eval_value])
+        self.used = set(other.used)
+
     @property
     def device(self) -> torch.device:
         return self.train_rank.device

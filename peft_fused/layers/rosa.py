@@ -26,7 +26,7 @@ from ..ops import lowrank_linear
 from ..ops.dispatch import Problem, problem_of
 from .adapted import AdaptedLinear
 from .checks import MAX_RANK, check_adapter_dtype, check_choice, check_int, check_linear, check_rank
-from .scheduled import ScheduleState
+from .scheduled import SavedState
 from .sharded import is_sharded, local, part_of, whole
 
 SPLITS = ("us_v", "sqrt")
@@ -41,8 +41,6 @@ RESIDUAL = 1e-4
 FRACTION_ROUNDING = 1e-9
 # How far apart two devices' fp64 sums may be, in terms of the largest pretrained value.
 SUM_ROUNDING = 64 * torch.finfo(torch.float64).eps
-# Numbers before the tensors in a saved state.
-HEADER = 4
 
 
 @dataclass(frozen=True)
@@ -237,7 +235,7 @@ def _nothing() -> None:
     pass
 
 
-class RosaState(ScheduleState):
+class RosaState(SavedState):
     """What an adapter of one layer needs beside its factors to be trained further, or put on another copy of the model.
 
     Tensors on the host in fp32, fp64 for an fp64 layer; they are saved with the adapter:
@@ -248,6 +246,8 @@ class RosaState(ScheduleState):
     what was saved.
     """
 
+    # phase, start, n, and whether the change is dense.
+    HEADER = 4
     TENSORS = ("A0", "B0", "P", "Q", "dense")
 
     def __init__(
@@ -341,14 +341,10 @@ class RosaState(ScheduleState):
         )
         return torch.cat([header, *(getattr(self, name).flatten() for name in self.TENSORS)])
 
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Takes over what `get_extra_state` returned, here or elsewhere. ValueError if it is not of such an adapter."""
-        problem = self.problem_with(state)
-        if problem:
-            raise ValueError(f"the state of a ROSA adapter {problem}")
-        state = state.detach().to("cpu", self.dtype, copy=True)
-        phase, start, n, dense = map(int, state[:HEADER])
-        parts = state[HEADER:].split([math.prod(shape) for shape in self._shapes(n, dense)])
+    def take_over(self, state: torch.Tensor) -> None:
+        state = state.to(self.dtype)
+        phase, start, n, dense = map(int, state[: self.HEADER])
+        parts = state[self.HEADER :].split([math.prod(shape) for shape in self._shapes(n, dense)])
         for name, shape, part in zip(self.TENSORS, self._shapes(n, dense), parts, strict=True):
             setattr(self, name, part.view(shape).clone())
         self.phase, self.start = phase, start
@@ -359,19 +355,12 @@ class RosaState(ScheduleState):
         r, N, K = self.r, self.out_features, self.in_features
         return [(r, K), (N, r), (n, K), (N, n), (N * dense, K)]
 
-    def problem_with(self, state: torch.Tensor) -> str | None:
-        """What keeps a tensor from being this adapter's state, as the end of a sentence."""
-        if not isinstance(state, torch.Tensor) or state.dim() != 1 or len(state) < HEADER:
-            return f"must be a vector of at least {HEADER} numbers, got {getattr(state, 'shape', state)}"
-        if not state.is_floating_point():
-            return f"must hold floating-point numbers, got {state.dtype}"
-        if not torch.isfinite(state).all():
-            return "has values that are not finite"
-        header = state[:HEADER].tolist()
+    def why_not(self, state: torch.Tensor) -> str | None:
+        header = state[: self.HEADER].tolist()
         phase, _, n, dense = header
         if any(value != int(value) for value in header) or min(phase, n, dense) < 0 or dense > 1 or (n and dense):
             return f"starts with {header}, which is no phase, start, and form of a change"
-        wanted = HEADER + sum(math.prod(shape) for shape in self._shapes(int(header[2]), int(header[3])))
+        wanted = self.HEADER + sum(math.prod(shape) for shape in self._shapes(int(header[2]), int(header[3])))
         if len(state) != wanted:
             sizes = f"r = {self.r} on [{self.out_features}, {self.in_features}]"
             return f"must have {wanted} numbers for {sizes}, got {len(state)}"
@@ -452,6 +441,7 @@ class SubspaceHost:
         """Takes the weight as it is for W0."""
         self._pretrained = PretrainedWeight(self.base_weight())
         self._holds = self._held_in_use = None
+        self._written: tuple[torch.Tensor, int] | None = None  # the weight and its version, as left by `refresh`
         self._loading = self._weight_loaded = False
         self.register_load_state_dict_post_hook(_after_load)
 
@@ -483,6 +473,36 @@ class SubspaceHost:
             increment_version(self.base_weight())
         if not suspended:
             self._held_in_use = wanted
+        self._note_written()
+
+    def _note_written(self) -> None:
+        weight = self.base_weight()
+        self._written = None if weight.is_inference() else (weight, weight._version)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._note_written()  # which may be another tensor now
+        return self
+
+    def check_held(self) -> None:
+        """RuntimeError if something else has written to the base weight what does not go with the factors, as averages
+        of models over draws do (EMA). Where nothing has, it costs two comparisons.
+        """
+        if torch.compiler.is_compiling() or self._written is None:
+            return
+        weight, version = self._written
+        # Another tensor is what FSDP gathers for the forward.
+        if weight is not self.base_weight() or weight._version == version:
+            return
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            if not self._pretrained.is_in(weight, self._in_layout(self.wanted_change())):
+                raise RuntimeError(
+                    "ROSA: the base weight was changed by something else than the adapter, and no longer goes with its "
+                    "factors, as when a model is averaged over draws (EMA, AveragedModel), or loaded in part. Average "
+                    "what evaluation uses after merging, or exported adapters; copy an adapter with "
+                    "peft_fused.copy_adapter; load with load_state_dict or PEFT"
+                )
+        self._note_written()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self._loading, self._weight_loaded = True, prefix + self.WEIGHT in state_dict
@@ -619,6 +639,13 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
             return []
         return [RosaMember(self.rosa_state, self.factors, self._merged, self.resample)]
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        factors = [key for key in (f"{prefix}rosa_A.weight", f"{prefix}rosa_B.weight") if key in state_dict]
+        if factors and f"{prefix}rosa_state._extra_state" not in state_dict:
+            problem = self.rosa_state.problem_with(None)
+            raise ValueError(f"the state dict has {factors[0]}, but {prefix}rosa_state._extra_state {problem}")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, K] and B [N, r]."""
         return self.rosa_A.weight, self.rosa_B.weight
@@ -659,6 +686,7 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
         if self.training:
             self.rosa_state.count_forward()
+        self.check_held()
         return lowrank_linear(x, self.weight_nk(), self.bias, *self.factors())
 
     def op_problem(self, rows: int) -> Problem | None:

@@ -6,6 +6,8 @@ import weakref
 import torch
 from torch import nn
 
+from ..ops.arguments import FLOATING
+
 # A loop calls the schedule before a step's forward: one that has not by the next forward is not going to.
 FORWARDS_BEFORE_WARNING = 1
 
@@ -26,6 +28,10 @@ class ScheduleState(nn.Module):
         """What training does while no schedule sets this state, as a clause: "DyLoRA trains at the fixed rank 8"."""
         raise NotImplementedError
 
+    def follow_state(self, other: "ScheduleState") -> None:
+        """Takes over what a schedule has set in the state of another adapter, of the same configuration."""
+        self.scheduled = other.scheduled
+
     def count_forward(self) -> None:
         """Warns, once per model, with the second training forward that no schedule preceded."""
         if torch.compiler.is_compiling() or self.scheduled:
@@ -33,6 +39,43 @@ class ScheduleState(nn.Module):
         self.forwards += 1
         if self.forwards == FORWARDS_BEFORE_WARNING + 1:
             _warn_unscheduled(self)
+
+
+class SavedState(ScheduleState):
+    """A ScheduleState of which a resumed run needs tensors whose sizes change over time. They are saved as one vector,
+    the extra state of torch's modules: buffers would have to keep their shapes. Subclasses define `get_extra_state`,
+    `why_not`, and `take_over`.
+    """
+
+    # Numbers that a saved vector has at least.
+    HEADER: int
+
+    def why_not(self, state: torch.Tensor) -> str | None:
+        """What keeps a finite vector of at least HEADER numbers from being such a state, as the end of a sentence."""
+        raise NotImplementedError
+
+    def take_over(self, state: torch.Tensor) -> None:
+        """Replaces everything by a vector that `why_not` let pass."""
+        raise NotImplementedError
+
+    def problem_with(self, state: torch.Tensor | None) -> str | None:
+        """What keeps a tensor, or the lack of one, from being this state, as the end of a sentence."""
+        if state is None:
+            return "is missing, without which its parameters mean something else"
+        if not isinstance(state, torch.Tensor):
+            return f"must be a vector of numbers, got {state!r}"
+        if state.layout != torch.strided or state.is_meta or state.dim() != 1 or state.dtype not in FLOATING:
+            found = f"{list(state.shape)} of {state.dtype}, {state.layout}, on {state.device}"
+            return f"must be a vector of floating-point numbers, got {found}"
+        if len(state) < self.HEADER:
+            return f"must have at least {self.HEADER} numbers, got {len(state)}"
+        return self.why_not(state) if torch.isfinite(state).all() else "has values that are not finite"
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Takes over what `get_extra_state` returned, here or elsewhere. ValueError if it is not of such an adapter."""
+        if problem := self.problem_with(state):
+            raise ValueError(f"{type(self).__name__} of adapter {self.group!r} {problem}")
+        self.take_over(state.detach().cpu())
 
 
 class PlacedState(ScheduleState):

@@ -3,6 +3,7 @@
 from ...ops import flops as flops  # PEFT has imported Triton by now, if it is there
 from .adamix import AdaMixConfig, AdaMixModel, merge_experts
 from .aflora import AfLoraConfig, AfLoraModel
+from .copying import copy_adapter
 from .dylora import DyLoraConfig, DyLoraModel
 from .export import export_lora
 from .rosa import RosaConfig, RosaModel
@@ -21,6 +22,7 @@ __all__ = [
     "RosaModel",
     "SurmConfig",
     "SurmModel",
+    "copy_adapter",
     "export_lora",
     "merge_experts",
 ]

@@ -125,6 +125,11 @@ class AdaMixLinear(FusedLayer):
             return ["rows of one batch go to different experts"]
         return super().reasons_against_linear(name)
 
+    def reason_against_weight(self, name: str) -> str | None:
+        if self.adamix_block[name].routes.grouped and self.training:
+            return "sends the rows of one batch to different experts"
+        return super().reason_against_weight(name)
+
     def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return self.adamix_block[name].linear(x, weight, bias)
 

@@ -16,7 +16,7 @@ from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig
 from .loading import awaits_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .tuner import EXTRA_STATE, FusedLayer, FusedPeftType, FusedTuner, register
 
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -195,11 +195,9 @@ class AfLoraLinear(FusedLayer):
         super().set_requires_grad(adapter_names, requires_grad)
         self.keep_frozen()
 
-    def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        self.aflora_state[adapter_name].check(_without_container(tensors))
-
-    def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        self.aflora_state[adapter_name].fit(_without_container(tensors))
+    def copy_adapter(self, source: str, target: str) -> None:
+        super().copy_adapter(source, target)
+        self.keep_frozen()
 
     def factor(self, adapter_name: str) -> torch.Tensor:
         return self.aflora_A[adapter_name].weight
@@ -246,10 +244,6 @@ def _after_load(layer: AfLoraLinear, incompatible_keys) -> None:
     layer.keep_frozen()
 
 
-def _without_container(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.partition(".")[2]: tensor for key, tensor in tensors.items()}
-
-
 class AfLoraModel(FusedTuner):
     """The AFLoRA tuner, made by `get_peft_model` and PEFT's loaders."""
 
@@ -263,6 +257,14 @@ class AfLoraModel(FusedTuner):
         elif peft_config.frozen_modules and not self._has(peft_config.is_frozen):
             raise ValueError(f"frozen_modules must name modules of the model, got {peft_config.frozen_modules!r}")
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, *args, **kwargs):
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        for name, module in model.named_modules():
+            if isinstance(module, AfLoraState) and f"{name}.{EXTRA_STATE}" in found:
+                found[f"{name}.{EXTRA_STATE}"] = module.unpadded(found[f"{name}.{EXTRA_STATE}"])
+        return found
 
     def _has(self, matches: Callable[[str], bool]) -> bool:
         return any(matches(name) for name, _ in self.model.named_modules())

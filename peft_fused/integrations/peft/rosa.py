@@ -31,8 +31,6 @@ from .config import FusedConfig
 from .loading import Snapshot, awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
-STATE = "rosa_state._extra_state"
-
 
 @dataclass
 class RosaConfig(FusedConfig):
@@ -142,14 +140,18 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         kind, name = self.wanted()
         if kind == "pretrained":
             return None
-        return self._total_change(name) if kind == "merged" else self.rosa_state[name].frozen_change(self.weight.device)
+        return (
+            self._total_change(name)
+            if kind == "merged"
+            else self.rosa_state[name].frozen_change(self.base_weight().device)
+        )
 
     def other_changes(self) -> Iterator[torch.Tensor | None]:
         yield None
         for name, state in self.rosa_state.items():
             if not self.factor(name).is_meta:
                 yield self._total_change(name)
-                yield state.frozen_change(self.weight.device)
+                yield state.frozen_change(self.base_weight().device)
 
     def suspended(self) -> bool:
         return self.disable_adapters and not self.merged
@@ -221,7 +223,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         weight = self.base_weight()
         self._pretrained.write(weight, None)
         increment_version(weight)
-        self._holds = self._held_in_use = None
+        self._holds = self._held_in_use = self._written = None
 
     @torch.no_grad()
     def learned(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,24 +289,10 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             *self.factors(adapter_name)
         )
 
-    def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        unknown = tensors.keys() - {STATE}
-        problem = f"must not have {sorted(unknown)}" if unknown else None
-        if not problem:
-            problem = self.rosa_state[adapter_name].problem_with(tensors[STATE]) if tensors else "is missing"
-        if problem:
-            layer = self.rosa_state[adapter_name].layer
-            raise ValueError(
-                f"the checkpoint does not fit adapter {adapter_name!r} (rosa); nothing was loaded. The state of "
-                f"{layer} {problem}"
-            )
-
-    def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        self.rosa_state[adapter_name].set_extra_state(tensors[STATE])
-
     def _count(self, name: str) -> None:
         if self.training:
             self.rosa_state[name].count_forward()
+        self.check_held()
 
     def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         self._count(name)

@@ -6,6 +6,7 @@ perhaps `fused_linear`, and a tuner that names them; see `dylora.py` and `surm.p
 
 import copy
 import warnings
+from collections.abc import Container
 from contextlib import contextmanager
 from enum import Enum
 
@@ -18,6 +19,7 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    PeftType,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
@@ -25,9 +27,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.scheduled import ScheduleState
 from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
+from .effective import EffectiveWeight
 from .loading import (
     Snapshot,
     awaits_checkpoint,
@@ -68,6 +72,8 @@ def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> Non
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
 
 
+# What torch calls the value of get_extra_state in a state dict.
+EXTRA_STATE = "_extra_state"
 NOT_ADDITIVE = f"is of kind 'adapter' and cannot be merged: {NO_DELTA}"
 
 
@@ -133,12 +139,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
     problem(adapter_name, x, has_weight): what the op of `fused_linear` (has_weight) or `add_delta` is given.
     is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
-    check_state, fit_state(adapter_name, tensors): for state whose shapes change over time; see there.
     """
 
     linear_op: str | None = None
-    # Of other_param_names, those that hold what a schedule keeps for a resumed run: tensors that a checkpoint may lack,
-    # or have in other shapes.
+    # In the model that it was made for, for messages.
+    module_name: str = ""
+    # Of other_param_names, those that hold what a schedule keeps for a resumed run, as the extra state of a module that
+    # defines problem_with(state), state being None where a checkpoint has none.
     state_names: tuple[str, ...] = ()
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
@@ -174,6 +181,40 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         """The active adapters that this layer has."""
         here = self.adapters_here()
         return [name for name in self.active_adapters if name in here]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For modules that read the weight instead of calling the layer: the base weight with the active adapters."""
+        weight = super().weight
+        applies = not self.disable_adapters and not self.merged and self.adapters_in_use()
+        if not applies or not weight.is_floating_point():  # a packed weight is of use to its own layer only
+            return weight
+        # A compiler sees from the graph whether the value is needed.
+        return self.effective_weight() if torch.compiler.is_compiling() else EffectiveWeight(self)
+
+    def effective_weight(self) -> torch.Tensor:
+        """Base weight and active adapters, in the shape and dtype of the base weight, with gradients for the adapters.
+
+        RuntimeError if one works on the output, or differently on the rows of a batch: no weight expresses that.
+        """
+        weight = self.get_base_layer().weight
+        names = self.adapters_in_use()
+        for name in names:
+            if reason := self.reason_against_weight(name):
+                raise RuntimeError(
+                    f"the weight of {self.module_name!r} was read by a module that does not call the layer, but its "
+                    f"adapter {name!r} {reason}; leave this layer out with exclude_modules"
+                )
+        with torch.autocast(weight.device.type, enabled=False):
+            # The forward of each on every unit vector: whatever rank, expert or dropout is in use now.
+            wide = self.factor(names[0]).dtype
+            units = torch.eye(self.in_features, dtype=wide, device=weight.device)
+            delta = sum(self.add_delta(name, units.to(self.factor(name).dtype), None).to(wide) for name in names)
+            return (weight + (delta if self.transposed else delta.t())).to(weight.dtype)
+
+    def reason_against_weight(self, adapter_name: str) -> str | None:
+        """Why no weight has an adapter's effect, as the end of a sentence; None if one has."""
+        return NOT_ADDITIVE if self.on_output(adapter_name) else None
 
     def follow_mode(self, adapter_name: str) -> None:
         """Puts an adapter added to a layer in use into the layer's mode, training or evaluation."""
@@ -280,13 +321,53 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         return adapter_name not in self.adapters_here() or not self.on_output(adapter_name)
 
     def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """ValueError, naming it, if a tensor of a checkpoint is none that this adapter's state could hold.
+        """ValueError if a checkpoint's tensors under `state_names` are none that this adapter's state could hold.
 
-        tensors: those under `state_names`, keyed "<container>.<name>"; empty where the checkpoint has none.
+        tensors: keyed "<container>.<name>"; empty where the checkpoint has none.
         """
+        for container in self.state_names:
+            state = self._modules[container][adapter_name]
+            problem = state.problem_with(tensors.get(f"{container}.{EXTRA_STATE}"))
+            if unknown := sorted(tensors.keys() - {f"{each}.{EXTRA_STATE}" for each in self.state_names}):
+                problem = f"must not have {unknown}"
+            if problem:
+                raise ValueError(
+                    f"the checkpoint does not fit adapter {adapter_name!r}; nothing was loaded. {container} of "
+                    f"{self.module_name!r} {problem}"
+                )
+
+    def check_complete(self, prefix: str, keys: Container[str]) -> None:
+        """ValueError if a state dict has parameters of an adapter without the state that gives them a meaning.
+
+        prefix: of this layer's keys in the state dict.
+        """
+        for name in self.adapters_here() if self.state_names else ():
+            found = (
+                f"{prefix}{container}.{name}.{key}" in keys
+                for container in self.adapter_layer_names
+                for key, _ in self._modules[container][name].named_parameters()
+            )
+            saved = (f"{prefix}{container}.{name}.{EXTRA_STATE}" for container in self.state_names)
+            if any(found) and not any(key in keys for key in saved):
+                self.check_state(name, {})
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_complete(prefix, state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def copy_adapter(self, source: str, target: str) -> None:
+        """Makes an adapter of this layer what another is, its parameters in place."""
+        for container in self.adapter_layer_names + self.other_param_names:
+            blocks = self._modules[container]
+            blocks[target].load_state_dict(blocks[source].state_dict())
+            for mine, other in zip(blocks[target].modules(), blocks[source].modules(), strict=True):
+                if isinstance(mine, ScheduleState):
+                    mine.follow_state(other)
 
     def fit_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Gives the adapter's state the shapes of a checkpoint that `check_state` let pass and is loaded next."""
+        """Takes over a state that `check_state` let pass: what is then loaded can fail no more."""
+        for key, tensor in tensors.items():
+            self._modules[key.partition(".")[0]][adapter_name].set_extra_state(tensor)
 
     def explain_path(self) -> tuple[str, list[str]]:
         """(path of a forward call, reasons against the fully fused one); see `peft_fused.explain`."""
@@ -332,6 +413,22 @@ class FusedTuner(BaseTuner):
         # A config that the user read and passed on is known by its inference_mode, which get_peft_model leaves off.
         loading = awaits_checkpoint(config) or config.inference_mode
         self.before_load = (adapter_name, before) if loading else None
+
+    def _check_target_module_compatiblity(self, peft_config, model, target_name):
+        # PEFT makes this check for methods that it knows by name; ours meet the same modules as its LoRA.
+        as_lora = copy.copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        try:
+            super()._check_target_module_compatiblity(as_lora, model, target_name)
+        except ValueError as error:
+            raise ValueError(f"{peft_config.peft_type.value}, as LoRA: {error}") from error
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # All layers before the first one loads anything.
+        for name, layer in self.named_modules(prefix=prefix.rstrip(".")):
+            if isinstance(layer, FusedLayer):
+                layer.check_complete(f"{name}.", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def layer_cls_for(self, base: nn.Module, config, key: str) -> type:
         """The class that adapts a target. TypeError if none does."""
@@ -380,6 +477,7 @@ class FusedTuner(BaseTuner):
                 target.follow_mode(adapter_name)
                 return
             layer = layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+            layer.module_name = current_key
         except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
             raise ValueError(f"target module {current_key!r}: {error}") from error
         if adapter_name not in self.active_adapters:
