@@ -16,8 +16,16 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from torch.utils.data import Dataset, IterableDataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_fused.integrations.peft import RosaConfig, RosaModel, export_lora
 from peft_fused.integrations.peft.dylora import DyLoraConfig
@@ -600,6 +608,74 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, every, at):
         run.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
         assert run.state.global_step == 18
         assert same_weights(everything(resumed), expected)
+
+
+class Stream(IterableDataset):
+    """Passes of 6 micro-batches. alike: every one the same, so that a run does not depend on where in a pass it is."""
+
+    def __init__(self, alike=False):
+        self.alike = alike
+
+    def __iter__(self):
+        data = Tokens()
+        return iter([data[0 if self.alike else i] for i in range(12)])
+
+
+class Phases(TrainerCallback):
+    def __init__(self):
+        self.seen = {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.seen[state.global_step] = {layer.rosa_state["default"].phase for layer in layers(model).values()}
+
+
+def stream_run(folder, stream, accumulate, resume=None, max_steps=14):
+    net, phases = adapted(resample_every="epoch"), Phases()
+    run = trainer(folder, net, accumulate, max_steps=max_steps)
+    run.train_dataset = stream
+    run.add_callback(phases)
+    run.train(resume_from_checkpoint=resume)
+    return net, phases.seen
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_passes_of_a_stream_are_counted_and_a_resumed_run_equals_the_straight_one(tmp_path, accumulate):
+    per_pass = 6 // accumulate
+    straight, seen = stream_run(tmp_path / "straight", Stream(), accumulate)
+    assert seen == {step: {step // per_pass} for step in range(14)}
+    # At the ends of passes, where the Trainer finds the data again, and within the first.
+    for step in (per_pass - 1, per_pass, 2 * per_pass):
+        resume = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed, again = stream_run(tmp_path / "resumed", Stream(), accumulate, resume)
+        assert again == {at: phases for at, phases in seen.items() if at >= step}
+        assert same_weights(everything(resumed), everything(straight))
+
+
+def test_a_stream_resumed_anywhere_draws_at_the_same_steps(tmp_path):
+    """Within a later pass the Trainer does not find the data again, so it is alike everywhere here."""
+    straight, seen = stream_run(tmp_path / "straight", Stream(alike=True), 2)
+    for step in range(1, 14):
+        resume = str(tmp_path / "straight" / f"checkpoint-{step}")
+        resumed, again = stream_run(tmp_path / "resumed", Stream(alike=True), 2, resume)
+        assert again == {at: phases for at, phases in seen.items() if at >= step}
+        assert same_weights(everything(resumed), everything(straight)), step
+    # And what was resumed within a pass can be resumed again.
+    stream_run(tmp_path / "twice", Stream(alike=True), 2, str(tmp_path / "straight" / "checkpoint-4"))
+    resume = str(tmp_path / "twice" / "checkpoint-8")
+    resumed, again = stream_run(tmp_path / "thrice", Stream(alike=True), 2, resume)
+    assert again == {at: phases for at, phases in seen.items() if at >= 8}
+    assert same_weights(everything(resumed), everything(straight))
+
+
+def test_a_second_run_of_a_trainer_counts_anew(tmp_path):
+    net, phases = adapted(resample_every="epoch"), Phases()
+    run = trainer(tmp_path, net, 2, max_steps=7, save_strategy="no")
+    run.train_dataset = Stream()
+    run.add_callback(phases)
+    run.train()
+    assert phases.seen[6] == {2}
+    run.train()  # on the same adapter, which goes on from the phase it has
+    assert phases.seen == {0: {2}, 1: {2}, 2: {2}, 3: {3}, 4: {3}, 5: {3}, 6: {4}}
 
 
 def test_checkpointed_training_equals_plain_training(tmp_path):
