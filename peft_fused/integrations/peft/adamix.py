@@ -160,16 +160,15 @@ class AdaMixNorm(AdaMixLinear):
     def sizes(base: nn.Module) -> tuple[int, int]:
         return base.normalized_shape[-1], base.normalized_shape[-1]
 
-    def forward(self, z: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        if not self.disable_adapters and not self.merged:
-            for name in self.adapters_in_use():
-                h = self.base_layer(z, *args, **kwargs)
-                block, dtype = self.adamix_block[name], h.dtype
-                if self._mixes(name, dtype) or torch.is_autocast_enabled(z.device.type):
-                    z = block(h, z.to(dtype))
-                else:
-                    wide = self.factor(name).dtype
-                    z = block(h.to(wide), z.to(wide)).to(dtype)
+    def _adapted(self, names: list[str], z: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for name in names:
+            h = self.base_layer(z, *args, **kwargs)
+            block, dtype = self.adamix_block[name], h.dtype
+            if self._mixes(name, dtype) or torch.is_autocast_enabled(z.device.type):
+                z = block(h, z.to(dtype))
+            else:
+                wide = self.factor(name).dtype
+                z = block(h.to(wide), z.to(wide)).to(dtype)
         return self.base_layer(z, *args, **kwargs)
 
     def delta_path(self, name: str) -> str:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.autograd.graph import increment_version
@@ -129,6 +129,14 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     # -------------------------------------------------------------------------------------------------- the base weight
 
+    def refresh(self, force: bool = False) -> None:
+        """As the base class's; a base weight that accelerate's hooks hold elsewhere is fetched, and put there again."""
+        if self.base_weight().is_meta and "_hf_hook" in self.get_base_layer().__dict__:
+            with onload_layer(self):
+                super().refresh(force)
+        else:
+            super().refresh(force)
+
     def wanted(self) -> tuple[str, str | None]:
         """What the base weight must hold: W0, all of an adapter's, or what an adapter's factors leave of it."""
         if self.merged:
@@ -245,6 +253,11 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
                 factor.data.add_(torch.randn_like(factor) * factor.std() / 4)
 
     def _draw(self, name: str, phase: int, agree=None) -> None:
+        if self.base_weight().is_meta or self.factor(name).is_meta:
+            raise RuntimeError(
+                f"ROSA cannot draw new factors of {self.module_name!r}: accelerate's hooks hold its weights elsewhere "
+                "(offloading); train without, as with accelerate.hooks.remove_hook_from_submodules"
+            )
         draw_factors(self.rosa_state[name], self.pretrained_nk(), *self.factors(name), phase, agree)
         self.refresh(force=True)
 

@@ -229,6 +229,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         names = [] if self.merged else self.adapters_in_use()
         if not names:
             return self.base_layer(x, *args, **kwargs)
+        if self.is_offloaded(names):
+            with self.onloaded(names):
+                return self._adapted(names, x, *args, **kwargs)
+        return self._adapted(names, x, *args, **kwargs)
+
+    def _adapted(self, names: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The forward pass with these adapters."""
         base = self.base_layer
         if args or kwargs or self.linear_op is None or self.reasons_against_linear(names[0]):
             result = base(x, *args, **kwargs)
@@ -238,6 +245,23 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         for name in names:
             result = self._add(name, x, result)
         return result
+
+    def is_offloaded(self, names: list[str]) -> bool:
+        """Whether accelerate's hooks may hold parameters of these adapters elsewhere until their modules are called."""
+        return self.factor(names[0]).is_meta or is_hooked(self.base_layer)
+
+    @contextmanager
+    def onloaded(self, names: list[str]):
+        """Runs those hooks, as calling the modules would: the ops read parameters without calling modules."""
+        blocks = (self._modules[each][name] for name in names for each in self.adapter_layer_names)
+        hooked = [module for block in blocks for module in block.modules() if "_hf_hook" in module.__dict__]
+        for module in hooked:
+            module._hf_hook.pre_forward(module)
+        try:
+            yield
+        finally:
+            for module in hooked:
+                module._hf_hook.post_forward(module, None)
 
     def reasons_against_linear(self, adapter_name: str) -> list[str]:
         """Why the base layer and this adapter cannot run as one op; empty if they can."""
