@@ -22,6 +22,11 @@ def autocasts(device_type: str) -> bool:
     return device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
 
 
+def is_recorded() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace makes a graph of what runs."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def is_subclass(x) -> bool:
     return type(x) not in (torch.Tensor, torch.nn.Parameter)
 

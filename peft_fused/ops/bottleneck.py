@@ -29,6 +29,7 @@ from .arguments import (
     check_shape,
     describe,
     dtype_names,
+    is_recorded,
     is_subclass,
     split,
 )
@@ -78,9 +79,8 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
     A dispatch mode sees one operation, torch.ops.peft_fused.bottleneck_fwd.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
     """
-    compiling = torch.compiler.is_compiling()
     state = dispatch.state
-    if state.native_serves and not compiling:
+    if state.native_serves and not is_recorded():
         # None says that something is unusual, for the checks and the choice below: see lowrank._run.
         y = native.module.bottleneck(
             h, down, down_bias, up, up_bias, activation, residual, scale, expert, state.backend
@@ -100,10 +100,10 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
 
     expert_d, expert_u = (0 if e is None or t.dim() == 2 else e for e, t in zip(pair, (down, up), strict=True))
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
-    traced = compiling or is_subclass(h) or torch._C._len_torch_dispatch_stack() > 0
+    traced = is_recorded() or is_subclass(h) or torch._C._len_torch_dispatch_stack() > 0
     # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
     if traced:
-        backend = dispatch.forced() or "auto"
+        backend = dispatch.in_graph()
     else:
         backend = dispatch.choose(problem_of(h, down, up, activation, (expert_d, expert_u)))
     if backend == "reference":

@@ -178,6 +178,18 @@ def _why_not(backend: str, problem, interpret: bool, native_wanted: bool) -> tup
     return tuple(reasons)
 
 
+def exporting() -> bool:
+    """Whether torch.export (of which torch.onnx makes use) or torch.jit.trace records a graph, to run elsewhere."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def in_graph() -> str:
+    """The backend of a call that is recorded: the forced one; the plain formula where the graph is to be exported; else
+    "auto", which is chosen when the graph runs.
+    """
+    return state.backend or ("reference" if exporting() else "auto")
+
+
 def _preference(problem) -> tuple[str, ...]:
     return problem.preference(LAUNCH_BOUND) if problem.device == "cuda" else ("torch",)
 

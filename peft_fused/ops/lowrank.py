@@ -29,6 +29,7 @@ from .arguments import (
     check_dropout,
     check_shape,
     dtype_names,
+    is_recorded,
     is_subclass,
     seed_tensor,
     split,
@@ -111,9 +112,8 @@ def lowrank(
 
 
 def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen):
-    compiling = torch.compiler.is_compiling()
     state = dispatch.state
-    if state.native_serves and not compiling:
+    if state.native_serves and not is_recorded():
         # None says that something is unusual: bad arguments, autocast, a tensor subclass, a dispatch mode, another
         # backend. The checks and the choice are made below, once, in Python.
         y = native.module.lowrank(
@@ -134,9 +134,9 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
     threshold = dropout_threshold(dropout_p)
     seed = seed_tensor(seed, x.device) if threshold else None
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
-    traced = compiling or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
+    traced = is_recorded() or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
     # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
-    backend = (dispatch.forced() or "auto") if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
+    backend = dispatch.in_graph() if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
     if backend == "reference":
         options = dict(scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen)
         if weight is not None:

@@ -21,6 +21,7 @@ from ..arguments import (
     check_dense,
     check_dropout,
     dtype_names,
+    is_recorded,
     is_subclass,
     seed_tensor,
     split,
@@ -60,9 +61,9 @@ def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
     threshold = dropout_threshold(dropout_p)
     seed = seed_tensor(seed, x.device) if threshold else None
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
-    traced = torch.compiler.is_compiling() or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
+    traced = is_recorded() or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
     if traced:
-        backend = dispatch.forced() or "auto"
+        backend = dispatch.in_graph()
     else:
         problem = problem_of(kind, x, p, q, n, threshold > 0, transposed)
         backend = dispatch.choose(problem)
