@@ -4,13 +4,14 @@ import logging
 
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fused
 
+pytest.importorskip("onnxscript")
+ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
 TARGETS = dict(target_modules=["0"])
 RANDOM = dict(init_weights=False, **TARGETS)
 METHODS = {

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, explainers, first_of, problem_of
 from ...ops.lowrank import MAX_RANK
+from .quantised import unpack
 from .tuner import is_hooked
 
 __all__ = ["AccelerationReport", "FusedLoraLinear", "accelerate", "restore"]
@@ -110,6 +111,16 @@ class _FusedForward:
         for A, B, _, scale, p in adapters[1:]:
             y = lowrank(x, A, B, add=y, scale=scale, dropout_p=p)
         return y
+
+    def merge(self, *args, **kwargs) -> None:
+        """As PEFT's, of the weight as it was before bitsandbytes packed it for inference on a CPU."""
+        unpack(self.get_base_layer())
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As PEFT's; see `merge`."""
+        unpack(self.get_base_layer())
+        super().unmerge()
 
     def _active_operands(self, x: torch.Tensor):
         """[(A, B, bias of B, scale, dropout probability)] of the active adapters, in order.

@@ -41,6 +41,7 @@ from .loading import (
     forget_checkpoint,
     undo_injection,
 )
+from .quantised import is_packed, unpack
 
 
 class FusedPeftType(str, Enum):
@@ -284,6 +285,15 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if not self._mixes(name, x.dtype):
             x = x.to(self.factor(name).dtype)
         return (result + self.add_delta(name, x, None)).to(result.dtype)
+
+    def get_base_weight(self) -> torch.Tensor:
+        """The base layer's weight, dequantised."""
+        base = self.get_base_layer()
+        if is_packed(base):
+            base = copy.deepcopy(base)  # this one computes on as it did
+            unpack(base)
+            return self.quantization_backend.get_base_weight(base)
+        return super().get_base_weight()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters to the base weight: summed in fp32 and rounded once per call, to the weight's dtype.
