@@ -11,7 +11,7 @@ from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMemb
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_rank
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ...ops.dispatch import Problem
-from .config import FusedConfig
+from .config import FusedConfig, check_after
 from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
@@ -32,8 +32,12 @@ class AdaMixConfig(FusedConfig):
 
     position, of kind="adapter", gives target_modules where the model type is known: "adamix", after the output of the
     feed-forward block; "houlsby", also after that of the attention; "pfeiffer", on the norm that ends the feed-forward
-    block: y = norm(z + block(norm(z))). Train with `peft_fused.AdaMixTrainerMixin` or `peft_fused.adamix_loss` for the
-    consistency loss. Raises TypeError or ValueError naming the field, the value and what is allowed.
+    block: y = norm(z + block(norm(z))). Where the model drops that output, the authors' adapters stand after its
+    dropout: after="dropout", the name it has beside the target, puts them there. By default they stand before it, where
+    any layer can be adapted without knowing the model; in evaluation both are the same.
+
+    Train with `peft_fused.AdaMixTrainerMixin` or `peft_fused.adamix_loss` for the consistency loss. Raises TypeError or
+    ValueError naming the field, the value and what is allowed.
     """
 
     fused_type: ClassVar = FusedPeftType.ADAMIX
@@ -48,6 +52,12 @@ class AdaMixConfig(FusedConfig):
     )
     position: str = field(
         default="adamix", metadata={"help": "Of the adapter kind: 'adamix', 'houlsby' or 'pfeiffer'."}
+    )
+    after: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the adapter kind: name of the torch.nn.Dropout beside a target that the adapter stands after."
+        },
     )
     lora_alpha: float = field(default=16, metadata={"help": "Of the LoRA kind: its scale is lora_alpha / r."})
     adamix_dropout: float = field(default=0.0, metadata={"help": "Dropout on the block's input, in [0, 1)."})
@@ -78,6 +88,9 @@ class AdaMixConfig(FusedConfig):
             if getattr(self, name) != getattr(AdaMixConfig, name):
                 kind = next(kind for kind in KINDS if kind != self.kind)
                 raise ValueError(f"{name} is an option of kind={kind!r}, got {getattr(self, name)!r}")
+
+        kept = self.kind == "adapter" and self.position != "pfeiffer"
+        check_after(self, kept, "kind='adapter' in position 'adamix' or 'houlsby'")
 
     def policy(self) -> RoutePolicy:
         return RoutePolicy(

@@ -70,3 +70,15 @@ class FusedConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         remember_checkpoint(config, keys)
         return config
+
+
+def check_after(config, allowed: bool, where: str) -> None:
+    """Makes config.after, of an adapter on the output, a list of names or None. TypeError or ValueError naming it."""
+    after = [config.after] if isinstance(config.after, str) else config.after
+    if after is None:
+        return
+    if not isinstance(after, list | tuple) or not after or not all(isinstance(name, str) and name for name in after):
+        raise TypeError(f"after must be a name, a list of names or None, got {config.after!r}")
+    if not allowed:
+        raise ValueError(f"after is an option of {where}, got {config.after!r}")
+    config.after = list(after)

@@ -10,7 +10,7 @@ from ...layers.structured import StructuredDelta
 from ...layers.structured_maps import MapSpec
 from ...layers.surm_adapter import SurmAdapter, make_activation
 from ...ops.structured import StructuredProblem
-from .config import FusedConfig
+from .config import FusedConfig, check_after
 from .loading import awaits_checkpoint
 from .positions import default_targets
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
@@ -26,6 +26,10 @@ class SurmConfig(FusedConfig):
     "circulant": C(a . b), 2 max(N, K), or with product=False half of that; with rectangular="block" 2 N K / block_size.
     "toeplitz": any Toeplitz matrix, N + K - 1. "symmetric_toeplitz": T(b) T(a), 2 n. "kronecker": B (x) A, N + K,
     whatever r. "ldr": sum of q products circulant x skew-circulant, 2 q n. N = K = n where n stands.
+
+    Where the model drops the output that an adapter stands on, the authors' adapter stands after its dropout:
+    after="dropout", the name it has beside the target, puts it there. By default it stands before, where any layer can
+    be adapted without knowing the model; in evaluation both are the same.
 
     scale: 1 if surm_alpha is None; else surm_alpha, which "kronecker" divides by r. Structured parameters are few, and
     weight decay on them is seldom meant: see `peft_fused.decay_groups`. Raises TypeError or ValueError naming the
@@ -63,6 +67,13 @@ class SurmConfig(FusedConfig):
         default=False, metadata={"help": "Of the adapter kind: accept an activation that is not 0 at 0."}
     )
 
+    after: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Of the adapter kind: name of the torch.nn.Dropout beside a target that the adapter stands after."
+        },
+    )
+
     def __post_init__(self):
         super().__post_init__()
         MapSpec(kind=self.kind, **self.map_options())
@@ -72,6 +83,7 @@ class SurmConfig(FusedConfig):
         if not isinstance(self.activation, str):
             raise TypeError(f"activation must be the name of one, got {self.activation!r}")
         make_activation(self.activation, self.allow_nonidentity)
+        check_after(self, self.kind == "adapter", "kind='adapter'")
         for name in ("activation", "allow_nonidentity"):
             if self.kind != "adapter" and getattr(self, name) != getattr(SurmConfig, name):
                 raise ValueError(f"{name} is an option of kind='adapter', got {getattr(self, name)!r}")

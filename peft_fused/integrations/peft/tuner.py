@@ -99,6 +99,19 @@ def _is_torchao(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(getattr(module, "weight", None)) not in (torch.Tensor, nn.Parameter)
 
 
+def find_dropout(parent: nn.Module, names: list[str], key: str) -> str:
+    """Which child of a target's parent the adapters of the target stand after. ValueError if none has such a name."""
+    for name in names:
+        module = parent._modules.get(name)
+        if isinstance(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, nn.Dropout):
+            return name
+    found = [name for name, module in parent.named_children() if isinstance(module, nn.Dropout)]
+    raise ValueError(
+        f"after: beside target module {key!r} no torch.nn.Dropout is named {' or '.join(map(repr, names))}; its parent "
+        f"has {found or 'none'}"
+    )
+
+
 def is_hooked(module: nn.Module):
     """Truthy if calling the module may do something that its class's forward does not."""
     # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
@@ -159,9 +172,11 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=options.pop("get_apply_tensor_subclass", None)
         )
-        base = self.get_base_layer()
-        self.transposed = isinstance(base, Conv1D)
-        self.in_features, self.out_features = self.sizes(base)
+        # What has the sizes: the base layer, or, where that is a dropout, the layer before it.
+        sized = options.pop("sized", self.get_base_layer())
+        self.transposed = isinstance(sized, Conv1D)
+        self.in_features, self.out_features = self.sizes(sized)
+        self._made_for = sized.weight.device, sized.weight.dtype
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, **options)
 
@@ -169,6 +184,12 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def sizes(base: nn.Module) -> tuple[int, int]:
         """(input, output) features of a base layer."""
         return tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.in_features, base.out_features)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module):
+        if isinstance(base_layer, nn.Dropout):
+            device, dtype = self._made_for
+            return next((p.device for p in self.parameters()), device), dtype
+        return super()._get_base_layer_device_and_dtype(base_layer)
 
     def on_output(self, adapter_name: str) -> bool:
         """Whether an adapter works on the layer's output: not linear in the weight, it cannot be merged."""
@@ -420,8 +441,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
         if not names:
             return None
-        weight = self.get_base_layer().weight
-        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16  # a quantised weight does not tell
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised weight does not tell
         x = torch.empty(1, self.in_features, device=self.factor(names[0]).device, dtype=dtype).expand(rows, -1)
         has_weight = self.linear_op is not None and not self.reasons_against_linear(names[0])
         return self.problem(names[0], x, has_weight)
@@ -499,18 +520,23 @@ class FusedTuner(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
         options = self.layer_options(peft_config, current_key)
+        made = get_quantization_kwargs(self)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         wrapped = isinstance(target, self.tuner_layer_cls)
         layer_cls = self.tuner_layer_cls
         if not wrapped:
-            layer_cls = self.layer_cls_for(
-                target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, peft_config, current_key
-            )
+            layer_cls = self.layer_cls_for(base, peft_config, current_key)
+        if after := getattr(peft_config, "after", None):
+            target_name = find_dropout(parent, after, current_key)
+            target, made = getattr(parent, target_name), made | {"sized": base}
+            wrapped = isinstance(target, self.tuner_layer_cls)
+            current_key = f"{current_key.rpartition('.')[0]}.{target_name}".lstrip(".")
         try:
             if wrapped:
                 target.update_layer(adapter_name, **options)
                 target.follow_mode(adapter_name)
                 return
-            layer = layer_cls(target, adapter_name, **options, **get_quantization_kwargs(self))
+            layer = layer_cls(target, adapter_name, **options, **made)
             layer.module_name = current_key
         except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
             raise ValueError(f"target module {current_key!r}: {error}") from error
@@ -521,7 +547,8 @@ class FusedTuner(BaseTuner):
     def _replace_module(self, parent, child_name, new_module, child):
         # PEFT's gives the module what the replaced one has as its weight: of a module in modules_to_save that is none,
         # where it is made of several, or the original's, where the adapters are disabled.
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        # And a dropout has none.
+        if isinstance(child, AuxiliaryTrainingWrapper) or nn.Dropout in map(type, (child, new_module)):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
