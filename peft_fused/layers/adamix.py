@@ -21,7 +21,7 @@ from .checks import (
     check_int,
     check_linear,
     check_rank,
-    is_conv1d,
+    features,
 )
 from .scheduled import PlacedState
 from .surm_adapter import NO_DELTA
@@ -490,7 +490,7 @@ class AdaMixLinear(AdaptedLinear):
         check_linear("base", base)
         check_choice("kind", kind, ("adapter", "lora"))
         policy = RoutePolicy(num_experts, share_down, share_up, routing, strict_experts, seed)
-        n, k = base.weight.shape[::-1] if is_conv1d(base) else base.weight.shape
+        k, n = features(base)
         shared = dict(
             expert_init=expert_init, dropout=dropout, device=base.weight.device,
             dtype=check_adapter_dtype("dtype", dtype, base.weight.dtype),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops import lowrank_linear
-from .checks import check_alpha, check_choice, check_flag, check_int
+from .checks import check_adapter_dtype, check_alpha, check_choice, check_flag, check_int, check_linear
 from .lowrank import LowRankLinear
 from .scheduled import SavedState
 from .sharded import is_sharded, local, shard, whole
@@ -228,6 +228,10 @@ class AFLoRALinear(LowRankLinear):
     """
 
     def __init__(self, base, r, alpha, dropout, dtype, policy: FreezingPolicy, d_initial: float, frozen: bool):
+        check_linear("base", base)
+        most = torch.finfo(check_adapter_dtype("dtype", dtype, base.weight.dtype)).max
+        if not abs(d_initial) <= most:
+            raise ValueError(f"d_initial must be at most {most:g} in the adapter's dtype, got {d_initial}")
         super().__init__(base, r, r if alpha is None else alpha, dropout, False, dtype)
         self.lora_d = nn.Parameter(self.lora_A.new_full((r,), d_initial))
         self.lora_b = nn.Parameter(self.lora_A.new_zeros(self.out_features))

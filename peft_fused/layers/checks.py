@@ -1,11 +1,16 @@
 """Checks of the arguments that adapter layers and their configurations share."""
 
-import math
-
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..ops.arguments import FLOATING
 from ..triton_kernels.plan import MAX_RANK
+
+# What a number that an adapter computes with may be at most: factors and scales are kept in fp32.
+LARGEST = torch.finfo(torch.float32).max
+COMPUTED = "is no parameter but computed from others (parametrized, as by weight_norm or spectral_norm, or pruned)"
+MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
 
 
 def check_rank(name: str, value, most: int = MAX_RANK) -> int:
@@ -18,11 +23,11 @@ def check_rank(name: str, value, most: int = MAX_RANK) -> int:
 
 
 def check_alpha(name: str, value) -> float:
-    """The value, if it is a finite number. TypeError or ValueError naming it otherwise."""
+    """The value, if it is a number that is finite in fp32. TypeError or ValueError naming it otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not abs(value) <= LARGEST:  # false for nan, and for ints that no float can hold
+        raise ValueError(f"{name} must be finite in fp32, got {value}")
     return value
 
 
@@ -69,7 +74,7 @@ def check_flag(name: str, value) -> bool:
 
 def check_choice(name: str, value, allowed: tuple[str, ...]) -> str:
     """The value, if it is one of the allowed strings. ValueError naming it otherwise."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
@@ -86,18 +91,57 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def check_linear(name: str, module) -> nn.Module:
-    """The module, if it is a torch.nn.Linear or a transformers Conv1D with a dense floating-point weight.
+    """The module, if it is a torch.nn.Linear or a transformers Conv1D with a dense weight in fp32, fp16, bf16 or fp64.
 
-    TypeError naming what it is otherwise.
+    TypeError naming what it is otherwise. Reads only: whoever freezes the module does so after all other checks.
     """
     allowed = "torch.nn.Linear or transformers' Conv1D"
     if not isinstance(module, nn.Module) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
         raise TypeError(f"{name} must be a {allowed}, got {type(module).__name__}")
-    weight = module.weight
-    plain = weight.is_floating_point() and weight.dim() == 2 and weight.layout == torch.strided
-    if not plain or (isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features)):
+    weight, bias = module._parameters.get("weight"), module.bias
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"{name}: the weight of this {type(module).__name__} {COMPUTED}. {MAKE_PERMANENT}")
+    shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
+    if not _is_dense(weight, shape):
         raise TypeError(
-            f"{name} must be a {allowed} with a dense floating-point weight, got {type(module).__name__} with a weight "
-            f"of {weight.dtype} {list(weight.shape)}; quantised layers are supported through the PEFT integration"
+            f"{name} must be a {allowed} with a dense floating-point weight of its sizes, got {type(module).__name__} "
+            f"with a weight that is {_describe(weight)}; quantised layers are supported through the PEFT integration"
+        )
+    if bias is not None and not _is_dense(bias, shape[:1] if isinstance(module, nn.Linear) else shape[1:]):
+        raise TypeError(
+            f"{name} must have a dense floating-point bias of its output's size, or none, got {type(module).__name__} "
+            f"with a bias that is {_describe(bias)}"
+        )
+    if weight.is_inference():
+        raise TypeError(
+            f"{name}: the weight of this {type(module).__name__} was made under torch.inference_mode(), so that "
+            "nothing can be trained with it or merged into it; make the layer outside of it"
         )
     return module
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(input, output) features of a module that `check_linear` let pass."""
+    n, k = reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape
+    return k, n
+
+
+def _is_dense(tensor, shape: tuple[int, ...]) -> bool:
+    return (
+        isinstance(tensor, torch.Tensor)
+        and not is_lazy(tensor)
+        and not tensor.is_nested
+        and tensor.layout == torch.strided
+        and tensor.dtype in FLOATING
+        and tuple(tensor.shape) == shape
+    )
+
+
+def _describe(tensor) -> str:
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}"
+    if is_lazy(tensor):
+        return "not initialised yet (run the layer once)"
+    if tensor.is_nested:
+        return "nested"
+    return f"{str(tensor.layout).removeprefix('torch.')} {tensor.dtype} {list(tensor.shape)}"

@@ -145,6 +145,7 @@ class DyLoRALinear(LowRankLinear):
     """
 
     def __init__(self, base, r, alpha, dropout, use_rslora, dtype, policy: RankPolicy):
+        policy.check_r(check_rank("r", r))
         super().__init__(base, r, alpha, dropout, use_rslora, dtype)
         self.ranks = RankState(r, alpha, policy, use_rslora=use_rslora).to(self.weight.device)
 

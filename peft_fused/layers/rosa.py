@@ -19,13 +19,24 @@ from itertools import chain
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 from ..draws import draw_int
 from ..ops import lowrank_linear
 from ..ops.dispatch import Problem, problem_of
 from .adapted import AdaptedLinear
-from .checks import MAX_RANK, check_adapter_dtype, check_choice, check_int, check_linear, check_rank
+from .checks import (
+    COMPUTED,
+    MAKE_PERMANENT,
+    MAX_RANK,
+    check_adapter_dtype,
+    check_choice,
+    check_int,
+    check_linear,
+    check_rank,
+    features,
+)
 from .scheduled import SavedState
 from .sharded import is_sharded, local, part_of, whole
 
@@ -155,20 +166,27 @@ def check_writable(name: str, base: nn.Module) -> None:
     """TypeError or ValueError if a module's weight cannot be split now."""
     if not isinstance(base._parameters.get("weight"), nn.Parameter):
         raise TypeError(
-            f"{name}: the weight of this {type(base).__name__} is no parameter but computed from others (parametrized, "
-            "as by weight_norm or spectral_norm, or pruned); ROSA changes the weight in place, which that would undo. "
-            "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
+            f"{name}: the weight of this {type(base).__name__} {COMPUTED}; ROSA changes the weight in place, which "
+            f"that would undo. {MAKE_PERMANENT}"
         )
     weight = base.weight
     if is_sharded(weight):
         raise ValueError(f"{name}: the weight is sharded already; ROSA has to be added before fully_shard")
-    if weight.is_meta:
-        raise ValueError(f"{name}: the weight has no values (meta device, or offloaded); ROSA splits and changes it")
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        raise ValueError(
+            f"{name}: the weight has no values (meta device, fake, or offloaded); ROSA splits and changes it"
+        )
     if span(weight) < weight.numel():
         raise ValueError(
             f"{name}: elements of the weight share memory (shape {list(weight.shape)}, strides {weight.stride()}, as "
             "expand makes them); ROSA changes each by itself: give the layer a contiguous weight"
         )
+
+
+def check_finite(name: str, weight: torch.Tensor) -> None:
+    """ValueError if a weight has no singular directions."""
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name}: the weight has values that are not finite, so that it has no singular directions")
 
 
 class PretrainedWeight:
@@ -560,8 +578,11 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         check_subspace_rank("r", r)
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
         check_writable("base", base)
+        check_finite("base", base.weight)
+        if isinstance(layer, bool) or not isinstance(layer, int | str):
+            raise TypeError(f"layer must be an int or a str, got {layer!r}")
+        r = subspace_rank(r, *features(base))
         super().__init__(base)
-        r = subspace_rank(r, self.in_features, self.out_features)
         device = self.weight.device
         self.rosa_A = SubspaceFactor(r, self.in_features, dtype=dtype, device=device)
         self.rosa_B = SubspaceFactor(self.out_features, r, dtype=dtype, device=device)

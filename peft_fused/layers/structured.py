@@ -5,7 +5,7 @@ from torch import nn
 
 from ..ops.structured import StructuredProblem
 from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, is_conv1d
+from .checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, features
 from .structured_maps import MapSpec, StructuredMap
 
 TOEPLITZ = {"symmetric": "symmetric_toeplitz", "general": "toeplitz"}
@@ -65,9 +65,8 @@ class StructuredLinear(AdaptedLinear):
 
     def __init__(self, base: nn.Module, spec: MapSpec, alpha: float | None, dropout: float, dtype):
         check_linear("base", base)
-        n, k = reversed(base.weight.shape) if is_conv1d(base) else base.weight.shape
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
-        adapter = StructuredDelta(spec.make(k, n, dtype=dtype, device=base.weight.device), alpha, dropout)
+        adapter = StructuredDelta(spec.make(*features(base), dtype=dtype, device=base.weight.device), alpha, dropout)
         super().__init__(base)
         self.adapter = adapter
 

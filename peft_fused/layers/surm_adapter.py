@@ -5,7 +5,7 @@ from torch import nn
 
 from ..ops.structured import StructuredProblem
 from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_flag, check_int, check_linear, is_conv1d
+from .checks import check_adapter_dtype, check_flag, check_int, check_linear, features
 from .structured import StructuredDelta
 from .structured_maps import MapSpec
 
@@ -136,7 +136,7 @@ class SurmAdapterLinear(AdaptedLinear):
         default fp32. The rest: see `SurmAdapter`. Raises TypeError or ValueError naming the argument.
         """
         check_linear("base", base)
-        n = base.weight.shape[1 if is_conv1d(base) else 0]
+        _, n = features(base)
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
         return cls(base, SurmAdapter(n, structure, dtype=dtype, device=base.weight.device, **options))
 

@@ -17,6 +17,7 @@ from ...layers.rosa import (
     SubspaceFactor,
     SubspaceHost,
     SubspacePolicy,
+    check_finite,
     check_subspace_rank,
     check_writable,
     draw_factors,
@@ -359,11 +360,7 @@ class RosaModel(FusedTuner):
         layers = {n: m for n, m in model.named_modules() if isinstance(m, RosaPeftLinear) and adapter_name in m.rosa_A}
         try:
             for name, layer in layers.items():
-                if not torch.isfinite(layer._pretrained.values).all():
-                    raise ValueError(
-                        f"target module {name!r}: the weight has values that are not finite, so that it has no "
-                        "singular directions"
-                    )
+                check_finite(f"target module {name!r}", layer._pretrained.values)
             for layer in layers.values():
                 if not layer.factor(adapter_name).is_meta:  # low_cpu_mem_usage: weights come later
                     layer.start(adapter_name, perturb=not config.init_weights)

@@ -1,0 +1,168 @@
+"""What every layer class refuses to be made from, or with: by name, and with the base as it was."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
+
+from peft_fused.layers import (
+    AdaMixLinear,
+    AFLoRALinear,
+    CirculantLinear,
+    DyLoRALinear,
+    KroneckerLinear,
+    LDRLinear,
+    LoRALinear,
+    RosaLinear,
+    SurmAdapterLinear,
+    ToeplitzLinear,
+)
+
+CLASSES = (
+    AdaMixLinear, AFLoRALinear, CirculantLinear, DyLoRALinear, KroneckerLinear, LDRLinear, LoRALinear, RosaLinear,
+    SurmAdapterLinear, ToeplitzLinear,
+)  # fmt: skip
+HUGE = 10**400
+
+
+def with_weight(weight):
+    base = nn.Linear(8, 8)
+    base.weight = weight
+    return base
+
+
+def nested(layout):
+    return nn.Parameter(torch.nested.nested_tensor([torch.randn(8), torch.randn(8)], layout=layout))
+
+
+def with_bias(bias):
+    base = nn.Linear(8, 8)
+    base.bias = bias
+    return base
+
+
+def of_another_mode(mode):
+    with mode():
+        return nn.Linear(8, 8)
+
+
+ODD_BASES = {
+    "a string": (lambda: "x", "must be a torch.nn.Linear or transformers' Conv1D, got str"),
+    "no linear layer": (lambda: nn.Conv2d(2, 2, 1), "got Conv2d"),
+    "sparse": (lambda: with_weight(nn.Parameter(torch.randn(8, 8).to_sparse())), "a weight that is sparse_coo"),
+    "csr": (lambda: with_weight(nn.Parameter(torch.randn(8, 8).to_sparse_csr())), "a weight that is sparse_csr"),
+    "nested": (lambda: with_weight(nested(torch.strided)), "a weight that is nested"),
+    "jagged": (lambda: with_weight(nested(torch.jagged)), "a weight that is nested"),
+    "lazy": (lambda: nn.LazyLinear(8), "a weight that is not initialised"),
+    "uninitialised": (lambda: with_weight(nn.UninitializedParameter()), "a weight that is not initialised"),
+    "none": (lambda: with_weight(None), "weight of this Linear is no parameter"),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "is no parameter but computed"),
+    "integers": (lambda: with_weight(nn.Parameter(torch.ones(8, 8, dtype=torch.int8), False)), r"torch.int8 \[8, 8\]"),
+    "float8": (lambda: with_weight(nn.Parameter(torch.ones(8, 8).to(torch.float8_e4m3fn))), "float8_e4m3fn"),
+    "of another size": (lambda: with_weight(nn.Parameter(torch.ones(8, 4))), r"\[8, 4\]"),
+    "inference": (lambda: of_another_mode(torch.inference_mode), "inference_mode"),
+    "a short bias": (lambda: with_bias(nn.Parameter(torch.ones(3))), r"a bias that is strided torch.float32 \[3\]"),
+    "a lazy bias": (lambda: with_bias(nn.UninitializedParameter()), "a bias that is not initialised"),
+    "an integer bias": (lambda: with_bias(nn.Parameter(torch.ones(8, dtype=torch.int64), False)), "torch.int64"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*Lazy modules:UserWarning", "ignore:.*prototype stage:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*beta state:UserWarning")
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("what", ODD_BASES)
+def test_odd_bases_are_refused_by_name(cls, what):
+    make, message = ODD_BASES[what]
+    base = make()
+    with pytest.raises(TypeError, match=f"base.*{message}"):
+        cls.from_linear(base)
+    if isinstance(base, nn.Module) and what not in ("integers", "an integer bias"):
+        assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_fake_weights_are_for_all_but_rosa():
+    for cls in CLASSES:
+        base = of_another_mode(FakeTensorMode)
+        if cls is RosaLinear:
+            with pytest.raises(ValueError, match="base: the weight has no values"):
+                cls.from_linear(base)
+            assert base.weight.requires_grad and base.bias.requires_grad
+        else:
+            assert cls.from_linear(base).weight is base.weight and not base.weight.requires_grad
+
+
+SHARED = [dict(dtype="float32"), dict(dtype=torch.float16), dict(dtype=torch.int8)]
+DROPPED = [dict(dropout=1.0), dict(dropout=-0.1), dict(dropout="0"), dict(dropout=float("nan")), dict(dropout=HUGE)]
+SCALED = [dict(alpha=HUGE), dict(alpha=-HUGE), dict(alpha=1e39), dict(alpha=float("nan")), dict(alpha="1")]
+RANKED = [dict(r=0), dict(r=257), dict(r=HUGE), dict(r=2.5), dict(r=True), dict(r="4")]
+SURM = [*SHARED, *DROPPED, *SCALED]
+WRONG = {
+    LoRALinear: [*SHARED, *DROPPED, *SCALED, *RANKED, dict(use_rslora=1), dict(alpha=None)],
+    DyLoRALinear: [
+        *SHARED, *DROPPED, *SCALED, *RANKED, dict(r=2, r_min=4), dict(r_min=0), dict(r_min="1"), dict(resample="never"),
+        dict(rank_distribution=3), dict(geometric_p=1.0), dict(geometric_p=HUGE), dict(frozen=None),
+        dict(strict_frozen="yes"), dict(seed=1.5),
+    ],
+    AFLoRALinear: [
+        *SHARED, *DROPPED, *SCALED, *RANKED, dict(d_initial=HUGE), dict(d_initial=1e39), dict(d_initial="0"),
+        dict(frozen=1), dict(t_i=-1), dict(t_i=HUGE), dict(t_i=0.6, t_f=0.6), dict(ramp="linear"), dict(rule=None),
+        dict(beta1=1.0), dict(beta2="0.9"), dict(window=0),
+    ],
+    AdaMixLinear: [
+        *SHARED, *DROPPED, *RANKED, dict(kind="loha"), dict(kind="lora", alpha=HUGE), dict(activation="step"),
+        dict(num_experts=0), dict(num_experts=HUGE), dict(share_down=True), dict(share_up=1), dict(routing=["batch"]),
+        dict(expert_init=None), dict(strict_experts=True, routing="sequence"), dict(seed="1"),
+    ],
+    RosaLinear: [
+        *SHARED, *RANKED[:3], *RANKED[4:], dict(r=9), dict(r=1.0), dict(r=float("nan")), dict(split="qr"),
+        dict(sample=None), dict(resample_every="never"), dict(resample_every=0), dict(seed=None), dict(layer=None),
+        dict(layer=1.5),
+    ],
+    CirculantLinear: [
+        *SURM, dict(product=1), dict(rectangular="crop"), dict(block_size=2), dict(rectangular="block", block_size=3),
+    ],
+    ToeplitzLinear: [*SURM, dict(structure="toeplitz"), dict(structure=None)],
+    KroneckerLinear: [*SURM, dict(r=3), dict(r=0), dict(r=2.0)],
+    LDRLinear: [*SURM, dict(q=0), dict(q=None)],
+    SurmAdapterLinear: [
+        *SURM, dict(structure="dense"), dict(q=2), dict(activation="step"), dict(activation=3),
+        dict(activation=nn.ReLU()), dict(activation="sigmoid"), dict(allow_nonidentity=1),
+        dict(activation=nn.Linear(8, 4)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: Conv1D(8, 8)], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_refused_arguments_leave_the_base_as_it_was(cls, make):
+    base = make()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    dictionary = dict(vars(base))
+    for wrong in WRONG[cls]:
+        with pytest.raises((TypeError, ValueError)) as refused:
+            cls.from_linear(base, **wrong)
+        # One that depends on others may be explained by those.
+        assert any(name in str(refused.value) for name in wrong), (wrong, refused.value)
+        assert all(parameter.requires_grad for parameter in base.parameters()), wrong
+        assert vars(base) == dictionary and all(torch.equal(before[k], v) for k, v in base.state_dict().items()), wrong
+    cls.from_linear(base)
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_structures_of_square_layers_leave_others_as_they_were():
+    for cls in (ToeplitzLinear, LDRLinear):
+        base = nn.Linear(8, 4)
+        with pytest.raises(ValueError, match="square"):
+            cls.from_linear(base)
+        assert base.weight.requires_grad and base.bias.requires_grad
+
+
+def test_rosa_refuses_weights_without_singular_directions():
+    base = nn.Linear(8, 8)
+    with torch.no_grad():
+        base.weight[2, 3] = float("inf")
+    before = base.weight.clone()
+    with pytest.raises(ValueError, match="base: the weight has values that are not finite"):
+        RosaLinear.from_linear(base, r=2)
+    assert base.weight.requires_grad and base.bias.requires_grad and torch.equal(base.weight, before)
