@@ -14,7 +14,7 @@ from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_de
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
-from .config import FusedConfig
+from .config import FusedConfig, check_names, check_pattern
 from .loading import awaits_checkpoint
 from .tuner import EXTRA_STATE, FusedLayer, FusedPeftType, FusedTuner, register
 
@@ -98,24 +98,9 @@ class AfLoraConfig(FusedConfig):
             check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
         check_alpha("d_initial", self.d_initial)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name) or {}, dict):
-                raise TypeError(f"{name} must be a dict or None, got {type(getattr(self, name)).__name__}")
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        for name, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{name!r}]", rank)
-        for name, alpha in self.alpha_pattern.items():
-            check_alpha(f"alpha_pattern[{name!r}]", alpha)
-        names = self.frozen_modules
-        if isinstance(names, set | tuple):
-            names = self.frozen_modules = sorted(names)
-        if isinstance(names, str):
-            try:
-                re.compile(names)
-            except re.error as error:
-                raise ValueError(f"frozen_modules must be a regular expression, got {names!r}: {error}") from error
-        elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise TypeError(f"frozen_modules must be a list of str, a str or None, got {names!r}")
+        self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, check_rank)
+        self.alpha_pattern = check_pattern("alpha_pattern", self.alpha_pattern, check_alpha)
+        self.frozen_modules = check_names("frozen_modules", self.frozen_modules, sorted)
         self.policy()
 
     def policy(self) -> FreezingPolicy:

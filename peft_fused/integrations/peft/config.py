@@ -1,13 +1,72 @@
 """The fields that the configurations of all our PEFT methods share, under PEFT's names, and their checks."""
 
+import contextlib
+import json
 import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME
 
-from ...layers.checks import check_choice, check_flag
+from ...layers.checks import check_choice, check_flag, check_int
 from .loading import checkpoint_keys, remember_checkpoint
+
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+@contextlib.contextmanager
+def whole_files(path: str | os.PathLike, *names: str) -> Iterator[str]:
+    """A folder to write these files to. They take the place of those in `path`, in this order, once all are written."""
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as folder:
+        yield folder
+        for name in names:
+            os.replace(os.path.join(folder, name), os.path.join(path, name))
+
+
+def check_regex(name: str, value: str) -> None:
+    """ValueError naming it if a str is no regular expression."""
+    try:
+        re.compile(value)
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from error
+
+
+def check_names(name: str, value, collection: type, regex: bool = True):
+    """Names of modules as that collection, or None. regex: a str passes as well, if it is a regular expression.
+
+    TypeError or ValueError naming the field otherwise.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and regex:
+        check_regex(name, value)
+        return value
+    if not isinstance(value, list | set | tuple) or not all(isinstance(each, str) and each for each in value):
+        also = ", a str or None" if regex else " or None"
+        raise TypeError(f"{name} must be a list of str{also}, got {value!r}")
+    return collection(value)
+
+
+def check_pattern(name: str, value, check: Callable) -> dict:
+    """A dict from names of modules, read as regular expressions, to what `check` lets pass; empty for None.
+
+    TypeError or ValueError naming the field and key otherwise.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict or None, got {type(value).__name__}")
+    for key, each in value.items():
+        if not isinstance(key, str):
+            raise TypeError(f"{name} must have keys of str, got {key!r}")
+        check_regex(f"{name}[{key!r}]", key)
+        check(f"{name}[{key!r}]", each)
+    return value
 
 
 @dataclass
@@ -52,16 +111,40 @@ class FusedConfig(PeftConfig):
         check_choice("bias", self.bias, ("none", "all", f"{self.fused_type.value.lower()}_only"))
         check_flag("init_weights", self.init_weights)
         check_flag("fan_in_fan_out", self.fan_in_fan_out)
+        check_flag("inference_mode", self.inference_mode)
+        for name, kind in (("base_model_name_or_path", str), ("revision", str), ("auto_mapping", dict)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__} or None, got {value!r}")
         if self.trainable_token_indices is not None:
             raise ValueError("trainable_token_indices must be None: it is not supported; use modules_to_save")
+        self.target_modules = check_names("target_modules", self.target_modules, set)
+        self.exclude_modules = check_names("exclude_modules", self.exclude_modules, set)
+        # A copy, as PEFT adds a classifier to it. Not a str, whose letters PEFT would take for names.
+        self.modules_to_save = check_names("modules_to_save", self.modules_to_save, list, regex=False)
+        self.layers_pattern = check_names("layers_pattern", self.layers_pattern, list)
+        layers = self.layers_to_transform
+        if layers is not None:
+            for index in layers if isinstance(layers, list | tuple) else [layers]:
+                check_int("layers_to_transform", index)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None when target_modules is a str")
-        if self.layers_pattern and self.layers_to_transform is None:
+        if self.layers_pattern and layers is None:
             raise ValueError("layers_pattern needs layers_to_transform")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As PeftConfig.save_pretrained, but the file is whole or as before, and has patterns in the order in which
+        they are tried: PEFT sorts them, and with "q_proj" before "self_attn.q_proj" other layers would be meant.
+        """
+        with whole_files(save_directory, CONFIG_NAME) as folder:
+            super().save_pretrained(folder, **kwargs)
+            path = os.path.join(folder, CONFIG_NAME)
+            with open(path) as file:
+                stored = json.load(file)
+            stored |= {name: getattr(self, name) for name in PATTERNS if name in stored}
+            with open(path, "w") as file:
+                json.dump(stored, file, indent=2)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

@@ -11,7 +11,7 @@ from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
-from .config import FusedConfig
+from .config import FusedConfig, check_pattern
 from .loading import awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
@@ -56,14 +56,8 @@ class DyLoraConfig(FusedConfig):
         check_rank("r", self.r)
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("lora_dropout", self.lora_dropout)
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name) or {}, dict):
-                raise TypeError(f"{name} must be a dict or None, got {type(getattr(self, name)).__name__}")
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        for name, rank in self.rank_pattern.items():
-            check_rank(f"rank_pattern[{name!r}]", rank)
-        for name, alpha in self.alpha_pattern.items():
-            check_alpha(f"alpha_pattern[{name!r}]", alpha)
+        self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, check_rank)
+        self.alpha_pattern = check_pattern("alpha_pattern", self.alpha_pattern, check_alpha)
         self.policy().check_r(min([self.r, *self.rank_pattern.values()]))
 
     def policy(self) -> RankPolicy:

@@ -2,7 +2,8 @@
 
 import contextlib
 import os
-import tempfile
+import re
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
@@ -14,7 +15,7 @@ from ...layers.sharded import is_sharded, whole
 from ...layers.surm_adapter import NO_DELTA
 from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
 from .aflora import AfLoraConfig, AfLoraLinear
-from .config import FusedConfig
+from .config import FusedConfig, whole_files
 from .dylora import DyLoraConfig, DyLoraLinear
 from .loading import WRAPPER
 from .rosa import RosaConfig, RosaPeftLinear
@@ -72,7 +73,10 @@ def export_lora(
     containers = {name for layer in layers.values() for name in layer.adapter_layer_names + layer.state_names}
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters_here()}
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        factors, lora_config, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
+        exported, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
+    lora_config = _lora_config(config, layers, exported)
+    factors = {f"{name}.lora_A.weight": layer.A for name, layer in exported.layers.items()}
+    factors |= {f"{name}.lora_B.weight": layer.B for name, layer in exported.layers.items()}
 
     # Saved biases and modules_to_save go along as they are.
     others = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -83,76 +87,79 @@ def export_lora(
         tensors[key] = whole(value).detach().to("cpu", copy=True).contiguous()
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
         return error
-    os.makedirs(path, exist_ok=True)
-    # Whole files only, and no config beside weights that are not its own: what is cut short here passes for no adapter.
-    with tempfile.TemporaryDirectory(dir=path, prefix=".export-") as whole_files:
-        lora_config.save_pretrained(whole_files)
-        save_file(tensors, os.path.join(whole_files, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    with whole_files(path, SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) as folder:
+        lora_config.save_pretrained(folder)
+        save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        # No config beside weights that are not its own: what is cut short from here on passes for no adapter.
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(path, CONFIG_NAME))
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(os.path.join(whole_files, name), os.path.join(path, name))
     return error
 
 
+class _Layer(NamedTuple):
+    """Factors A [r, K] and B [N, r] of a layer, whose scale is alpha / r."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+    alpha: float
+
+
+class _Exported(NamedTuple):
+    """What a LoRA checkpoint is made of: its layers by name, and the rank, alpha and dropout that most of them have."""
+
+    layers: dict[str, _Layer]
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+
+
 def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name: str, rank: int | None):
-    """(factors by key, LoRA configuration, None) of a DyLoRA adapter cut to a rank."""
+    """A DyLoRA adapter cut to a rank, and None."""
     states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
     rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
-    factors = {}
+    found = {}
     for name, layer in layers.items():
-        b = min(rank, layer.dylora_ranks[adapter_name].r)
+        state = layer.dylora_ranks[adapter_name]
+        b = min(rank, state.r)
         A, B = whole(layer.dylora_A[adapter_name].weight), whole(layer.dylora_B[adapter_name].weight)
-        factors |= {f"{name}.lora_A.weight": A[:b], f"{name}.lora_B.weight": B[:, :b]}
-    lora_config = _lora_config(
-        config, layers, r=min(rank, config.r), lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        rank_pattern={name: min(rank, r) for name, r in config.rank_pattern.items()},
-        alpha_pattern=config.alpha_pattern,
-    )  # fmt: skip
-    return factors, lora_config, None
+        found[name] = _Layer(A[:b], B[:, :b], state.alpha)
+    return _Exported(found, min(rank, config.r), config.lora_alpha, config.lora_dropout), None
 
 
 @torch.no_grad()
 def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, rank: int | None):
-    """(factors by key, LoRA configuration, largest relative error) of a SURM adapter's best approximation of a rank."""
+    """A SURM adapter's best approximation of a rank, and its largest relative error."""
     _check_additive(config, adapter_name)
-    most = {name: min(layer.in_features, layer.out_features) for name, layer in layers.items()}
+    most = max(min(layer.in_features, layer.out_features) for layer in layers.values())
     if rank is None:
-        raise ValueError(f"rank must be given for a SURM adapter, 1..{max(most.values())}")
-    check_rank("rank", rank, max(most.values()))
+        raise ValueError(f"rank must be given for a SURM adapter, 1..{most}")
+    check_rank("rank", rank, most)
     if any(is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
         raise ValueError("export_lora: sharded parameters (FSDP2) are not supported for SURM; gather the model first")
-    factors, errors = {}, []
+    found, errors = {}, []
     for name, layer in layers.items():
         delta = layer.dense_delta(adapter_name)
         U, S, V = torch.linalg.svd(delta, full_matrices=False)
         U, S, V = U[:, :rank], S[:rank].sqrt(), V[:rank]
         A, B = S[:, None] * V, U * S
-        factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+        found[name] = _Layer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
         size = delta.norm()
         errors.append(((delta - B @ A).norm() / size).item() if size > 0 else 0.0)
-    # alpha = rank makes LoRA's scale 1.
-    less = {name.removeprefix(WRAPPER): least for name, least in most.items() if least < rank}
-    lora_config = _lora_config(
-        config, layers, r=rank, lora_alpha=rank, lora_dropout=config.surm_dropout, rank_pattern=less, alpha_pattern=less
-    )
-    return factors, lora_config, max(errors)
+    return _Exported(found, rank, rank, config.surm_dropout), max(errors)
 
 
 def _adamix(config: AdaMixConfig, layers: dict[str, AdaMixLinear], adapter_name: str, rank: int | None):
-    """(factors by key, LoRA configuration, None) of the average of an AdaMix adapter's experts."""
+    """The average of an AdaMix adapter's experts, and None."""
     _check_additive(config, adapter_name)
     if rank is not None:
         raise ValueError(f"rank must be None for an AdaMix adapter, which is exported whole, got {rank!r}")
     if all(config.policy().stacks):
         warn_of_products(adapter_name)
-    factors = {}
+    found = {}
     for name, layer in layers.items():
         block = layer.adamix_block[adapter_name]
-        factors[f"{name}.lora_A.weight"] = whole(block.down.averaged()[0])
-        factors[f"{name}.lora_B.weight"] = whole(block.up.averaged()[0])
-    options = dict(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.adamix_dropout)
-    return factors, _lora_config(config, layers, **options), None
+        found[name] = _Layer(whole(block.down.averaged()[0]), whole(block.up.averaged()[0]), block.alpha)
+    return _Exported(found, config.r, config.lora_alpha, config.adamix_dropout), None
 
 
 def _check_additive(config: FusedConfig, adapter_name: str) -> None:
@@ -161,52 +168,58 @@ def _check_additive(config: FusedConfig, adapter_name: str) -> None:
 
 
 def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraLinear], adapter_name: str, rank: int | None):
-    """(factors by key, LoRA configuration, None) of an AFLoRA adapter."""
+    """An AFLoRA adapter, and None."""
     if rank is not None:
         raise ValueError(f"rank must be None for an AFLoRA adapter, which is exported whole, got {rank!r}")
-    factors, ranks, alphas = {}, {}, {}
+    found = {}
     for name, layer in layers.items():
         vectors = layer.aflora_vectors[adapter_name]
         A, B = whole(layer.aflora_A[adapter_name].weight), whole(layer.aflora_B[adapter_name].weight)
         d, b = whole(vectors.d), whole(vectors.b)
-        factors |= {f"{name}.lora_A.weight": d.unsqueeze(1) * A, f"{name}.lora_B.weight": b.unsqueeze(1) * B}
-        key, r = name.removeprefix(WRAPPER), len(d)
-        ranks[key], alphas[key] = r, vectors.scale * r
+        found[name] = _Layer(d.unsqueeze(1) * A, b.unsqueeze(1) * B, vectors.scale * len(d))
     alpha = config.r if config.lora_alpha is None else config.lora_alpha
-    lora_config = _lora_config(
-        config, layers, r=config.r, lora_alpha=alpha, lora_dropout=config.lora_dropout,
-        rank_pattern={key: r for key, r in ranks.items() if r != config.r},
-        alpha_pattern={key: each for key, each in alphas.items() if each != alpha},
-    )  # fmt: skip
-    return factors, lora_config, None
+    return _Exported(found, config.r, alpha, config.lora_dropout), None
 
 
 @torch.no_grad()
 def _rosa(config: RosaConfig, layers: dict[str, RosaPeftLinear], adapter_name: str, rank: int | None):
-    """(factors by key, LoRA configuration, None) of all that a ROSA adapter has changed."""
+    """All that a ROSA adapter has changed, and None."""
     if rank is not None:
         raise ValueError(f"rank must be None for a ROSA adapter, which is exported whole, got {rank!r}")
-    factors, ranks = {}, {}
+    found = {}
     for name, layer in layers.items():
         B, A = layer.learned(adapter_name)
-        factors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-        ranks[name.removeprefix(WRAPPER)] = len(A)
-    # alpha = rank makes LoRA's scale 1.
-    most = max(ranks.values())
-    less = {key: r for key, r in ranks.items() if r < most}
-    lora_config = _lora_config(config, layers, r=most, lora_alpha=most, rank_pattern=less, alpha_pattern=less)
-    return factors, lora_config, None
+        found[name] = _Layer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
+    most = max(len(layer.A) for layer in found.values())
+    return _Exported(found, most, most), None
 
 
 _EXPORTS = {AdaMixConfig: _adamix, AfLoraConfig: _aflora, DyLoraConfig: _dylora, SurmConfig: _surm, RosaConfig: _rosa}
 
 
-def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], **options) -> LoraConfig:
+def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], exported: _Exported) -> LoraConfig:
     method = config.fused_type.value.lower()
+    found = exported.layers
     return LoraConfig(
+        r=exported.r,
+        lora_alpha=exported.lora_alpha,
+        lora_dropout=exported.lora_dropout,
+        rank_pattern=_pattern({name: len(layer.A) for name, layer in found.items()}, exported.r),
+        alpha_pattern=_pattern({name: layer.alpha for name, layer in found.items()}, exported.lora_alpha),
         bias=config.bias.replace(method, "lora"),
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),
         inference_mode=True,
         **{name: getattr(config, name) for name in SHARED_FIELDS},
-        **options,
     )
+
+
+def _pattern(values: dict[str, float], usual: float) -> dict[str, float]:
+    """What layers have instead of the usual value, keyed by regular expressions of which one fits a layer.
+
+    PEFT takes the first key that fits, but sorts them when it saves: so each has whole names, from the start.
+    """
+    names: dict[float, list[str]] = {}
+    for name, value in values.items():
+        if value != usual:
+            names.setdefault(value, []).append(re.escape(name.removeprefix(WRAPPER)))
+    return {f"^({'|'.join(each)})": value for value, each in names.items()}

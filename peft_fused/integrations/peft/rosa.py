@@ -28,7 +28,7 @@ from ...layers.sharded import is_sharded, whole
 from ...ops import lowrank, lowrank_linear
 from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
-from .config import FusedConfig
+from .config import FusedConfig, check_pattern
 from .loading import Snapshot, awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
 
@@ -80,11 +80,7 @@ class RosaConfig(FusedConfig):
     def __post_init__(self):
         super().__post_init__()
         check_subspace_rank("r", self.r)
-        if not isinstance(self.rank_pattern or {}, dict):
-            raise TypeError(f"rank_pattern must be a dict or None, got {type(self.rank_pattern).__name__}")
-        self.rank_pattern = self.rank_pattern or {}
-        for name, rank in self.rank_pattern.items():
-            check_subspace_rank(f"rank_pattern[{name!r}]", rank)
+        self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, check_subspace_rank)
         self.policy()
 
     def policy(self) -> SubspacePolicy:
