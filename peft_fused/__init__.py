@@ -10,6 +10,9 @@ what is missing and what that costs.
 
 import importlib
 import importlib.util
+import os
+import sys
+import warnings
 
 from . import layers, methods, ops
 from .methods import (
@@ -28,23 +31,24 @@ from .ops.dispatch import explain, use_backend
 
 __version__ = "0.1.0"
 
-# Names that need PEFT or transformers, and where they are. PEFT's are imported below, so that the methods are known to
-# PEFT's loaders; the Trainer callback, which pulls in the whole Trainer, on first use.
-_LAZY = dict.fromkeys(("AdaMixTrainerMixin", "PeftFusedCallback"), ".integrations.transformers")
-_PEFT = (
-    "AdaMixConfig",
-    "AfLoraConfig",
-    "DyLoraConfig",
-    "RosaConfig",
-    "SurmConfig",
-    "accelerate",
-    "copy_adapter",
-    "export_lora",
-    "merge_experts",
-    "restore",
-)
+# Names that need PEFT or transformers, and where they are. The Trainer callback pulls in the whole Trainer, so it waits
+# for its first use.
+_LAZY = {
+    **dict.fromkeys(("AdaMixTrainerMixin", "PeftFusedCallback"), ".integrations.transformers"),
+    **dict.fromkeys(
+        (
+            "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
+            "merge_experts",
+        ),
+        ".integrations.peft",
+    ),
+    **dict.fromkeys(("accelerate", "restore"), ".integrations.peft.accelerate"),
+}
 
-if importlib.util.find_spec("peft") is not None:
+# PEFT's loaders know the methods from here on. Our own command alone does without: it takes PEFT, which is slow to
+# import, where it needs it.
+_OWN_COMMAND = os.path.splitext(os.path.basename((getattr(sys, "argv", None) or [""])[0]))[0] == "peft-fused"
+if not _OWN_COMMAND and importlib.util.find_spec("peft") is not None:
     from .integrations.peft import (
         AdaMixConfig,
         AfLoraConfig,
@@ -56,6 +60,14 @@ if importlib.util.find_spec("peft") is not None:
         merge_experts,
     )
     from .integrations.peft.accelerate import accelerate, restore
+
+# Whoever asks for a pure Python package knows what it lacks.
+if ops.native.not_built and os.environ.get("PEFT_FUSED_BUILD") != "off":
+    warnings.warn(
+        f"peft_fused has no C++ extension, which means {ops.native.COST}. {ops.native.REMEDY}. Where this is intended, "
+        "PEFT_FUSED_BUILD=off in the environment keeps this warning away.",
+        stacklevel=2,
+    )
 
 __all__ = [
     "AdaMixConfig",
@@ -96,11 +108,9 @@ def build_info() -> dict:
 
 
 def __getattr__(name):
-    if name in _LAZY:
-        try:
-            return getattr(importlib.import_module(_LAZY[name], __name__), name)
-        except ModuleNotFoundError as error:
-            raise AttributeError(f"peft_fused.{name} needs transformers: pip install transformers") from error
-    if name in _PEFT:
-        raise AttributeError(f"peft_fused.{name} needs PEFT: pip install peft")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    except ModuleNotFoundError as error:
+        raise AttributeError(f"peft_fused.{name} needs {error.name}: pip install {error.name}") from error

@@ -19,13 +19,17 @@ ROOT = Path(__file__).parent.parent
 DEPENDENCIES = sysconfig.get_path("purelib")
 
 
-def run(command, *, env=None, cwd=None, status=0, errors=True):
-    """What the command prints. errors: on standard error too."""
+def streams(command, *, env=None, cwd=None, status=0):
+    """(standard output, standard error) of a command."""
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True
     )
     assert (done.returncode == 0) == (status == 0), done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + (done.stderr if errors else "")
+    return done.stdout, done.stderr
+
+
+def run(command, **options):
+    return "".join(streams(command, **options))
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +62,10 @@ def fresh(wheel, where):
     return python
 
 
-def ask(python, code, tmp_path):
-    """The last line that the code prints. Standard error may have what dependencies say of themselves."""
-    found = run([python, "-P", "-c", code], env={"PYTHONPATH": DEPENDENCIES}, cwd=tmp_path, errors=False)
-    return found.strip().splitlines()[-1]
+def ask(python, code, tmp_path, env=None):
+    """(last line of what the code prints, what it says on standard error)."""
+    out, err = streams([python, "-P", "-c", code], env={"PYTHONPATH": DEPENDENCIES, **(env or {})}, cwd=tmp_path)
+    return out.strip().splitlines()[-1], err
 
 
 def test_sdist_carries_the_sources(sdist):
@@ -79,15 +83,17 @@ def test_pure_wheel(sdist, tmp_path):
     assert "peft_fused/triton_kernels/lowrank.py" in names and "peft_fused/py.typed" in names
     assert {name.split("/")[0] for name in names} == {"peft_fused", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
     python = fresh(wheel, tmp_path / "env")
-    found = ask(
-        python,
+    code = (
         "import importlib.util, peft_fused, torch; from peft_fused.ops import lowrank;"
         "assert importlib.util.find_spec('triton_kernels') is None;"
         "x = torch.randn(2, 4); y = lowrank(x, torch.randn(3, 4), torch.randn(5, 3));"
-        "print(tuple(y.shape), peft_fused.build_info()['why_not'])",
-        tmp_path,
+        "import peft_fused.layers; print(tuple(y.shape), peft_fused.build_info()['why_not'])"
     )
-    assert found.startswith("(2, 5) not built: the package was installed as pure Python")
+    found, told = ask(python, code, tmp_path)
+    assert found == "(2, 5) not built: the package was installed as pure Python"
+    assert told.count("UserWarning: peft_fused has no C++ extension") == 1
+    assert told.count("pip install --no-build-isolation .") == 1
+    assert ask(python, code, tmp_path, {"PEFT_FUSED_BUILD": "off"}) == (found, "")
 
 
 def test_native_wheel(sdist, tmp_path):
@@ -98,7 +104,7 @@ def test_native_wheel(sdist, tmp_path):
     wheel, _ = wheel_of(sdist[0], "cuda" if nvcc else "force", tmp_path / "dist")
     assert "none-any" not in wheel.name
     python = fresh(wheel, tmp_path / "env")
-    found = ask(
+    found, told = ask(
         python,
         "import torch, peft_fused; from peft_fused.ops import lowrank, native;"
         "x = torch.randn(2, 4); y = lowrank(x, torch.randn(3, 4), torch.randn(5, 3, requires_grad=True));"
@@ -106,6 +112,7 @@ def test_native_wheel(sdist, tmp_path):
         tmp_path,
     )
     assert found == ("CppFunction True ['sm_80', 'sm_90a']" if nvcc else "CppFunction False []")
+    assert "C++ extension" not in told
 
 
 def test_what_an_earlier_build_left_is_not_packed(sdist, tmp_path):
@@ -135,7 +142,8 @@ def test_an_extension_for_another_torch_is_skipped(sdist, tmp_path):
     python = fresh(wheel, tmp_path / "env")
     (package,) = (tmp_path / "env").glob("lib/python*/site-packages/peft_fused")
     (package / "_build_info.py").write_text("BUILD = {'torch': '1.0', 'torch_cuda': None}\n")
-    found = ask(python, "import peft_fused; print(peft_fused.build_info()['why_not'])", tmp_path)
+    found, told = ask(python, "import peft_fused; print(peft_fused.build_info()['why_not'])", tmp_path)
+    assert "the C++ extension is skipped: built for torch 1.0" in told and "UserWarning" not in told
     assert "built for torch 1.0" in found and "reinstall peft_fused with --no-build-isolation" in found
 
 
@@ -151,5 +159,6 @@ def test_build_modes_that_cannot_be_met_say_so(tmp_path):
         (setuptools_only / name).symlink_to(Path(DEPENDENCIES) / name)
     env = {"PYTHONPATH": str(setuptools_only), "PEFT_FUSED_BUILD": "force"}
     assert "torch cannot be imported in this build environment" in run(command, env=env, cwd=ROOT, status=1)
-    env["PEFT_FUSED_BUILD"] = "auto"
-    assert "pure Python install: torch cannot be imported" in run(command, env=env, cwd=ROOT)
+    for auto in ("auto", ""):
+        env["PEFT_FUSED_BUILD"] = auto
+        assert "pure Python install: torch cannot be imported" in run(command, env=env, cwd=ROOT)

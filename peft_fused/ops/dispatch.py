@@ -74,12 +74,13 @@ class use_backend:
 
     It takes effect when called, like torch.set_grad_enabled; as a context manager it puts back, at the end of the
     block, what was set before. None restores the automatic choice. native=False keeps the Python autograd node in place
-    of the C++ one. It holds for the whole process. Raises ValueError for an unknown name.
+    of the C++ one. It holds for the whole process. Raises ValueError for an unknown name, and RuntimeError, before
+    anything has changed, for a backend on which nothing can run on this machine.
     """
 
     def __init__(self, name: str | None, *, native: bool = True):
-        if name is not None:
-            _check_name(name, "use_backend")
+        if name is not None and (reasons := unusable(_check_name(name, "use_backend"), native)):
+            raise RuntimeError(f"use_backend: nothing can run on {name!r} on this machine: " + "; ".join(reasons))
         self._before = state.backend, state.native
         state.set(name, native)
 
@@ -138,6 +139,41 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_NEEDS = {
+    "triton": "Triton kernels need a CUDA device, or TRITON_INTERPRET=1",
+    "cuda": "CUDA kernels need a CUDA device",
+}
+
+
+def _not_installed(backend: str, native_wanted: bool) -> list[str]:
+    if backend == "triton":
+        return [_triton_missing()] if _triton_missing() else []
+    if native.module is None:
+        return [f"C++ extension: {native.why_missing}"]
+    if not native.has_cuda():
+        return ["the C++ extension was built without CUDA kernels"]
+    return [] if native_wanted else ["its kernels run in the C++ node, which use_backend(native=False) excludes"]
+
+
+def _gpu_too_old() -> list[str]:
+    capability = _gpu(torch.device("cuda"))[2] if torch.cuda.is_available() else (0, 0)
+    if capability >= (8, 0):
+        return []
+    return [f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is the least"]
+
+
+def unusable(backend: str, native_wanted: bool = True) -> list[str]:
+    """Reasons why no problem at all can run on a backend on this machine; empty if some can."""
+    if backend in ("reference", "torch"):
+        return []
+    reasons = _not_installed(backend, native_wanted)
+    if backend == "triton" and interpreting():
+        return reasons
+    if not torch.cuda.is_available():
+        return [f"torch sees no CUDA device; {_NEEDS[backend]}", *reasons]
+    return reasons + _gpu_too_old()
+
+
 def why_not(backend: str, problem) -> list[str]:
     """Reasons against a backend for a problem; an empty list means that it can run. ValueError for an unknown name."""
     return list(_against(_check_name(backend, "why_not"), problem))
@@ -155,26 +191,13 @@ def _why_not(backend: str, problem, interpret: bool, native_wanted: bool) -> tup
     if problem.dtype not in NATIVE_DTYPES:
         reasons.append(f"x is {problem.dtype}; the kernels take {', '.join(NATIVE_DTYPES)}")
     reasons.extend(problem.limits(backend))
-    if backend == "triton":
-        if _triton_missing():
-            reasons.append(_triton_missing())
-        if problem.device != "cuda" and not interpret:
-            reasons.append(f"x is on {problem.device}; Triton kernels need a CUDA device, or TRITON_INTERPRET=1")
-        if interpret and problem.dtype == "bfloat16":
-            reasons.append("Triton's interpreter computes bfloat16 products wrongly")
-    if backend == "cuda":
-        if problem.device != "cuda":
-            reasons.append(f"x is on {problem.device}; CUDA kernels need a CUDA device")
-        if native.module is None:
-            reasons.append(f"C++ extension: {native.why_missing}")
-        elif not native.has_cuda():
-            reasons.append("the C++ extension was built without CUDA kernels")
-        elif not native_wanted:
-            reasons.append("its kernels run in the C++ node, which use_backend(native=False) excludes")
+    if problem.device != "cuda" and not (backend == "triton" and interpret):
+        reasons.append(f"x is on {problem.device}; {_NEEDS[backend]}")
+    if backend == "triton" and interpret and problem.dtype == "bfloat16":
+        reasons.append("Triton's interpreter computes bfloat16 products wrongly")
+    reasons.extend(_not_installed(backend, native_wanted))
     if problem.device == "cuda" and not interpret:
-        capability = _gpu(torch.device("cuda"))[2] if torch.cuda.is_available() else (0, 0)
-        if capability < (8, 0):
-            reasons.append(f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is the least")
+        reasons.extend(_gpu_too_old())
     return tuple(reasons)
 
 

@@ -12,6 +12,16 @@ import torch
 
 logger = logging.getLogger("peft_fused")
 
+# What it means to be without the extension, and what to do about it, for whoever has to be told.
+COST = (
+    "a Python autograd node per layer instead of the C++ one, and dropout masks made by many tensor operations: small "
+    "layers take a multiple of PEFT's time, and there is no CUDA backend"
+)
+REMEDY = (
+    "To build it, run in the source folder, where torch, setuptools >= 77 and a C++ compiler are installed: "
+    "pip install --no-build-isolation ."
+)
+
 
 def _stamp() -> dict | None:
     """What setup.py wrote, None if it built no extension; a stamp that cannot be read fits no torch."""
@@ -27,7 +37,7 @@ def _load():
     """(module or None, reason for None, build stamp)."""
     stamp = _stamp()
     if stamp is None:
-        return None, "not built: the package was installed as pure Python (PEFT_FUSED_BUILD=force builds it)", {}
+        return None, "not built: the package was installed as pure Python", {}
     if stamp["torch"] != torch.__version__ or stamp["torch_cuda"] != torch.version.cuda:
         reason = (
             f"built for torch {stamp['torch']} (CUDA {stamp['torch_cuda']}) but this is torch {torch.__version__} "
@@ -44,6 +54,7 @@ def _load():
 
 
 module, why_missing, stamp = _load()
+not_built = module is None and not stamp
 
 
 def has_cuda() -> bool:

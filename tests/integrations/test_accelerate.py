@@ -25,8 +25,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import peft_fused
 from peft_fused.integrations.peft.accelerate import FusedLoraLinear, accelerate, restore
-from peft_fused.ops import dispatch, lowrank_linear_reference
+from peft_fused.layers import LoRALinear
+from peft_fused.ops import dispatch, lowrank_linear_reference, native
 
 # The package may export a function of the same name, which `import ... as` would find first.
 module = importlib.import_module("peft_fused.integrations.peft.accelerate")
@@ -1071,11 +1073,47 @@ def test_accelerating_twice_changes_nothing():
     assert len(accelerate(fused).swapped) == 2
 
 
-def test_nothing_to_swap():
-    report = accelerate(Net())
+def test_nothing_to_swap_warns():
+    with pytest.warns(UserWarning, match="the model has no LoRA layers, nothing to swap"):
+        report = accelerate(Net())
     assert (report.swapped, report.already, report.skipped, report.slower) == ([], [], {}, {})
     assert "the model has no LoRA layers" in str(report)
     assert restore(Net()) == []
+    dora = get_peft_model(Net(), LoraConfig(r=4, target_modules=["first"], use_dora=True))
+    with pytest.warns(UserWarning, match="0 of 1 LoRA layers swapped"):
+        accelerate(dora)
+
+
+def test_layers_of_our_own_are_already_fused():
+    own = get_peft_model(Net(), peft_fused.DyLoraConfig(r=4, target_modules=["first", "second"]))
+    with pytest.warns(UserWarning) as caught:
+        report = accelerate(own)
+    assert report.own == ["base_model.model.first", "base_model.model.second"]
+    (warning,) = caught
+    names = "base_model.model.first, base_model.model.second"
+    assert str(warning.message) == str(report)
+    assert str(report) == (
+        f"peft_fused.accelerate: 2 layers of peft_fused's own methods [{names}] are already fused, there is nothing to "
+        "swap"
+    )
+    assert warning.filename == __file__
+    plain = torch.nn.Sequential(LoRALinear.from_linear(torch.nn.Linear(4, 4)), pair()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "1 layers of peft_fused's own methods [0] are already fused" in str(accelerate(plain))
+        assert not accelerate(plain).swapped  # a second call has nothing to do, which is no fault
+
+
+def test_the_report_says_what_the_lack_of_the_extension_costs(monkeypatch):
+    _, fused = pair()
+    monkeypatch.setattr(native, "module", native.module or object())
+    assert "C++ extension" not in str(accelerate(fused))
+    monkeypatch.setattr(native, "module", None)
+    monkeypatch.setattr(native, "why_missing", "not built")
+    monkeypatch.setattr(native, "not_built", True)
+    report = str(accelerate(fused))
+    assert f"without the C++ extension (not built), which means {native.COST}" in report
+    assert "pip install --no-build-isolation ." in report
 
 
 @pytest.mark.parametrize("function", [accelerate, restore])
@@ -1093,7 +1131,7 @@ def test_restore_refuses_a_replaced_forward():
     assert len(names(fused)) == 2
 
 
-def test_explain_names_every_layer():
+def test_explain_names_every_layer(every_backend):
     reference, fused = pair()
     lines = dispatch.explain(fused, rows=64).lines
     assert [name for name, _, _ in lines] == names(fused)

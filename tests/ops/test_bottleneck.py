@@ -568,7 +568,7 @@ def test_the_scale_does_not_leave_the_range_of_half_units(scale, cpp):
 # ------------------------------------------------------------------------------------------------------------ dispatch
 
 
-def test_a_forced_backend_that_cannot_run_says_why():
+def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     case = make_bottleneck(4, 3, 2, 1, dtype=F64)
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
         case.call(bottleneck)

@@ -57,8 +57,38 @@ def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
         with peft_fused.use_backend(None, native=False):
             assert dispatch.choose(problem) == "triton"
             assert any("native=False" in reason for reason in dispatch.why_not("cuda", problem))
-    with peft_fused.use_backend("cuda", native=False), pytest.raises(RuntimeError, match="native=False"):
-        dispatch.choose(small)
+    with pytest.raises(RuntimeError, match=r"nothing can run on 'cuda'.*native=False"):
+        peft_fused.use_backend("cuda", native=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "backend", "reason"),
+    [
+        (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), "triton", "torch sees no CUDA device; Triton"),
+        (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), "cuda", "torch sees no CUDA device; CUDA"),
+        (lambda m: m.setattr(dispatch, "_gpu", lambda device: ("old", 80, (7, 5))), "triton", "capability 7.5"),
+        (lambda m: m.setattr(dispatch, "_gpu", lambda device: ("old", 80, (7, 5))), "cuda", "capability 7.5"),
+        (lambda m: m.setattr(dispatch, "_triton_missing", lambda: "it is missing"), "triton", "it is missing"),
+        (lambda m: m.setattr(native, "has_cuda", lambda: False), "cuda", "without CUDA kernels"),
+        (lambda m: m.setattr(native, "module", None), "cuda", "C.. extension: "),
+    ],
+)  # fmt: skip
+def test_a_backend_on_which_nothing_can_run_is_refused_at_once(gpu, monkeypatch, change, backend, reason):
+    with peft_fused.use_backend(backend):
+        assert dispatch.forced() == backend
+    change(monkeypatch)
+    for other in ("reference", "torch", None):
+        with peft_fused.use_backend(other), pytest.raises(RuntimeError, match=f"on '{backend}'.*{reason}"):
+            peft_fused.use_backend(backend)
+        assert dispatch.forced() is None
+
+
+def test_under_the_interpreter_triton_needs_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda: "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with peft_fused.use_backend("triton"):
+        assert dispatch.forced() == "triton"
 
 
 def test_what_the_cuda_node_declines_runs_elsewhere(monkeypatch):

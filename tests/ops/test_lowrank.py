@@ -478,7 +478,7 @@ def test_cpp_and_python_draw_the_same_dropout():
 # ------------------------------------------------------------------------------------------------------------ dispatch
 
 
-def test_a_forced_backend_that_cannot_run_says_why():
+def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     case = make_case("lowrank", 4, 3, 2, 1, dtype=F64)
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
         case.call(lowrank)

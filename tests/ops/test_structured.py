@@ -545,7 +545,7 @@ def test_bad_input(call, error, message, node):
         call()
 
 
-def test_a_forced_backend_that_cannot_run_says_why():
+def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="need a CUDA device"):
         structured.circulant(X, torch.randn(6))
     with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run ldr"):

@@ -7,6 +7,7 @@ the plain sum base(x) + scale * B(A(dropout(x))).
 
 import importlib
 import logging
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.modules.module import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from ...ops import lowrank, lowrank_linear
+from ...ops import lowrank, lowrank_linear, native
 from ...ops.dispatch import Problem, explainers, first_of, problem_of
 from ...ops.lowrank import MAX_RANK
 from .quantised import unpack
@@ -343,19 +344,25 @@ class AccelerationReport:
 
     swapped: layers that it changed. already: layers that an earlier call had changed. skipped: every other LoRA layer,
     with the reason. slower: those of `swapped` and `already` that cannot use the fastest path as they are now, with the
-    reason; `explain_path` of a layer gives the same answer at any later time.
+    reason; `explain_path` of a layer gives the same answer at any later time. own: layers of peft_fused's own methods,
+    which have nothing to swap.
     """
 
     swapped: list[str] = field(default_factory=list)
     already: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     slower: dict[str, str] = field(default_factory=dict)
+    own: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.already) + len(self.skipped)
+        own = f"{len(self.own)} layers of peft_fused's own methods [{first_of(self.own)}] are already fused"
         if not total:
-            return "peft_fused.accelerate: the model has no LoRA layers, nothing to swap"
+            reason = f"{own}, there is" if self.own else "the model has no LoRA layers,"
+            return f"peft_fused.accelerate: {reason} nothing to swap"
         lines = [f"peft_fused.accelerate: {len(self.swapped)} of {total} LoRA layers swapped"]
+        if self.own:
+            lines.append(f"  {own}")
         if self.already:
             lines.append(f"  accelerated before: {len(self.already)}")
         if self.slower:
@@ -364,6 +371,10 @@ class AccelerationReport:
         if self.skipped:
             lines.append(f"  left to PEFT: {len(self.skipped)}")
             lines.extend(_counted(_group(self.skipped)))
+        if native.module is None and (self.swapped or self.already):
+            lines.append(f"  without the C++ extension ({native.why_missing}), which means {native.COST}")
+            if native.not_built:
+                lines.append(f"    {native.REMEDY}")
         return "\n".join(lines)
 
 
@@ -377,10 +388,14 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Works on any module tree, before or after training steps, optimizer construction or `load_adapter`; layers that are
     added later need another call, which leaves the swapped ones alone. Second derivatives and forward-mode
-    differentiation raise; they need `restore` first. Raises TypeError if model is not a torch.nn.Module.
+    differentiation raise; they need `restore` first. Warns where no layer of the model is accelerated, layers of our
+    own methods included. Raises TypeError if model is not a torch.nn.Module.
     """
     _check_model(model, "accelerate")
     report = AccelerationReport()
+    for name, module in model.named_modules():
+        if hasattr(type(module), "explain_path") and not isinstance(module, _FusedForward):
+            report.own.append(name or "(the model itself)")
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     unused = {id(m.get_base_layer().out_proj) for _, m in layers if isinstance(m, MultiheadAttention)}
     for name, module in layers:
@@ -395,6 +410,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         reasons = module.explain_path()[1]
         if reasons:
             report.slower[name] = "; ".join(reasons)
+    if not report.swapped and not report.already:
+        warnings.warn(str(report), stacklevel=2)
     return report
 
 
