@@ -37,7 +37,13 @@ _LAZY = {
     **dict.fromkeys(("AdaMixTrainerMixin", "PeftFusedCallback"), ".integrations.transformers"),
     **dict.fromkeys(
         (
-            "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
+            "AdaMixConfig",
+            "AfLoraConfig",
+            "DyLoraConfig",
+            "RosaConfig",
+            "SurmConfig",
+            "copy_adapter",
+            "export_lora",
             "merge_experts",
         ),
         ".integrations.peft",

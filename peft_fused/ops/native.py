@@ -18,8 +18,8 @@ COST = (
     "layers take a multiple of PEFT's time, and there is no CUDA backend"
 )
 REMEDY = (
-    "To build it, run in the source folder, where torch, setuptools >= 77 and a C++ compiler are installed: "
-    "pip install --no-build-isolation ."
+    "`pip install --no-build-isolation .` in the source folder builds it, where torch, setuptools >= 77 and a C++ "
+    "compiler are installed"
 )
 
 

@@ -114,8 +114,8 @@ def test_saves_loads_adds_deletes_and_unloads(method, tmp_path):
         (dict(after="drop"), ValueError, r"module 'encoder.layer.0.*' no .*Dropout is named 'drop'; .*\['dropout'\]"),
         (dict(after="LayerNorm"), ValueError, "no torch.nn.Dropout is named 'LayerNorm'"),
         (dict(after="dropout", target_modules=["intermediate.dense"]), ValueError, "its parent has none"),
-        (dict(after=3), TypeError, "after must be a name, a list of names or None, got 3"),
-        (dict(after=[]), TypeError, "after must be a name"),
+        (dict(after=3), TypeError, "after must be a list of str or None, got 3"),
+        (dict(after=["dropout", ""]), TypeError, "after must be a list of str or None"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("method", METHODS)

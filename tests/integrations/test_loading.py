@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from peft_fused.integrations.peft import DyLoraConfig, export, export_lora
+from peft_fused.integrations.peft import (
+    AdaMixConfig,
+    AfLoraConfig,
+    DyLoraConfig,
+    RosaConfig,
+    SurmConfig,
+    export,
+    export_lora,
+)
 from peft_fused.integrations.peft.dylora import DyLoraLinear
 from peft_fused.methods import on_step, set_rank
 
@@ -47,6 +56,62 @@ def logits(model):
 
 def layers(model):
     return [module for module in model.modules() if isinstance(module, DyLoraLinear)]
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        (DyLoraConfig(r=2, target_modules=["q_proj"]), "DYLORA"),
+        (SurmConfig(structure="circulant", target_modules=["o_proj"]), "SURM"),
+        (AdaMixConfig(r=2, target_modules=["down_proj"]), "ADAMIX"),
+        (AfLoraConfig(r=2, target_modules=["q_proj"]), "AFLORA"),
+        (RosaConfig(r=2, target_modules=["q_proj"]), "ROSA"),
+    ],
+)
+def test_the_card_says_the_method_and_the_import(tmp_path, config, method):
+    get_peft_model(llama(), config, adapter_name="default").save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: peft" in card and card.count("import peft_fused\n") == 1
+    assert f"the method {method}, `peft_fused.{type(config).__name__}`" in card
+    heading, after = card.split("## How to Get Started with the Model")
+    assert (
+        after.split("##")[0].strip().startswith("Use the code below") and "More Information" not in after.split("##")[0]
+    )
+    # The next one saved there is described in its place, whoever has written the card.
+    for text in (card, "# My model\n"):
+        (tmp_path / "README.md").write_text(text)
+        adapted().save_pretrained(tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert "the method DYLORA" in card and card.count("import peft_fused\n") == card.count("KeyError") == 1
+    assert card.startswith("---") and "# My model" in card
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_adapter_of_another_name_has_its_own_card(tmp_path):
+    get_peft_model(llama(), DyLoraConfig(r=2, target_modules=["q_proj"]), adapter_name="other").save_pretrained(
+        tmp_path
+    )
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: peft\n---\n") and "the method DYLORA" in card
+
+
+def test_what_the_card_says_is_true(tmp_path):
+    """In a process that knows nothing but the folder: without the import PEFT ends in a KeyError."""
+    adapted().save_pretrained(tmp_path / "adapter")
+    llama().save_pretrained(tmp_path / "base")
+    (said,) = re.findall(r"```python\n(.*?)```", (tmp_path / "adapter" / "README.md").read_text(), re.DOTALL)
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"base_model, folder = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'base')!r}), "
+        f"{str(tmp_path / 'adapter')!r}\n"
+    )
+
+    def python(text):
+        return subprocess.run([sys.executable, "-c", code + text], capture_output=True, text=True)
+
+    done = python(said + "print(model.peft_config['default'].peft_type.value)")
+    assert done.stdout == "DYLORA\n", done.stderr
+    assert "KeyError: 'DYLORA'" in python(said.replace("import peft_fused\n", "")).stderr
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])

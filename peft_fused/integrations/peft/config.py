@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ...layers.checks import check_choice, check_flag, check_int
+from .card import describe_method
 from .loading import checkpoint_keys, remember_checkpoint
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -136,6 +137,7 @@ class FusedConfig(PeftConfig):
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As PeftConfig.save_pretrained, but the file is whole or as before, and has patterns in the order in which
         they are tried: PEFT sorts them, and with "q_proj" before "self_attn.q_proj" other layers would be meant.
+        The model card beside it, which PEFT has written by then, says the method.
         """
         with whole_files(save_directory, CONFIG_NAME) as folder:
             super().save_pretrained(folder, **kwargs)
@@ -145,6 +147,7 @@ class FusedConfig(PeftConfig):
             stored |= {name: getattr(self, name) for name in PATTERNS if name in stored}
             with open(path, "w") as file:
                 json.dump(stored, file, indent=2)
+        describe_method(save_directory, self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
@@ -157,11 +160,7 @@ class FusedConfig(PeftConfig):
 
 def check_after(config, allowed: bool, where: str) -> None:
     """Makes config.after, of an adapter on the output, a list of names or None. TypeError or ValueError naming it."""
-    after = [config.after] if isinstance(config.after, str) else config.after
-    if after is None:
-        return
-    if not isinstance(after, list | tuple) or not after or not all(isinstance(name, str) and name for name in after):
-        raise TypeError(f"after must be a name, a list of names or None, got {config.after!r}")
-    if not allowed:
+    after = check_names("after", [config.after] if isinstance(config.after, str) else config.after, list, regex=False)
+    if after is not None and not allowed:
         raise ValueError(f"after is an option of {where}, got {config.after!r}")
-    config.after = list(after)
+    config.after = after or None
