@@ -73,7 +73,7 @@ def test_the_card_says_the_method_and_the_import(tmp_path, config, method):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: peft" in card and card.count("import peft_fused\n") == 1
     assert f"the method {method}, `peft_fused.{type(config).__name__}`" in card
-    heading, after = card.split("## How to Get Started with the Model")
+    after = card.split("## How to Get Started with the Model")[1]
     assert (
         after.split("##")[0].strip().startswith("Use the code below") and "More Information" not in after.split("##")[0]
     )
