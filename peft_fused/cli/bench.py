@@ -4,10 +4,8 @@ import signal
 from pathlib import Path
 
 import typer
-from rich.progress import Progress
-from rich.table import Table
 
-from .output import err, fail, out, plots, print_json, result_folder, torch_device
+from .output import err, fail, out, plots, print_json, progress, result_folder, show, torch_device
 
 # Exit status of what SIGINT ended, as shells count it.
 INTERRUPTED = 128 + signal.SIGINT
@@ -60,13 +58,12 @@ def run(
         fail(f"--op must be all or one of {', '.join(shapes.OPS)}, got {op!r}")
     folder = result_folder(out) or (None if tiny or op != "all" else runner.default_folder(device))
     rows, wrong, reached = [], [], (0, 0)
-    with Progress(console=err(), disable=as_json, transient=True) as progress:
-        task = progress.add_task("")
+    with progress(lines=as_json) as tell_user:
 
         def tell(shape: str, done: int, total: int) -> None:
             nonlocal reached
             reached = done + 1, total
-            progress.update(task, description=shape, completed=done, total=total)
+            tell_user(shape, done, total)
 
         def failed(shape: str, error: Exception) -> None:
             what = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
@@ -115,27 +112,26 @@ def _print(rows: list[dict]) -> None:
     layers = [row for row in rows if "ratio_to_peft" in row]
     maps = [row for row in rows if "ratio_to_chain" in row]
     if layers:
-        console.print(_layer_table(layers))
+        _show_layers(console, layers)
     if maps:
-        console.print(_map_table(maps))
+        _show_maps(console, maps)
     for op in METHOD_HEADINGS:
         if chosen := [row for row in rows if row["op"] == op]:
-            console.print(_method_table(op, chosen))
+            _show_method(console, op, chosen)
     for path in dict.fromkeys(row["path"] for row in rows):
         console.print(f"path: {path}", markup=False)
     for what, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
         console.print(f"{what} left out for some shapes: {reason}", markup=False)
 
 
-def _table(title: str, headings: tuple[str, ...]) -> Table:
-    table = Table(
-        title=title, caption="ratios are time of ours / reference, median of per-round ratios: below 1 is faster"
-    )
-    for name in ("op", "layer", "dtype", "mode"):
-        table.add_column(name, no_wrap=True)
-    for name in headings:
-        table.add_column(name, no_wrap=True, justify="right")
-    return table
+KEYS = ("op", "layer", "dtype", "mode")
+
+
+def _show(console, title: str, rows: list[dict], headings: tuple[str, ...], cells, last: str, about: str = "") -> None:
+    """A table of a line per row: KEYS, then cells(row) under the headings. last: the mode that ends a section."""
+    lines = [[row["op"], row["shape"], row["dtype"], row["mode"], *cells(row)] for row in rows]
+    show(console, title, (*KEYS, *headings), lines, keys=len(KEYS), ends=lambda number: rows[number]["mode"] == last)
+    console.print("ratios: time of ours / reference, median of per-round ratios; below 1 is faster" + about)
 
 
 def _ratios(row: dict, headings: dict[str, str]) -> list[str]:
@@ -146,49 +142,48 @@ def _time(row: dict) -> str:
     return f"{row['ms_median']['ours']:.3g} ({row['ms_iqr']['ours']:.2g})"
 
 
-def _layer_table(rows: list[dict]) -> Table:
-    shown = ("rank", "drop", "ms (IQR)", *LAYER_HEADINGS, "saved, ours", "saved, PEFT", "of floor")
-    table = _table("adapted layers", shown)
-    for row in rows:
+def _show_layers(console, rows: list[dict]) -> None:
+    def cells(row: dict) -> list[str]:
         rank = str(row["r"]) if row["active_rank"] == row["r"] else f"{row['active_rank']} of {row['r']}"
-        table.add_row(
-            row["op"], row["shape"], row["dtype"], row["mode"], rank, f"{row['dropout']:g}", _time(row),
-            *_ratios(row, LAYER_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "peft")),
-            f"{row['floor_ms'] / row['ms_median']['ours']:.0%}", end_section=row["mode"] == "both",
-        )  # fmt: skip
-    return table
+        return [
+            rank, f"{row['dropout']:g}", _time(row), *_ratios(row, LAYER_HEADINGS),
+            *(_size(row["saved_bytes"][who]) for who in ("ours", "peft")),
+            f"{row['floor_ms'] / row['ms_median']['ours']:.0%}",
+        ]  # fmt: skip
+
+    headings = ("rank", "drop", "ms (IQR)", *LAYER_HEADINGS, "saved,\nours", "saved,\nPEFT", "of\nfloor")
+    _show(console, "adapted layers", rows, headings, cells, "both")
 
 
-def _map_table(rows: list[dict]) -> Table:
-    shown = ("plan", "ms (IQR)", *MAP_HEADINGS, "saved", "by lines")
-    table = _table("structured maps, no base layer", shown)
-    table.caption += (
+def _show_maps(console, rows: list[dict]) -> None:
+    def cells(row: dict) -> list[str]:
+        plan = row["plan"]
+        return [
+            f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"], _time(row),
+            *_ratios(row, MAP_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "chain")),
+        ]  # fmt: skip
+
+    about = (
         "\nlines: the obvious ones in plain PyTorch; C3A: PEFT's; dense: by the matrix, written down in PyTorch"
         "\nfft/dense: ours by FFT over ours by the dense matrix; saved: bytes for backward beside x"
     )
-    for row in rows:
-        plan = row["plan"]
-        table.add_row(
-            row["op"], row["shape"], row["dtype"], row["mode"],
-            f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"], _time(row),
-            *_ratios(row, MAP_HEADINGS), *(_size(row["saved_bytes"][who]) for who in ("ours", "chain")),
-            end_section=row["mode"] == "both",
-        )  # fmt: skip
-    return table
+    headings = ("plan", "ms (IQR)", *MAP_HEADINGS, "saved", "by lines")
+    _show(console, "structured maps, no base layer", rows, headings, cells, "both", about)
 
 
-def _method_table(op: str, rows: list[dict]) -> Table:
-    headings = METHOD_HEADINGS[op]
+def _show_method(console, op: str, rows: list[dict]) -> None:
     reference = "lines" if op == "adamix" else "lora"
-    table = _table(op, ("rank", "state", "ms (IQR)", *headings, "saved, ours", f"saved, {reference}"))
-    table.caption += "\nstep: forward, backward, schedule and optimizer, of four layers"
-    for row in rows:
+
+    def cells(row: dict) -> list[str]:
         state = f"{row['kind']}, E={row['experts']}" if op == "adamix" else f"frozen: {row['frozen'] or 'nothing'}"
-        table.add_row(
-            op, row["shape"], row["dtype"], row["mode"], str(row["r"]), state, _time(row), *_ratios(row, headings),
-            *(_size(row["saved_bytes"][who]) for who in ("ours", reference)), end_section=row["mode"] == "step",
-        )  # fmt: skip
-    return table
+        return [
+            str(row["r"]), state, _time(row), *_ratios(row, METHOD_HEADINGS[op]),
+            *(_size(row["saved_bytes"][who]) for who in ("ours", reference)),
+        ]  # fmt: skip
+
+    headings = ("rank", "state", "ms (IQR)", *METHOD_HEADINGS[op], "saved,\nours", f"saved,\n{reference}")
+    about = "\nstep: forward, backward, schedule and optimizer, of four layers"
+    _show(console, op, rows, headings, cells, "step", about)
 
 
 def _size(size: int | None) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import typer
-from rich.table import Table
 
 from peft_fused.ops import (
     bottleneck,
@@ -33,7 +33,7 @@ from peft_fused.ops.cases import (
 from peft_fused.ops.structured.engine import STRUCTURES
 from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
 
-from .output import out, print_json, torch_device
+from .output import out, print_json, progress, show, torch_device
 
 DTYPES = (
     (torch.float32, torch.float32),
@@ -187,17 +187,19 @@ def _finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-def run_checks(device: str) -> Iterator[dict]:
-    for op, entry in OPS.items():
-        for path in PATHS:
-            for dtype, adapter_dtype in DTYPES:
-                yield check_one(op, entry, path, dtype, adapter_dtype, device)
+def run_checks(device: str, tell: Callable[[str, int, int], None] = lambda what, done, total: None) -> Iterator[dict]:
+    """The verdicts one after the other. tell(what, done, total) is told before each."""
+    total = len(OPS) * len(PATHS) * len(DTYPES)
+    for done, ((op, entry), path, dtypes) in enumerate(product(OPS.items(), PATHS, DTYPES)):
+        tell(f"{op}, {path.name}", done, total)
+        yield check_one(op, entry, path, *dtypes, device)
 
 
 def run(device_name: str, as_json: bool) -> None:
     """Prints one row per op, path and dtype. Ends with exit code 1 if any is wrong."""
     device = torch_device(device_name)
-    rows = list(run_checks(device.type))
+    with progress(lines=as_json) as tell:
+        rows = list(run_checks(device.type, tell))
     right = sum(row["status"] == "ok" for row in rows)
     wrong = sum(row["status"] == "wrong" for row in rows)
     if as_json:
@@ -208,35 +210,39 @@ def run(device_name: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _merged(rows: list[dict]) -> list[dict]:
-    """The rows for people: types that cannot run for the same reasons share one."""
-    merged = []
-    for row in rows:
-        last = merged[-1] if merged else None
-        if last and all(last[key] == row[key] for key in ("op", "path", "reasons")) and row["status"] == "cannot run":
-            last["dtype"] += f"\n{row['dtype']}"
-        else:
-            merged.append(dict(row))
-    return merged
-
-
 STYLES = {"ok": "green", "wrong": "bold red", "cannot run": "yellow"}
 
 
 def _print(rows: list[dict], right: int, wrong: int) -> None:
     console = out()
-    table = Table(caption="worst: largest error of output and gradients, as a share of what is allowed")
-    for name in ("op", "path", "dtype", "result", "cases", "worst", "controls caught"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("reasons", overflow="fold")
-    for row in _merged(rows):
+    lines = []
+    for row in rows:
         worst, controls = row["worst"], row["controls"]
         ratio = "-" if worst is None else "inf" if worst["ratio"] is None else f"{worst['ratio']:.2f}"
-        table.add_row(
-            row["op"], row["path"], row["dtype"], f"[{STYLES[row['status']]}]{row['status']}[/]", str(row["cases"]),
-            ratio if worst is None else f"{ratio} ({worst['of']})",
-            "-" if controls is None else f"{sum(controls.values())} of {len(controls)}", "\n".join(row["reasons"]),
-        )  # fmt: skip
-    console.print(table)
+        if row["status"] != "cannot run":
+            lines.append([
+                row["op"], row["path"], row["dtype"], f"[{STYLES[row['status']]}]{row['status']}[/]", str(row["cases"]),
+                ratio if worst is None else f"{ratio} ({worst['of']})",
+                "-" if controls is None else f"{sum(controls.values())} of {len(controls)}",
+            ])  # fmt: skip
+    headings = ("op", "path", "dtype", "result", "cases", "worst", "controls\ncaught")
+    show(console, None, headings, lines, keys=3)
+    console.print("worst: largest error of output and gradients, as a share of what is allowed")
+    for status in STYLES:
+        for (path, reasons), names in _by_reason(rows, status).items():
+            where = "; ".join(f"{op}: {', '.join(types)}" for op, types in names.items())
+            console.print(f"\n[{STYLES[status]}]{status}[/]: {path} ({where})")
+            for reason in reasons:
+                console.print(f"    {reason}", markup=False)
     absent = len(rows) - right - wrong
-    console.print(f"{right} right, {wrong} wrong, {absent} cannot run here and are not checked")
+    console.print(f"\n{right} right, {wrong} wrong, {absent} cannot run here and are not checked")
+
+
+def _by_reason(rows: list[dict], status: str) -> dict[tuple, dict[str, list[str]]]:
+    """(path, reasons): {op: dtypes} of the rows of a status that have any reason to tell."""
+    found: dict[tuple, dict[str, list[str]]] = {}
+    for row in rows:
+        if row["status"] == status and row["reasons"]:
+            ops = found.setdefault((row["path"], tuple(row["reasons"])), {})
+            ops.setdefault(row["op"], []).append(row["dtype"])
+    return found

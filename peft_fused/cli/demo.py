@@ -5,12 +5,10 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.progress import Progress
-
 from . import demo_data, demo_report
 from .demo_methods import Settings, choose
 from .demo_train import ModelError, default_model, run_seed
-from .output import err, fail, plots, print_json, result_folder, torch_device
+from .output import fail, plots, print_json, progress, result_folder, torch_device
 
 __all__ = ["Settings", "run"]
 
@@ -71,10 +69,17 @@ def _load(data: Path | None, evaluation: Path | None, text_column: str, label_co
 def _train(data: demo_data.Data, settings: Settings, rows: list, as_json: bool, out: Path | None) -> list[dict]:
     results, names = [], choose(settings.methods)
     pictures = out is not None and "aflora" in names and plots()
-    with Progress(console=err(), disable=as_json, transient=True) as progress:
-        ranks = settings.rank if "dylora" in names else 0
-        task = progress.add_task("", total=settings.seeds * (settings.steps + ranks))
+    ranks = settings.rank if "dylora" in names else 0
+    total, done = settings.seeds * (settings.steps + ranks), 0
+    with progress(lines=as_json) as tell:
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            tell(what, done, total)
+
         for seed in range(settings.seeds):
-            progress.update(task, description=f"training, seed {seed}" if settings.seeds > 1 else "training")
-            results.append(run_seed(data, settings, seed, rows, lambda: progress.advance(task), out, pictures))
+            what = f"training, seed {seed}" if settings.seeds > 1 else "training"
+            tell(what, done, total)
+            results.append(run_seed(data, settings, seed, rows, advance, out, pictures))
     return results

@@ -3,11 +3,10 @@
 import statistics
 from pathlib import Path
 
-from rich.table import Table
-
 from .demo_methods import BASELINE, METHODS
 from .output import err, plots, to_json
 from .output import out as out_console
+from .output import show as show_table
 
 AVERAGED = (
     "accuracy",
@@ -84,27 +83,33 @@ def show(records: list[dict]) -> None:
         f"{settings['batch_size']}, rank {settings['rank']}, alpha {settings['alpha']:g}, seeds: {settings['seeds']}",
         soft_wrap=True, markup=False,
     )  # fmt: skip
-    table = Table(title="same start, same batches, one step of each in turn")
-    table.add_column("")
-    headings = ("trained", "accuracy", "final loss", "loss - PEFT", "gradient error", "step ms", "step / PEFT", "MiB")
-    for heading in (*headings, "rate"):
-        table.add_column(heading, justify="right")
-    table.add_column("path", overflow="fold")
+    headings = (
+        "method", "trained", "accuracy", "final\nloss", "loss -\nPEFT", "gradient\nerror", "step\nms", "step /\nPEFT",
+        "MiB", "rate",
+    )  # fmt: skip
+    rows = []
     for name, found in by_name.items():
         error = found["max_relative_gradient_error"]
-        table.add_row(
+        rows.append([
             METHODS[name].title, f"{found['trainable']:,}", _cell(found, "accuracy", ".3f"),
             _cell(found, "final_loss", ".4f"),
             "-" if name == BASELINE else _cell(found, "final_loss_difference", "+.1e"),
             "-" if name == BASELINE or error is None else f"{error:.1e}",
             _cell(found, "step_ms_median", ".0f"), _cell(found, "step_ratio_to_peft", ".2f"),
-            _cell(found, "peak_bytes", ".1f", MIB), f"{found['learning_rate']:g}", found["path"],
-        )  # fmt: skip
-    console.print(table)
+            _cell(found, "peak_bytes", ".1f", MIB), f"{found['learning_rate']:g}",
+        ])  # fmt: skip
+    show_table(console, "same start, same batches, one step of each in turn", headings, rows)
+    for name, found in by_name.items():
+        console.print(f"path of {METHODS[name].title}: {found['path']}", soft_wrap=True, markup=False)
     for line in notes(by_name):
         console.print(line, soft_wrap=True, markup=False)
     if "dylora" in by_name:
-        console.print(_rank_table(by_name["dylora"]["ranks"]))
+        ranks = [
+            [str(entry["rank"]), _cell(entry, "dylora", ".3f"), _cell(entry, "lora_truncated", ".3f")]
+            for entry in by_name["dylora"]["ranks"]
+        ]
+        headings = ("b", "DyLoRA", "trained LoRA, cut")
+        show_table(console, "accuracy when only the first b ranks are kept", headings, ranks)
         console.print("DyLoRA runs at its scale alpha / b; the cut LoRA keeps the alpha / r that it was trained with")
 
 
@@ -144,16 +149,6 @@ def notes(by_name: dict[str, dict]) -> list[str]:
             f"new one; with them its mean step takes {share:.2f} of PEFT's"
         )
     return lines
-
-
-def _rank_table(ranks: list[dict]) -> Table:
-    table = Table(title="accuracy when only the first b ranks are kept")
-    table.add_column("b", justify="right")
-    for title in ("DyLoRA", "trained LoRA, cut"):
-        table.add_column(title, justify="right")
-    for entry in ranks:
-        table.add_row(str(entry["rank"]), _cell(entry, "dylora", ".3f"), _cell(entry, "lora_truncated", ".3f"))
-    return table
 
 
 def write(result: dict, folder: Path) -> None:

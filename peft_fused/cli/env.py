@@ -1,9 +1,12 @@
 """`peft-fused env`: what is here, what each op will run, and what is missing at what cost."""
 
 import platform
+from collections.abc import Iterable
 from importlib import metadata
 
-from rich.table import Table
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from .output import out, print_json
 
@@ -12,6 +15,8 @@ PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "peft-fused
 # The layer whose path is shown: a query projection of a base-size encoder, 32 texts of 128 tokens.
 LAYER = dict(m=4096, n=768, k=768)
 RANK = 8
+# Of the bottleneck adapter.
+UNITS = 16
 # Sizes of the structured maps on it, see ops.structured.StructuredProblem.
 SIZES = {
     "circulant": (768,), "skew_circulant": (768,), "toeplitz": (768, 768), "toeplitz_product": (768,),
@@ -55,16 +60,20 @@ def collect() -> dict:
         "torch_cuda": torch.version.cuda,
         "gpus": gpus,
         "extension": extension,
-        "paths": _paths("cuda" if gpus else "cpu"),
+        "paths": [
+            {"op": op, "path": path, "against": [f"{name}: {'; '.join(reasons)}" for name, reasons in against.items()]}
+            for op, path, against in _paths("cuda" if gpus else "cpu")
+        ],
         "missing": _missing(versions, extension, gpus, torch.version.cuda),
     }
 
 
-def _paths(device: str) -> list[dict]:
-    """The path of each op for the common types on a device, with the reasons against the other backends."""
+def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
+    """(op, its path, reasons against each other backend) for the common types on a device."""
     import torch
 
     from peft_fused.ops import dispatch, structured
+    from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
 
     gpu, sm_count = "", 1
     if device == "cuda":
@@ -80,16 +89,25 @@ def _paths(device: str) -> list[dict]:
         for kind, sizes in SIZES.items()
         for dtype in TYPES
     ]
-    lines = [line for problem in problems for line in dispatch.explain(problem).lines]
-    return [dict(zip(("op", "path", "against"), line, strict=True)) for line in lines]
+    shape = {name: value for name, value in where.items() if name != "dropout"}
+    problems += [BottleneckProblem(**shape, r=UNITS, dtype=dtype, groups=1, activation="gelu") for dtype in TYPES]
+    found = []
+    for problem in problems:
+        ((op, path, lines),) = dispatch.explain(problem).lines
+        against = dict(line.split(": ", 1) for line in lines)
+        # Reason by reason, where a backend cannot run it at all.
+        found.append((op, path, {name: dispatch.why_not(name, problem) or [text] for name, text in against.items()}))
+    return found
 
 
 def _missing(versions: dict, extension: dict, gpus: list, torch_cuda: str | None) -> list[dict]:
-    """What is not here, why, and what that costs."""
+    """What is not here, why, what that costs, and what to do about it."""
+    from peft_fused.ops import native
+
     found = []
 
-    def add(what: str, why: str, cost: str) -> None:
-        found.append({"what": what, "why": why, "cost": cost})
+    def add(what: str, why: str, cost: str, remedy: str | None = None) -> None:
+        found.append({"what": what, "why": why, "cost": cost, "remedy": remedy})
 
     if not gpus:
         why = "torch sees no CUDA device" if torch_cuda else "this torch is a CPU-only build"
@@ -97,11 +115,7 @@ def _missing(versions: dict, extension: dict, gpus: list, torch_cuda: str | None
     if versions["triton"] is None:
         add("triton", "not installed", "no Triton kernels: on a GPU large layers run on the CUDA or torch backend")
     if not extension["loaded"]:
-        add(
-            "C++ extension", extension["why_not"],
-            "a Python autograd node per layer instead of the C++ one, and dropout masks made by many tensor "
-            "operations: small layers cost a multiple of PEFT's, and there is no CUDA backend",
-        )  # fmt: skip
+        add("C++ extension", extension["why_not"], native.COST, native.REMEDY if native.not_built else None)
     elif gpus and not extension["cuda_kernels"]:
         add("CUDA kernels", "the extension was built without them", "small layers on a GPU run on Triton or torch")
     return found
@@ -120,25 +134,49 @@ def run(as_json: bool) -> None:
     console.print(f"CPU: {cpu['machine']}, {cpu['vector']}, {cpu['threads']} threads")
     for gpu in found["gpus"]:
         console.print(f"GPU: {gpu['name']}, compute capability {gpu['capability']}, {gpu['memory_gib']} GiB")
-    extension = found["extension"]
-    state = f"not used: {extension['why_not']}"
-    if extension["loaded"]:
-        state = "loaded, " + ("with CUDA kernels" if extension["cuda_kernels"] else "without CUDA kernels")
-    console.print(f"C++ extension: {state}", markup=False, soft_wrap=True)
-    table = Table(title="paths", show_lines=True)
-    for name in ("op", "path", "why not the others"):
-        table.add_column(name, overflow="fold")
-    # Ops that take the same path for the same reasons share a row.
-    rows: dict[tuple, list[str]] = {}
-    for entry in found["paths"]:
-        rows.setdefault((entry["path"], "\n".join(entry["against"])), []).append(entry["op"])
-    for (path, against), ops in rows.items():
-        table.add_row("\n".join(ops), path, against)
-    console.print(table)
+    state = "not used"
+    if found["extension"]["loaded"]:
+        state = "loaded, " + ("with CUDA kernels" if found["extension"]["cuda_kernels"] else "without CUDA kernels")
+    console.print(f"C++ extension: {state}")
+    _print_paths(console, _paths("cuda" if found["gpus"] else "cpu"), found["extension"]["why_not"])
     if found["missing"]:
-        table = Table(title="missing", show_lines=True)
-        for name in ("what", "why", "cost"):
-            table.add_column(name, overflow="fold")
-        for entry in found["missing"]:
-            table.add_row(*entry.values())
-        console.print(table)
+        console.print("\n[bold]missing[/]")
+    for entry in found["missing"]:
+        _print(console, f"{entry['what']}: {entry['why']}", 2)
+        _print(console, entry["cost"], 4)
+        if entry["remedy"]:
+            _print(console, entry["remedy"], 4)
+
+
+def _print(console: Console, text: str, indent: int) -> None:
+    console.print(Padding(Text(text), (0, 0, 0, indent), expand=False))
+
+
+def _print_against(console: Console, pairs: Iterable[tuple[str, str]], indent: int) -> None:
+    by_name: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        by_name.setdefault(name, []).append(reason)
+    for name, reasons in by_name.items():
+        _print(console, f"not {name}: {'; '.join(reasons)}", indent)
+
+
+def _print_paths(console: Console, paths: list, extension_missing: str | None) -> None:
+    """Ops that take the same path for the same reasons together; a reason that is the same for all of them, once."""
+    pairs = {op: [(name, why) for name, reasons in against.items() for why in reasons] for op, _, against in paths}
+    first, *others = pairs.values()
+    common = [pair for pair in first if all(pair in other for other in others)]
+    groups: dict[tuple, list[str]] = {}
+    for op, path, _ in paths:
+        own = tuple(pair for pair in pairs[op] if pair not in common)
+        groups.setdefault((path, own), []).append(op)
+    console.print("\n[bold]paths[/]")
+    for (path, own), ops in groups.items():
+        _print(console, path, 2)
+        for op in ops:
+            _print(console, op, 4)
+        _print_against(console, own, 6)
+    if common:
+        _print(console, "for all of them:", 2)
+        if extension_missing:  # which stands below, with what to do about it
+            common = [(name, why.replace(extension_missing, "see below")) for name, why in common]
+        _print_against(console, common, 6)

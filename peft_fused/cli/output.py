@@ -1,25 +1,108 @@
 """Where results and messages go: JSON alone on standard output, messages and progress on standard error."""
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
 
-# Made per call: a test or a shell may exchange the streams after import.
+# A pipe has no width of its own: unless COLUMNS says one, this is enough for the widest table.
+PIPE_WIDTH = 160
+# Seconds between two lines of progress.
+TELL_EVERY = 20.0
+
+# Consoles are made per call: a test or a shell may exchange the streams after import.
 
 
 def out() -> Console:
-    """Tables for people. A pipe has no width of its own and gets enough for the widest table."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+    """Tables for people."""
+    wide = not sys.stdout.isatty() and not os.environ.get("COLUMNS", "").isdigit()
+    return Console(file=sys.stdout, width=PIPE_WIDTH if wide else None, highlight=False)
 
 
 def err() -> Console:
     return Console(file=sys.stderr, highlight=False)
+
+
+def show(
+    console: Console, title: str | None, headings: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int = 1,
+    ends: Callable[[int], bool] = lambda row: False,
+) -> None:  # fmt: skip
+    """Prints a table, columns after the first `keys` to the right. Nothing in it is cut: what is too wide for the
+    console comes as several tables, each with the first `keys` columns. ends(row): whether a line follows that row.
+    """
+    table = list(zip(headings, *rows, strict=True))
+    widths = [max(cell_len(line) for cell in column for line in _lines(cell)) for column in table]
+    # Of a column, a space on either side and a border.
+    room = console.width - 1 - sum(width + 3 for width in widths[:keys])
+    parts, left = [[]], room
+    for index in range(keys, len(headings)):
+        needed = widths[index] + 3
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(index)
+        left -= needed
+    for part in parts:
+        printed = Table(title=title)
+        for index in (*range(keys), *part):
+            printed.add_column(headings[index], justify="left" if index < keys else "right", overflow="fold")
+        for number, row in enumerate(rows):
+            printed.add_row(*(row[index] for index in (*range(keys), *part)), end_section=ends(number))
+        console.print(printed)
+        title = None
+
+
+def _lines(cell: str) -> list[str]:
+    return Text.from_markup(cell).plain.split("\n")
+
+
+@contextlib.contextmanager
+def progress(lines: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """tell(what, done, total), shown on standard error while the block runs: as a bar on a terminal, elsewhere or with
+    `lines` as a line at the start and every TELL_EVERY seconds, whether or not there is anything new to tell."""
+    console = err()
+    if console.is_terminal and not lines:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task("")
+            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        return
+    start, said, over = time.monotonic(), "", threading.Event()
+
+    def say() -> None:
+        console.print(f"{said}, {time.monotonic() - start:.0f} s", markup=False, soft_wrap=True)
+
+    def keep_saying() -> None:
+        while not over.wait(TELL_EVERY):
+            say()
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal said
+        first, said = not said, f"{what}: {done} of {total}"
+        if first:
+            say()
+            thread.start()
+
+    thread = threading.Thread(target=keep_saying, daemon=True)
+    try:
+        yield tell
+    finally:
+        over.set()
+        if said:
+            thread.join()
 
 
 def to_json(value, indent: int | None = None) -> str:

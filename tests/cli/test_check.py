@@ -71,6 +71,7 @@ def test_what_cannot_run_says_why_and_is_not_counted_as_right(cli, small):
         assert row["reasons"] and row["cases"] == 0 and row["worst"] is None and row["controls"] is None
     text = cli("check").stdout
     assert "CUDA kernels need a CUDA" in text and "cannot run here and are not checked" in text
+    assert "cannot run: cuda (lowrank_linear: float32, bfloat16+float32; " in text
 
 
 def test_without_the_extension_its_node_cannot_run(cli, small, monkeypatch):
@@ -154,10 +155,11 @@ def test_a_control_that_passes_fails_the_check(cli, small, monkeypatch):
     )
 
 
-def test_the_table_merges_types_that_cannot_run_and_keeps_the_others_apart():
+def test_a_reason_is_told_once_for_all_that_it_is_true_of():
     row = {"op": "a", "path": "p", "dtype": "x", "status": "cannot run", "reasons": ["r"]}
-    rows = [row, row | {"dtype": "y"}, row | {"dtype": "z", "reasons": ["s"]}, row | {"status": "ok"}]
-    assert [r["dtype"] for r in check._merged(rows)] == ["x\ny", "z", "x"]
+    others = [{"dtype": "y"}, {"dtype": "z", "reasons": ["s"]}, {"op": "b"}, {"status": "ok"}]
+    found = check._by_reason([row, *(row | other for other in others)], "cannot run")
+    assert found == {("p", ("r",)): {"a": ["x", "y"], "b": ["x"]}, ("p", ("s",)): {"a": ["z"]}}
 
 
 def test_the_full_set_reaches_every_base_product():
