@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test test-newest check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,16 @@ test: venv
 	$(BIN)/pytest -q -m "not aot"
 	$(BIN)/pytest -q -m aot
 
+# The same on the newest released versions of everything, in a copy with an environment and an extension of its own.
+NEWEST := .newest
+test-newest:
+	rm -rf $(NEWEST) && mkdir $(NEWEST)
+	git ls-files -z | xargs -0 cp --parents -t $(NEWEST)
+	sed -i 's/==[^;[:space:]]*//' $(NEWEST)/requirements.txt
+	$(MAKE) -C $(NEWEST) venv
+	$(NEWEST)/$(BIN)/python -m pip list --disable-pip-version-check
+	cd $(NEWEST) && $(BIN)/pytest -q
+
 check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +64,4 @@ gpu-rehearsal: venv
 	$(BIN)/python bench/gpu.py --rehearse $(STAGES)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info peft_fused/*.so peft_fused/_build_info.py
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info peft_fused/*.so peft_fused/_build_info.py
