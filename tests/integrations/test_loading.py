@@ -260,7 +260,7 @@ MESSAGES = {
     "shape": r"1 of another shape.*\[16, 5\] in the file",
     "foreign": "8 missing.*8 unexpected",
     "empty": "no tensors",
-    "integers": "must hold floating-point tensors, but .* is I32",
+    "integers": r"1 of another type: .*dylora_B.*: torch.int32 in the file, torch.float32 in the model",
 }
 
 

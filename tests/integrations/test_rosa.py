@@ -509,8 +509,8 @@ MESSAGES = {
     "no state": r"nothing was loaded. rosa_state of 'model.layers.0.self_attn.q_proj' is missing",
     "other state": r"nothing was loaded",
     "size of the state": r"must have 356 numbers for r = 3 on \[16, 16\], got 355",
-    "not finite": "has values that are not finite",
-    "integers": "(must hold floating-point tensors|must be a vector of floating-point numbers)",
+    "not finite": "1 not finite: .*q_proj.rosa_state",
+    "integers": "1 of another type",
     "shape": "1 of another shape",
     "another method": "8 missing",
 }

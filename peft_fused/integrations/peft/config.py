@@ -29,10 +29,12 @@ def whole_files(path: str | os.PathLike, *names: str) -> Iterator[str]:
             os.replace(os.path.join(folder, name), os.path.join(path, name))
 
 
-def check_regex(name: str, value: str) -> None:
-    """ValueError naming it if a str is no regular expression."""
+def check_regex(name: str, value: str, part: bool = False) -> None:
+    """ValueError naming it if a str is no regular expression. part: or if it can be no part of one."""
     try:
         re.compile(value)
+        if part:
+            re.compile(f"({value})")
     except (re.error, OverflowError) as error:
         raise ValueError(f"{name} must be a regular expression, got {value!r}: {error}") from error
 
@@ -50,6 +52,8 @@ def check_names(name: str, value, collection: type, regex: bool = True):
     if not isinstance(value, list | set | tuple) or not all(isinstance(each, str) and each for each in value):
         also = ", a str or None" if regex else " or None"
         raise TypeError(f"{name} must be a list of str{also}, got {value!r}")
+    for each in value:
+        check_regex(name, each, part=True)
     return collection(value)
 
 
@@ -65,7 +69,7 @@ def check_pattern(name: str, value, check: Callable) -> dict:
     for key, each in value.items():
         if not isinstance(key, str):
             raise TypeError(f"{name} must have keys of str, got {key!r}")
-        check_regex(f"{name}[{key!r}]", key)
+        check_regex(f"{name}[{key!r}]", key, part=True)
         check(f"{name}[{key!r}]", each)
     return value
 
@@ -148,6 +152,17 @@ class FusedConfig(PeftConfig):
             with open(path, "w") as file:
                 json.dump(stored, file, indent=2)
         describe_method(save_directory, self)
+
+    @classmethod
+    def from_json_file(cls, path_json_file, **kwargs):
+        """As PeftConfig.from_json_file; ValueError naming the file if it is cut short, damaged or no configuration."""
+        try:
+            loaded = super().from_json_file(path_json_file, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path_json_file} is not a complete JSON object ({error}); nothing was loaded") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path_json_file} must be a JSON object, got {loaded!r}; nothing was loaded")
+        return loaded
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):

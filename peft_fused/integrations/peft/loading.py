@@ -3,68 +3,101 @@
 PEFT by itself warns about missing keys, ignores unexpected ones, and copies what fits of a file whose shapes do not.
 """
 
+import copy
 import os
+from collections import OrderedDict
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer, _filter_state_dict_by_key_prefixes
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as tuner_prefixes
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 
+from ...layers.sharded import local
+from ...ops.arguments import FLOATING
+
 WRAPPER = "base_model.model."
 SHOWN = 5
+# Adapters are of FLOATING; a module saved whole may count, or hold indices and masks.
+DTYPES = (*FLOATING, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+SAFETENSORS_DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
 
 
 def checkpoint_keys(folder: str) -> list[str] | None:
     """Names of the tensors in a local adapter checkpoint, None if the folder is not a local one.
 
-    ValueError if its weights are missing, cut short, damaged, or no floating-point numbers.
+    ValueError if its weights are missing, cut short, damaged, or anything but dense tensors by name.
     """
     if not os.path.isdir(folder):
         return None
     path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     pickled = os.path.join(folder, WEIGHTS_NAME)
-    if os.path.isfile(path):
+    if os.path.exists(path):
         try:
             with safe_open(path, framework="pt") as file:
                 dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); nothing was loaded") from error
-        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if not dtype.startswith(("F", "BF"))]
-    elif os.path.isfile(pickled):
+        for key, dtype in dtypes.items():
+            if dtype not in SAFETENSORS_DTYPES:
+                raise ValueError(f"{path}: {key} is {dtype}, which no adapter holds; nothing was loaded")
+        keys = list(dtypes)
+    elif os.path.exists(pickled):
         path = pickled
         try:
-            tensors = torch.load(path, map_location="meta", weights_only=True)
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged zip file or pickle makes torch raise
             raise ValueError(f"{path} cannot be read ({error}); nothing was loaded") from error
-        dtypes = {key: tensor.dtype for key, tensor in tensors.items()}
-        wrong = [f"{key} is {dtype}" for key, dtype in dtypes.items() if not dtype.is_floating_point]
+        check_tensors(path, tensors)
+        keys = list(tensors)
     else:
         raise ValueError(f"{folder} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}; nothing was loaded")
-    if not dtypes:
+    if not keys:
         raise ValueError(f"{path} contains no tensors; nothing was loaded")
-    if wrong:
-        raise ValueError(f"{path} must hold floating-point tensors, but {wrong[0]}; nothing was loaded")
-    return list(dtypes)
+    return keys
 
 
-def check_wrapped_modules(model: torch.nn.Module, config, adapter_name: str) -> None:
-    """ValueError if the checkpoint that the config was read from lacks a tensor of a module in modules_to_save.
+def check_tensors(source: str, tensors) -> None:
+    """ValueError, naming the source, if it is anything but a dict from names to dense tensors with values."""
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{source} must be a dict of tensors, got {type(tensors).__name__}; nothing was loaded")
+    for key, tensor in tensors.items():
+        if not isinstance(key, str):
+            found = f"has the key {key!r}, which is no name"
+        elif not isinstance(tensor, torch.Tensor):
+            found = f"{key} is a {type(tensor).__name__}"
+        elif tensor.is_nested or tensor.layout != torch.strided:
+            found = f"{key} is {'nested' if tensor.is_nested else tensor.layout}"
+        elif tensor.is_meta:
+            found = f"{key} has no values (meta device)"
+        elif tensor.dtype not in DTYPES:
+            found = f"{key} is {tensor.dtype}"
+        else:
+            continue
+        raise ValueError(f"{source} must hold dense tensors by name, but {found}; nothing was loaded")
 
-    PEFT, which reads those tensors first, would stop there with a KeyError and the adapter in place.
+
+def check_checkpoint(model: torch.nn.Module, config, adapter_name: str) -> None:
+    """ValueError if PEFT, which reads them first, would stop with a KeyError at the names of a checkpoint's tensors.
+
+    config: what `remember_checkpoint` has marked, or nothing is checked. model: what the adapter was added to, whose
+    modules in modules_to_save must have their tensors; under their names, which a key_mapping cannot change.
     """
-    keys = getattr(config, "_checkpoint_keys", None)
-    if keys is None:
+    keys = set(config.__dict__.get("_checkpoint_keys") or ())
+    if not keys:
         return
+    for key in sorted(keys):
+        if not key.startswith("base_model."):
+            raise ValueError(f"the checkpoint has {key}, which is no name that PEFT saves under; nothing was loaded")
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            for key in module.adapter_state_dict_load_map(adapter_name):
-                # The last names only: what comes before them may be renamed on the way (key_mapping).
-                end = f"{name.rpartition('.')[2]}.{key}"
-                if not any(given.endswith(end) for given in keys):
-                    raise ValueError(f"the checkpoint has no {name}.{key}; nothing was loaded")
+            for stored, key in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{WRAPPER}{name}.{stored}" not in keys:
+                    raise ValueError(f"the checkpoint has no {WRAPPER}{name}.{stored}; nothing was loaded")
+                if f"{WRAPPER}{name}.{key}" in keys:
+                    raise ValueError(f"the checkpoint has {WRAPPER}{name}.{stored} twice; nothing was loaded")
 
 
 def check_adapter_names(model: torch.nn.Module) -> None:
@@ -90,52 +123,78 @@ def check_adapter_names(model: torch.nn.Module) -> None:
 
 
 class Snapshot:
-    """The module tree and the trainability of parameters, to be put back if an adapter cannot be added or loaded."""
+    """All that modules hold, by reference, and the trainability of their parameters: to be put back if an adapter
+    cannot be added or loaded.
+    """
+
+    COPIED = (dict, OrderedDict, set, list)
 
     def __init__(self, model: torch.nn.Module):
-        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._attributes = []
+        for module in model.modules():
+            held = vars(module)
+            contents = [(value, copy.copy(value)) for value in held.values() if type(value) in self.COPIED]
+            self._attributes.append((held, dict(held), contents))
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def restore(self) -> None:
-        for module, children in self._children:
-            module._modules.clear()
-            module._modules.update(children)
+        for held, attributes, contents in self._attributes:
+            held.clear()
+            held.update(attributes)
+            # In place, as hooks are removed by a reference to what holds them.
+            for value, content in contents:
+                value.clear()
+                value.extend(content) if isinstance(value, list) else value.update(content)
         for parameter, trainable in self._trainable:
             parameter.requires_grad_(trainable)
 
 
 def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, state_dict: dict) -> list[tuple]:
-    """ValueError unless a state dict, keyed as the model is, has exactly the adapter's tensors, in the right shapes.
+    """ValueError unless a state dict, keyed as the model is, has exactly the adapter's tensors, of the right shapes and
+    kinds of type, and finite.
 
-    Further tensors are let pass if the model has them: saved biases, embeddings and modules_to_save. Those of a
-    schedule's state are not checked but returned, as (layer, {"<container>.<name>": tensor}) of every layer with any.
+    Further tensors are let pass if PEFT saves them with this adapter: modules_to_save, the biases that its config
+    names, and embeddings. Those of a schedule's state, whose shapes are not checked, are returned, as (layer,
+    {"<container>.<name>": tensor}) of every layer with any.
     """
     own = model.state_dict()
     given = {
         key if key in own or not key.startswith(WRAPPER) else key.removeprefix(WRAPPER): value
         for key, value in state_dict.items()
     }
-    states = []
+    states, of_states = [], set()
     for layer_name, layer in model.named_modules():
         for container in getattr(type(layer), "state_names", ()):
             start = f"{layer_name}.{container}.{adapter_name}."
             found = {f"{container}.{key.removeprefix(start)}": t for key, t in given.items() if key.startswith(start)}
             states.append((layer, found))
-            given = {key: t for key, t in given.items() if not key.startswith(start)}
-            own = {key: t for key, t in own.items() if not key.startswith(start)}
-    expected = _filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name))
+            of_states.update(key for key in own.keys() | given.keys() if key.startswith(start))
+    expected = set(_filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name)))
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected.update(key for key in saved if key in own)  # biases, whose names are the same in a file
+    # A buffer of a module saved whole may be a mask of infinities.
+    numbers = of_states.union(expected, (name for name, _ in model.named_parameters(remove_duplicate=False)))
+    odd = {
+        "missing": [key for key in own if key in expected and key not in given and key not in of_states],
+        "unexpected": _foreign(model, adapter_name, given.keys() - expected - of_states, saved),
+        "of another shape": [
+            f"{key}: {list(t.shape)} in the file, {list(own[key].shape)} in the model"
+            for key, t in given.items()
+            if key in own and key not in of_states and t.shape != own[key].shape
+        ],
+        "of another type": [
+            f"{key}: {t.dtype} in the file, {own[key].dtype} in the model"
+            for key, t in given.items()
+            if key in own and t.dtype != own[key].dtype and not t.is_floating_point() & own[key].is_floating_point()
+        ],
+        "not finite": [
+            key
+            for key, t in given.items()
+            if key in numbers and t.is_floating_point() and not torch.isfinite(local(t)).all()
+        ],
+    }
     problems = []
-    missing = [key for key in expected if key not in given]
-    # With bias="all" PEFT saves the biases of modules_to_save a second time, under names that it does not read.
-    unread = (".modules_to_save.", f".modules_to_save.{adapter_name}.")
-    copies = {own_key.removeprefix(WRAPPER) for own_key in own}
-    foreign = [key for key in given if key not in own and key.removeprefix(WRAPPER).replace(*unread) not in copies]
-    shapes = [
-        f"{key}: {list(given[key].shape)} in the file, {list(own[key].shape)} in the model"
-        for key in given
-        if key in own and given[key].shape != own[key].shape
-    ]
-    for what, keys in (("missing", missing), ("unexpected", foreign), ("of another shape", shapes)):
+    for what, keys in odd.items():
         if keys:
             more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
             problems.append(f"{len(keys)} {what}: {', '.join(keys[:SHOWN])}{more}")
@@ -145,6 +204,22 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
             + "; ".join(problems)
         )
     return states
+
+
+def _foreign(model: torch.nn.Module, adapter_name: str, keys: set[str], saved: dict) -> list[str]:
+    """Those of some keys, of tensors beside an adapter's own, that PEFT does not save with it.
+
+    saved: what it saves without embeddings, which it does not always save, and of which the config tells nothing.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            keys = keys - {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values()}
+    # With bias="all" PEFT saves the biases of modules_to_save a second time, under names that no model has.
+    known = {key.removeprefix(WRAPPER) for key in saved}
+    keys = {key for key in keys if key.removeprefix(WRAPPER) not in known}
+    if keys and hasattr(model, "get_input_embeddings"):
+        keys = keys - get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True).keys()
+    return sorted(keys)
 
 
 def remember_checkpoint(config, keys: list[str] | None) -> None:
@@ -175,8 +250,9 @@ def undo_injection(model: torch.nn.Module, adapter_name: str) -> None:
     layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
     if made_for != adapter_name or not all(layer.is_untouched(adapter_name) for layer in layers):
         return
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        model.base_model.unload()
     before.restore()
+    model.peft_config.pop(adapter_name)
+    kept = set(model.modules())
+    for layer in layers:
+        if layer not in kept:
+            layer.release()

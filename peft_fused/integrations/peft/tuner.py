@@ -36,8 +36,9 @@ from .loading import (
     Snapshot,
     awaits_checkpoint,
     check_adapter_names,
+    check_checkpoint,
     check_state_dict,
-    check_wrapped_modules,
+    check_tensors,
     forget_checkpoint,
     undo_injection,
 )
@@ -375,6 +376,9 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name not in self.adapters_here() or not self.on_output(adapter_name)
 
+    def release(self) -> None:
+        """Leaves the base layer as it was found, for use without this layer."""
+
     def check_state(self, adapter_name: str, tensors: dict[str, torch.Tensor]) -> None:
         """ValueError if a checkpoint's tensors under `state_names` are none that this adapter's state could hold.
 
@@ -457,10 +461,10 @@ class FusedTuner(BaseTuner):
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As PEFT's, but a failure leaves the model as it was."""
-        before, config = Snapshot(model), self.peft_config[adapter_name]
+        before, config = Snapshot(self), self.peft_config[adapter_name]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            check_wrapped_modules(model, config, adapter_name)
+            check_checkpoint(model, config, adapter_name)
             check_adapter_names(model)
         except Exception:
             before.restore()
@@ -573,15 +577,20 @@ class FusedTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
+            check_tensors("the state dict", state_dict)
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            if len(remapped) < len(state_dict):
+                raise ValueError("the checkpoint has tensors twice, with and without the adapter's name in theirs")
             states = check_state_dict(model, cls.prefix, adapter_name, remapped)
             for layer, tensors in states:
                 layer.check_state(adapter_name, tensors)
-        except ValueError:
+        except Exception:
             undo_injection(model, adapter_name)
             raise
         for layer, tensors in states:
             layer.fit_state(adapter_name, tensors)
         forget_checkpoint(model, config)
-        return remapped
+        # With low_cpu_mem_usage PEFT puts the tensors of the file in the place of parameters, instead of copying them.
+        own = model.state_dict()
+        return {key: t.detach().to(own[key].dtype).contiguous() if key in own else t for key, t in remapped.items()}
