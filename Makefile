@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test test-newest check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test test-newest fuzz check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -33,6 +33,10 @@ demo: venv
 test: venv
 	$(BIN)/pytest -q -m "not aot"
 	$(BIN)/pytest -q -m aot
+
+# Random cases, kills and full disks that `make test` has a few of: what was tried, and what became of it.
+fuzz: venv
+	PEFT_FUSED_FUZZ=40 $(BIN)/pytest -q -s tests/fuzz
 
 # The same on the newest released versions of everything, in a copy with an environment and an extension of its own.
 NEWEST := .newest
