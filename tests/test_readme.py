@@ -1,12 +1,17 @@
-"""The README's Python runs as it is printed, one block after the other, on a tiny model."""
+"""The README's Python runs as it is printed, one block after the other, on a tiny model; files named anywhere exist."""
 
+import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+import peft_fused
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -33,7 +38,7 @@ def namespace(tmp_path_factory):
 
 
 def test_blocks(namespace, capsys):
-    accelerated, dylora, surm, adamix, aflora, rosa, plain, structured, mixed = BLOCKS
+    accelerated, loading, dylora, surm, adamix, aflora, rosa, plain, structured, mixed = BLOCKS
     base = {name: value.clone() for name, value in namespace["base"].state_dict().items()}
 
     exec(accelerated, namespace)
@@ -50,6 +55,15 @@ def test_blocks(namespace, capsys):
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         torch.testing.assert_close(exported.eval()(ids).logits, namespace["model"].eval()(ids).logits)
+
+    peft_fused.set_rank(namespace["model"], 8)  # as a loaded one
+    namespace["model"].save_pretrained(namespace["folder"])
+    expected, namespace["base"] = namespace["model"], tiny()
+    namespace["base"].load_state_dict(base)
+    exec(loading, namespace)
+    assert namespace["model"].peft_config["default"].peft_type == "DYLORA"
+    with torch.no_grad():
+        assert namespace["model"].eval()(ids).logits.equal(expected.eval()(ids).logits)
 
     namespace["base"] = tiny()
     exec(surm, namespace)
@@ -86,3 +100,58 @@ def test_blocks(namespace, capsys):
     for sequence, expert in enumerate((3, 1)):
         expected = h[sequence] + torch.nn.functional.gelu(h[sequence] @ down[expert].T) @ up[expert].T
         torch.testing.assert_close(y[sequence], expected, atol=1e-2, rtol=1e-4)
+
+
+# Folders of the checkout whose text names files. What is not ours stands in NOT_OURS, with what commands write.
+TEXTS = ("*.md", "Makefile", "*.py", "peft_fused", "csrc", "triton_kernels", "bench", "examples", "tests")
+NOT_OURS = {
+    "_build_info.py", "adapter_config.json", "aflora.json", "aflora.png", "demo.json", "demo.png", "dev.tsv",
+    "parts.jsonl", "results.jsonl", "results.png", "summary.json", "train.tsv", "folder/name.json", "folder/name.png",
+}  # fmt: skip
+NAME = re.compile(r"(?<![\w./<>-])[\w/.-]*\w\.(?:py|cpp|cu|h|md|tsv|jsonl?|toml|png)\b(?![\w(>])")
+ROOT = README.parent
+
+
+def prose(path: Path):
+    """(line, text) of a file's comments and docstrings; of every line where the file is no code."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (doc := ast.get_docstring(node)):
+                yield node.body[0].lineno, doc
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if path.suffix in (".cpp", ".cu", ".h"):
+            line = line.partition("//")[2]
+        yield number, line
+
+
+def texts():
+    for pattern in TEXTS:
+        for found in ROOT.glob(pattern):
+            if found.is_dir():
+                yield from (path for path in found.rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".h", ".md"))
+            else:
+                yield found
+
+
+def unknown(text: str, files: list[str]) -> list[str]:
+    """Names of files in a text that are none of ours: a name with folders has to end the path of one."""
+    named = (name.removeprefix("./") for name in NAME.findall(text))
+    return [name for name in named if name not in NOT_OURS and not any(file.endswith("/" + name) for file in files)]
+
+
+def test_files_that_are_named_exist():
+    skipped = {".git", ".venv", "build"}
+    files = [str(path) for path in ROOT.rglob("*.*") if skipped.isdisjoint(path.relative_to(ROOT).parts)]
+    assert unknown("see ops/lowrank.py, ops/missing.py and gone.cpp; v0.1.py3", files) == ["ops/missing.py", "gone.cpp"]
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in texts()
+        for line, text in prose(path)
+        for name in unknown(text, files)
+    ]
+    assert not found, found

@@ -1,6 +1,6 @@
-// Circulant, Toeplitz and Kronecker maps as one autograd node. The formulas are those of ops/structured/fft.py, dense.py
-// and gemm.py; here they are made of ATen calls without Python between them, and on CUDA convolutions are
-// csrc/kernels/fft.cu.
+// Circulant, Toeplitz and Kronecker maps as one autograd node. The formulas are those of ops/structured/fft.py,
+// ops/structured/materialized.py and ops/structured/gemm.py; here they are made of ATen calls without Python between
+// them, and on CUDA convolutions are csrc/kernels/fft.cu.
 #include "structured.h"
 
 #include <ATen/Parallel.h>

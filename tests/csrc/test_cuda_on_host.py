@@ -1,4 +1,4 @@
-"""The device that test_cuda_kernels.py runs on: what it computes, and that it sees what it is there to see."""
+"""The device that test_lowrank.py and test_fft.py run on: what it computes, and that it sees what it has to see."""
 
 import pytest
 import torch
