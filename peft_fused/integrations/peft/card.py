@@ -3,6 +3,8 @@
 import os
 import re
 
+from .files import whole_files
+
 CARD = "README.md"
 NEW = "---\nlibrary_name: peft\n---\n"
 START, END = "<!-- peft_fused -->", "<!-- end of peft_fused -->"
@@ -36,8 +38,5 @@ model = PeftModel.from_pretrained(base_model, folder)
         card = card.replace(PLACE + EMPTY, PLACE + text, 1)
     else:
         card = f"{card.rstrip()}\n\n## How to load it\n\n{text}\n"
-    # By another name first, so that what is cut short leaves the old card.
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with whole_files(folder, CARD) as whole, open(os.path.join(whole, CARD), "w", encoding="utf-8") as file:
         file.write(card)
-    os.replace(part, path)

@@ -1,11 +1,9 @@
 """The fields that the configurations of all our PEFT methods share, under PEFT's names, and their checks."""
 
-import contextlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,19 +12,10 @@ from peft.utils import CONFIG_NAME
 
 from ...layers.checks import check_choice, check_flag, check_int
 from .card import describe_method
+from .files import whole_files
 from .loading import checkpoint_keys, remember_checkpoint
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
-
-
-@contextlib.contextmanager
-def whole_files(path: str | os.PathLike, *names: str) -> Iterator[str]:
-    """A folder to write these files to. They take the place of those in `path`, in this order, once all are written."""
-    os.makedirs(path, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".writing-") as folder:
-        yield folder
-        for name in names:
-            os.replace(os.path.join(folder, name), os.path.join(path, name))
 
 
 def check_regex(name: str, value: str, part: bool = False) -> None:

@@ -15,8 +15,9 @@ from ...layers.sharded import is_sharded, whole
 from ...layers.surm_adapter import NO_DELTA
 from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
 from .aflora import AfLoraConfig, AfLoraLinear
-from .config import FusedConfig, whole_files
+from .config import FusedConfig
 from .dylora import DyLoraConfig, DyLoraLinear
+from .files import whole_files
 from .loading import WRAPPER
 from .rosa import RosaConfig, RosaPeftLinear
 from .surm import SurmConfig, SurmLinear
