@@ -9,6 +9,7 @@ from ..triton_kernels.plan import MAX_RANK
 
 # What a number that an adapter computes with may be at most: factors and scales are kept in fp32.
 LARGEST = torch.finfo(torch.float32).max
+LARGEST_SIZE = torch.iinfo(torch.int32).max
 COMPUTED = "is no parameter but computed from others (parametrized, as by weight_norm or spectral_norm, or pruned)"
 MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
 
@@ -37,6 +38,13 @@ def check_dropout(name: str, value) -> float:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {value}")
+    return value
+
+
+def check_size(name: str, value, least: int = 1) -> int:
+    """The value, if a size or a number of steps can be it. TypeError or ValueError naming it otherwise."""
+    if check_int(name, value, least) > LARGEST_SIZE:
+        raise ValueError(f"{name} must be in {least}..{LARGEST_SIZE}, got {value}")
     return value
 
 

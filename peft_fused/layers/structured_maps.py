@@ -21,7 +21,7 @@ from ..ops.structured import (
     toeplitz_product,
     toeplitz_tail,
 )
-from .checks import check_choice, check_flag, check_int
+from .checks import check_choice, check_flag, check_size
 
 # "lora": M beside a weight, as in LoRA. "adapter": M inside of a non-linear block on a layer's output. They differ in
 # how the authors start them.
@@ -46,8 +46,8 @@ class StructuredMap(nn.Module):
     options: tuple[str, ...] = ()
 
     def __init__(self, in_features: int, out_features: int, kind: str):
-        check_int("in_features", in_features, 1)
-        check_int("out_features", out_features, 1)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         check_choice("kind", kind, KINDS)
         super().__init__()
         self.in_features, self.out_features, self.kind = in_features, out_features, kind
@@ -152,7 +152,7 @@ class CirculantMap(StructuredMap):
         check_flag("product", product)
         check_choice("rectangular", rectangular, RECTANGULAR)
         if block_size is not None:
-            check_int("block_size", block_size, 1)
+            check_size("block_size", block_size)
             if rectangular != "block":
                 raise ValueError(f"block_size must be None unless rectangular is 'block', got {block_size}")
 
@@ -243,7 +243,7 @@ class KroneckerMap(StructuredMap):
     @staticmethod
     def check_options(r=None) -> None:
         if r is not None:
-            check_int("r", r, 1)
+            check_size("r", r)
 
     def spread(self, parameter):
         if self.kind == "lora":
@@ -290,7 +290,7 @@ class LDRMap(StructuredMap):
 
     @staticmethod
     def check_options(q=1) -> None:
-        check_int("q", q, 1)
+        check_size("q", q)
 
     def operands(self):
         return self.G, self.H
@@ -324,11 +324,9 @@ class MapSpec:
         check_choice("kind", self.kind, KINDS)
         for cls in STRUCTURES.values():
             options = {name: getattr(self, name) for name in cls.options}
-            if cls.structure == self.structure:
-                cls.check_options(**options)
-                continue
+            cls.check_options(**options)
             for name, value in options.items():
-                if value != getattr(MapSpec, name):
+                if cls.structure != self.structure and value != getattr(MapSpec, name):
                     raise ValueError(f"{name} is an option of {cls.structure!r}, got {value!r} with {self.structure!r}")
 
     def make(self, in_features: int, out_features: int, *, dtype=None, device=None) -> StructuredMap:

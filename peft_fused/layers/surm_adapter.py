@@ -5,7 +5,7 @@ from torch import nn
 
 from ..ops.structured import StructuredProblem
 from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_flag, check_int, check_linear, features
+from .checks import check_adapter_dtype, check_flag, check_linear, check_size, features
 from .structured import StructuredDelta
 from .structured_maps import MapSpec
 
@@ -89,7 +89,7 @@ class SurmAdapter(StructuredDelta):
         allow_nonidentity: bool = False, alpha: float | None = None, dropout: float = 0.0, dtype=None, device=None,
         **options,
     ):  # fmt: skip
-        check_int("n", n, 1)
+        check_size("n", n)
         spec = MapSpec(structure, "adapter", **options)
         activation = make_activation(activation, allow_nonidentity, n)
         super().__init__(spec.make(n, n, dtype=dtype, device=device), alpha, dropout)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import draws
@@ -117,7 +118,7 @@ def evaluate_ranks(
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
-    if ranks is not None and not isinstance(ranks, Iterable):
+    if isinstance(ranks, torch.Tensor) or not (ranks is None or isinstance(ranks, Iterable)):
         raise TypeError(f"ranks must be an iterable of ints or None, got {type(ranks).__name__}")
     states = _states(model, adapter_name, "evaluate_ranks")
     most = max(state.r for state in states)

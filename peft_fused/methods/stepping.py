@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..layers.checks import check_int
+from ..layers.checks import check_size
 from . import sync
 
 
@@ -128,11 +128,11 @@ def on_step(
     first calls compare notes, see `check_sync`. Returns the number of adapters told; 0 means that the model has no
     method with a schedule. Raises TypeError or ValueError naming the argument, RuntimeError where processes disagree.
     """
-    check_int("step", step)
-    check_int("micro", micro)
+    check_size("step", step, 0)
+    check_size("micro", micro, 0)
     for name, value, least in (("total_steps", total_steps, 1), ("epoch", epoch, 0)):
         if value is not None:
-            check_int(name, value, least)
+            check_size(name, value, least)
     optimizer = unwrap_optimizer(optimizer)
     found = members_of(model)
     if not found:

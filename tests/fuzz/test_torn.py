@@ -11,8 +11,10 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +23,14 @@ from torch import nn
 
 from peft_fused import DyLoraConfig, export_lora
 
+sys.path.append(str(Path(__file__).parent))
+from unchanged import MULTIPLIER
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
-KILLS = 5 * int(os.environ.get("PEFT_FUSED_FUZZ", "1"))
+KILLS = max(1, int(5 * MULTIPLIER))
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 SIZE, R = 128, 32
 

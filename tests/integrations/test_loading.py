@@ -420,3 +420,85 @@ def test_an_export_that_is_cut_short_leaves_the_old_one_or_none(tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["adapter_model.safetensors"]
     export_lora(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def change_tensors(folder, change):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update({f"{Q}.base_layer.weight": torch.ones(16, 16)}), f"1 unexpected: {Q}.base_layer.weight"),
+        (lambda t: t.update({f"{Q}.weight": torch.ones(16, 16)}), "1 unexpected: .*q_proj.weight"),
+        (lambda t: t.pop(f"{Q}.base_layer.bias"), f"1 missing: {Q}.base_layer.bias"),
+        (lambda t: t[f"{Q}.base_layer.bias"].fill_(torch.inf), f"1 not finite: {Q}.base_layer.bias"),
+        (lambda t: t[f"{Q}.dylora_B.weight"].fill_(torch.nan), "1 not finite: .*q_proj.dylora_B"),
+        (lambda t: t["base_model.model.lm_head.weight"].fill_(torch.nan), "1 not finite: .*lm_head"),
+        (lambda t: t.update({"lm_head.weight": t.pop("base_model.model.lm_head.weight")}), "has lm_head.weight, which"),
+        (lambda t: t.update({f"{Q}.dylora_B.default.weight": torch.ones(16, R)}), "twice|1 unexpected"),
+    ],
+)
+def test_a_checkpoint_holds_an_adapter_and_nothing_else(tmp_path, change, message):
+    adapted(modules_to_save=["lm_head"], bias="dylora_only").save_pretrained(tmp_path)
+    change_tensors(tmp_path, change)
+    for target, load in ((llama(), PeftModel.from_pretrained), (adapted(), lambda m, p: m.load_adapter(p, "second"))):
+        before, held = tree(target), copy.deepcopy(target.state_dict())
+        with pytest.raises(ValueError, match=message):
+            load(target, tmp_path)
+        assert tree(target) == before and all(torch.equal(held[k], v) for k, v in target.state_dict().items())
+        assert list(getattr(target, "peft_config", {})) == (["default"] if isinstance(target, PeftModel) else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        (dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
+        (dict(target_modules=["q_proj", "lm_head"]), {}),
+        (dict(target_modules="all-linear", bias="all"), {}),
+        (dict(target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"], bias="all"), {}),
+    ],
+)
+def test_whatever_peft_saves_beside_an_adapter_is_let_pass(tmp_path, options, how):
+    model = adapted(**options)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) / 8
+    model.save_pretrained(tmp_path, **how)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"peft_type": "DYL', b"[]", b"\xff\xfe"])
+def test_a_config_that_is_cut_short_is_refused_by_its_name(tmp_path, content):
+    adapted().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=str(path)):
+        DyLoraConfig.from_pretrained(tmp_path)
+    base = llama()
+    before = tree(base)
+    with pytest.raises((ValueError, TypeError)):  # PEFT's own words: it reads the type before it asks for anything
+        PeftModel.from_pretrained(base, tmp_path)
+    assert tree(base) == before and not hasattr(base, "peft_config")
+
+
+def test_a_refusal_undoes_what_the_second_adapter_left_in_modules_to_save(tmp_path):
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    change_tensors(tmp_path, lambda t: t.pop(f"{Q}.dylora_A.weight"))
+    model = adapted(modules_to_save=["lm_head"])
+    wrapper = model.base_model.model.lm_head
+    targeted = list(model.base_model.targeted_module_names)
+    with pytest.raises(ValueError, match="1 missing"):
+        model.load_adapter(tmp_path, "second")
+    assert wrapper._adapters == {"default"} and list(wrapper.modules_to_save) == ["default"]
+    assert list(model.peft_config) == ["default"] and model.base_model.targeted_module_names == targeted
+    adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second")
+    assert "second" in wrapper.modules_to_save

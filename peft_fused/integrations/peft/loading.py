@@ -162,16 +162,19 @@ def check_state_dict(model: torch.nn.Module, prefix: str, adapter_name: str, sta
         key if key in own or not key.startswith(WRAPPER) else key.removeprefix(WRAPPER): value
         for key, value in state_dict.items()
     }
+    expected = set(_filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name)))
+    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected |= own.keys() & saved.keys()  # biases, whose names are the same in a file
     states, of_states = [], set()
     for layer_name, layer in model.named_modules():
+        # Those of layers that only other adapters have would be saved too; a file from elsewhere is without.
+        if isinstance(layer, BaseTunerLayer) and adapter_name not in layer._get_available_adapters():
+            expected.discard(f"{layer_name}.base_layer.bias")
         for container in getattr(type(layer), "state_names", ()):
             start = f"{layer_name}.{container}.{adapter_name}."
             found = {f"{container}.{key.removeprefix(start)}": t for key, t in given.items() if key.startswith(start)}
             states.append((layer, found))
             of_states.update(key for key in own.keys() | given.keys() if key.startswith(start))
-    expected = set(_filter_state_dict_by_key_prefixes(own, tuner_prefixes(model, adapter_name=adapter_name)))
-    saved = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    expected.update(key for key in saved if key in own)  # biases, whose names are the same in a file
     # A buffer of a module saved whole may be a mask of infinities.
     numbers = of_states.union(expected, (name for name, _ in model.named_parameters(remove_duplicate=False)))
     odd = {
