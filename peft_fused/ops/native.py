@@ -15,7 +15,7 @@ logger = logging.getLogger("peft_fused")
 # What it means to be without the extension, and what to do about it, for whoever has to be told.
 COST = (
     "a Python autograd node per layer instead of the C++ one, and dropout masks made by many tensor operations: small "
-    "layers take a multiple of PEFT's time, and there is no CUDA backend"
+    "layers take about twice PEFT's time instead of less than it, and there is no CUDA backend"
 )
 REMEDY = (
     "`pip install --no-build-isolation .` in the source folder builds it, where torch, setuptools >= 77 and a C++ "
