@@ -114,21 +114,40 @@ py::object bottleneck(const py::object& h, const py::object& down, const py::obj
   return y.defined() ? py::cast(y) : py::none();
 }
 
-at::Tensor structured(const std::string& structure, const std::string& method, const at::Tensor& x,
+at::ScalarType type_of_name(const std::string& name) {
+  return name == "float32"    ? at::kFloat
+         : name == "float16"  ? at::kHalf
+         : name == "bfloat16" ? at::kBFloat16
+         : name == "float64"  ? at::kDouble
+                              : at::ScalarType::Undefined;
+}
+
+// The member of an enum that a name stands for, in the enum's order. ValueError for an unknown name.
+template <typename Enum>
+Enum named(const char* argument, const std::string& name, std::initializer_list<const char*> names) {
+  int i = 0;
+  for (const char* known : names) {
+    if (name == known) return static_cast<Enum>(i);
+    ++i;
+  }
+  throw py::value_error(std::string(argument) + " is unknown: " + name);
+}
+
+at::Tensor structured(const std::string& structure, const std::string& method,
+                      const std::pair<std::string, std::string>& names, const at::Tensor& x,
                       const at::Tensor& p, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& add,
                       int64_t n, int64_t length, const py::object& scale, int64_t threshold,
                       const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& matrix) {
   using peft_fused::Method;
   using peft_fused::Structure;
   peft_fused::StructuredArguments a;
-  a.structure = structure == "circulant" ? Structure::circulant
-                : structure == "toeplitz" ? Structure::toeplitz
-                                          : Structure::kronecker;
-  a.method = method == "fft" ? Method::fft : method == "dense" ? Method::dense : Method::gemm;
+  a.structure = named<Structure>("structure", structure, {"circulant", "toeplitz", "kronecker"});
+  a.method = named<Method>("method", method, {"fft", "dense", "gemm"});
+  a.p_name = names.first, a.q_name = names.second;
   a.x = x, a.p = p, a.q = q.value_or(at::Tensor()), a.add = add.value_or(at::Tensor());
   a.n = n, a.length = length, a.threshold = threshold;
   a.seed = seed.value_or(at::Tensor()), a.matrix = matrix.value_or(at::Tensor());
-  TORCH_CHECK(read_control(scale, a.scale), "scale must be a number or a tensor");
+  TORCH_CHECK_TYPE(read_control(scale, a.scale), "scale must be a number or a tensor");
   const py::gil_scoped_release release;
   return peft_fused::structured(a);
 }
@@ -139,6 +158,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Autograd functions of peft_fused in C++.";
   m.def("lowrank", &lowrank,
         "The op of ops/lowrank.py, or None where Python has to decide: bad arguments, autocast, another backend.");
+  m.def("lowrank_serves", [](const std::string& device, const std::string& dtype, const std::string& adapter_dtype,
+                             bool uv, double multiply_adds, const std::string& backend) {
+    return (device == "cpu" || device == "cuda") &&
+           peft_fused::lowrank_serves(device == "cuda", type_of_name(dtype), type_of_name(adapter_dtype), uv,
+                                      multiply_adds, backend);
+  }, "Whether the C++ node runs a problem of lowrank: the rule that the node itself follows.");
   m.def("bottleneck", &bottleneck, "The op of ops/bottleneck.py, or None where Python has to decide.");
   m.def("structured", &structured, "A structured op of ops/structured/engine.py, whose arguments that has checked.");
   m.def("drop", [](const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/philox.h"
+#include "memory.h"
 #ifdef PEFT_FUSED_CUDA
 #include "kernels/launch.h"
 #endif
@@ -42,8 +43,20 @@ void row_bits(uint64_t seed, uint32_t row, int64_t blocks, uint16_t* bits) {
 
 }  // namespace
 
-at::Tensor drop(const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
-  const at::Tensor in = x.contiguous();
+at::Tensor seed_of(const at::Tensor& seed, int64_t threshold, const at::Device& device) {
+  TORCH_CHECK_VALUE(threshold >= 0 && threshold <= 65535, "threshold must be in 0..65535, got ", threshold);
+  const at::Tensor found = readable(seed, "seed");
+  TORCH_CHECK_VALUE(found.dim() == 0 && found.scalar_type() == at::kLong && found.device() == device,
+                    "seed must be a 0-d int64 tensor on ", device, ", got ", found.scalar_type(), " ", found.sizes(),
+                    " on ", found.device());
+  return found;
+}
+
+at::Tensor drop(const at::Tensor& x, const at::Tensor& seed_, int64_t threshold, int64_t first_row) {
+  const at::Tensor in = readable(x, "x").contiguous(), seed = seed_of(seed_, threshold, in.device());
+  TORCH_CHECK_VALUE(in.dim() == 2, "x must have shape [rows, columns], got ", in.sizes());
+  TORCH_CHECK_TYPE(c10::isFloatingType(in.scalar_type()), "x must be floating point, got ", in.scalar_type());
+  TORCH_CHECK_VALUE(first_row >= 0, "first_row must be at least 0, got ", first_row);
   at::Tensor out = at::empty_like(in);
   const int64_t rows = in.size(0), columns = in.size(1);
   if (in.numel() == 0) return out;

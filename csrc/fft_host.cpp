@@ -4,7 +4,9 @@
 
 #include <algorithm>
 
+#include "dropout.h"
 #include "kernels/butterfly.h"
+#include "memory.h"
 
 namespace peft_fused {
 namespace {
@@ -16,7 +18,14 @@ FftPlan plan_of(int64_t length) {
   return plan;
 }
 
+// Tensors are checked as they are: their pointers must not be those of a copy that has gone.
+void check_plain(const at::Tensor& t, const char* name) {
+  check_memory(t, name);
+  TORCH_CHECK_VALUE(!lazy(t), name, " must have no negative or conjugate bit");
+}
+
 const Complex* table_of(const at::Tensor& table, int64_t length) {
+  check_plain(table, "khat or twiddles");
   TORCH_CHECK_VALUE(table.is_cpu() && table.scalar_type() == at::kComplexFloat && table.is_contiguous() &&
                         table.dim() == 1 && table.size(0) == length,
                     "khat and twiddles must be contiguous complex64 CPU tensors of one length");
@@ -24,6 +33,7 @@ const Complex* table_of(const at::Tensor& table, int64_t length) {
 }
 
 Matrix<const float> rows_of(const at::Tensor& t, int64_t rows, int64_t length) {
+  check_plain(t, "x, dy or add");
   TORCH_CHECK_VALUE(t.is_cpu() && t.scalar_type() == at::kFloat && t.dim() == 2 && t.stride(1) == 1 &&
                         t.size(0) == rows && t.size(1) <= length,
                     "x, dy and add must be fp32 CPU matrices of ", rows, " rows and at most ", length, " columns");
@@ -33,6 +43,10 @@ Matrix<const float> rows_of(const at::Tensor& t, int64_t rows, int64_t length) {
 Matrix<float> result_of(at::Tensor& t) { return {t.mutable_data_ptr<float>(), t.size(0), t.size(1), t.stride(0)}; }
 
 Keep keep_of(const FftHostOptions& options) {
+  if (options.seed) {
+    check_plain(*options.seed, "seed");
+    seed_of(*options.seed, options.threshold, at::kCPU);
+  }
   return {options.seed ? options.seed->const_data_ptr<int64_t>() : nullptr, static_cast<uint32_t>(options.threshold),
           static_cast<float>(65536.0 / (65536.0 - static_cast<double>(options.threshold)))};
 }
@@ -55,6 +69,7 @@ at::Tensor fft_twiddles(int64_t length) {
 
 at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const at::Tensor& twiddles, int64_t n_out,
                              const std::optional<at::Tensor>& add, bool mask_output, const FftHostOptions& options) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must be a matrix, got ", x.sizes());
   const int64_t m = x.size(0);
   const FftPlan plan = plan_of(khat.numel());
   const FftTables tables{plan, table_of(twiddles, plan.length), table_of(khat, plan.length)};
@@ -84,6 +99,7 @@ at::Tensor fft_convolve_host(const at::Tensor& x, const at::Tensor& khat, const 
 std::tuple<at::Tensor, at::Tensor> fft_correlate_host(const at::Tensor& x, const at::Tensor& dy, const at::Tensor& khat,
                                                       const at::Tensor& twiddles, int64_t blocks,
                                                       const FftHostOptions& options) {
+  TORCH_CHECK_VALUE(x.dim() == 2, "x must be a matrix, got ", x.sizes());
   const int64_t m = x.size(0);
   const FftPlan plan = plan_of(khat.numel());
   const FftTables tables{plan, table_of(twiddles, plan.length), table_of(khat, plan.length)};

@@ -49,11 +49,12 @@ class BottleneckProblem:
             reasons.append(f"activation is {self.activation!r}; the kernels know {', '.join(ACTIVATIONS)}")
         return reasons
 
-    def preference(self, launch_bound: float) -> tuple[str, ...]:
+    def preference(self, hosted: bool) -> tuple[str, ...]:
         """Backends on CUDA, the best first."""
         return ("triton", "torch")
 
-    def has_native_node(self, backend: str) -> bool:
+    def hosted(self, node, backend: str) -> bool:
+        """Whether the C++ node takes a call on a backend."""
         return backend == "torch" and self.device == "cpu"
 
     def words(self, backend: str, onednn: bool) -> str:

@@ -35,6 +35,7 @@ class Problem:
     sm_count: int
     dropout: bool
     has_weight: bool
+    uv: bool = False  # whether there is u or v
 
     def describe(self) -> str:
         op = "lowrank_linear" if self.has_weight else "lowrank"
@@ -46,14 +47,14 @@ class Problem:
         """What keeps the kernels of a backend from this problem, whatever the machine."""
         return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
 
-    def preference(self, launch_bound: float) -> tuple[str, ...]:
-        """Backends on CUDA, the best first. launch_bound: multiply-adds that take less time than launching Triton."""
-        # The C++ node has no products of mixed types but by converting the larger operand.
-        small = self.m * self.n * self.k < launch_bound and self.dtype == self.adapter_dtype
-        return ("cuda", "triton", "torch") if small else ("triton", "cuda", "torch")
+    def preference(self, hosted: bool) -> tuple[str, ...]:
+        """Backends on CUDA, the best first. hosted: whether the C++ node takes the call where no backend is forced."""
+        return ("cuda", "triton", "torch") if hosted else ("triton", "torch")
 
-    def has_native_node(self, backend: str) -> bool:
-        return backend == "cuda" or (backend == "torch" and self.device == "cpu")
+    def hosted(self, node, backend: str) -> bool:
+        """Whether the C++ node takes a call on a backend, "" for one that nobody has forced: its own answer."""
+        multiply_adds = float(self.m * self.n * self.k)
+        return node.lowrank_serves(self.device, self.dtype, self.adapter_dtype, self.uv, multiply_adds, backend)
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""

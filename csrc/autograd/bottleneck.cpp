@@ -5,10 +5,11 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <cmath>
 #include <numeric>
 #include <optional>
 #include <vector>
+
+#include "../memory.h"
 
 namespace peft_fused {
 namespace {
@@ -68,6 +69,7 @@ struct Call : torch::CustomClassHolder {
   int64_t stack_d, stack_u, r, k;           // experts in a stack (0: none), units, features of h
   at::ScalarType type;                      // of the parameters
   bool residual_is_h;
+  bool grad;  // whether autograd records the call
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kInputs];
 };
@@ -103,7 +105,7 @@ bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
   // for the user's operations; the registered op is one piece.
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
   if (!backend.empty() && backend != "torch") return false;
-  if (!plain(h) || !h.is_cpu() || h.dim() < 1) return false;
+  if (!plain(h) || !plain(down) || !plain(up) || !h.is_cpu() || h.dim() < 1) return false;
   if ((down.dim() != 2 && down.dim() != 3) || (up.dim() != 2 && up.dim() != 3)) return false;
   const auto type = h.scalar_type(), adapter = down.scalar_type();
   if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
@@ -131,7 +133,7 @@ bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
     return false;
   c.scale = scale.defined() ? scale.item().toDouble() : a.scale.number;
   const int64_t rows = c10::multiply_integers(h.sizes().slice(0, h.dim() - 1));
-  if (!std::isfinite(c.scale) || !read_experts(a.expert_d, down, rows, c.expert_d) ||
+  if (!finite(c.scale, type) || !read_experts(a.expert_d, down, rows, c.expert_d) ||
       !read_experts(a.expert_u, up, rows, c.expert_u))
     return false;
   c.activation = *activation;
@@ -141,6 +143,7 @@ bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
   c.k = k;
   c.type = adapter;
   c.residual_is_h = !a.residual.defined();
+  c.grad = at::GradMode::is_enabled();
   const Tensor* inputs[kInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
   int edges = 0;
   for (int i = 0; i < kInputs; ++i) c.edge[i] = inputs[i]->defined() ? edges++ : -1;
@@ -238,11 +241,11 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
       bias.defined() ? at::add_out(out, piece.of(start), bias, c.scale) : out.copy_(piece.of(start));
       out.addmm_(a, U.t(), 1, c.scale);
     }
-    const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
-    const auto keep = [](bool keeps, const Tensor& t) { return keeps ? t : Tensor(); };
+    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
     const bool needs_dz = needs(h) || needs(down) || needs(down_bias);
     const bool keeps_z = needs(up) || (needs_dz && c.activation != Activation::identity);
-    ctx->save_for_backward({keep(needs(down), h), keep(needs(h), down), keep(needs_dz, up), keep(keeps_z, z)});
+    ctx->save_for_backward(
+        {kept(needs(down), h, "h"), kept(needs(h), down, "down"), kept(needs_dz, up, "up"), kept(keeps_z, z, "z")});
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     return unflatten(y, h);
   }
@@ -250,13 +253,13 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
     variable_list out(kInputs + 1);
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return out;
+    if (!grads[0].defined()) return out;
+    const Tensor dy = readable(grads[0], "the gradient of the output");
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "peft_fused: the bottleneck op has no second derivative; use_backend('reference') has one");
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const Call& c = *call;
-    const auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+    const auto saved = saved_of(ctx, {"h", "down", "up", "z"});
     const BelowAutograd guard;
     const Tensor &h = saved[0], &down = saved[1], &up = saved[2], &z = saved[3];
     const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };

@@ -3,8 +3,10 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "../dropout.h"
+#include "../memory.h"
 
 namespace peft_fused {
 
@@ -20,8 +22,25 @@ Settings& settings() {
 }
 
 bool plain(const Tensor& t) {
-  return t.layout() == at::kStrided && !t.unsafeGetTensorImpl()->is_python_dispatch() && !t.is_quantized() &&
-         !t.is_nested();
+  return in_memory(t) && !t.is_quantized() && !lazy(t);
+}
+
+bool finite(double number, at::ScalarType type) {
+  return type == at::kDouble ? std::isfinite(number) : std::isfinite(static_cast<float>(number));
+}
+
+Tensor kept(bool keeps, const Tensor& t, const char* name) {
+  if (!keeps || !t.defined()) return Tensor();
+  TORCH_CHECK_VALUE(!t.is_inference(), name, " must not be an inference tensor where backward reads it: pass ", name,
+                    ".clone(), made outside of inference mode");
+  return t;
+}
+
+torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, at::ArrayRef<const char*> names) {
+  auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+  for (size_t i = 0; i < names.size(); ++i)
+    if (saved[i].defined()) check_memory(saved[i], names[i]);
+  return saved;
 }
 
 Tensor rows_of(const Tensor& t) {

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 namespace peft_fused {
 
@@ -22,8 +23,17 @@ Settings& settings();
 
 constexpr int64_t kMaxRank = 256;
 
-// An ordinary dense tensor, no subclass.
+// An ordinary dense tensor: no subclass, and its memory holds its values as they are (see memory.h).
 bool plain(const at::Tensor& t);
+
+// Whether a number is finite in the type of the sums of a call on x of this type.
+bool finite(double number, at::ScalarType type);
+
+// What a node keeps of an argument for backward. ValueError, naming it, for an inference tensor.
+at::Tensor kept(bool keeps, const at::Tensor& t, const char* name);
+
+// What a node's forward saved, by these names. ValueError where the memory of one was freed since.
+torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, at::ArrayRef<const char*> names);
 
 // A node differentiates as a whole: its pieces skip autograd's dispatch, and autocast, which may surround backward.
 struct BelowAutograd {

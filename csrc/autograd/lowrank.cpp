@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../dropout.h"
+#include "../memory.h"
 
 #ifdef PEFT_FUSED_CUDA
 #include "../kernels/launch.h"
@@ -48,33 +49,42 @@ bool in_range(const Control& c, int64_t least, int64_t most) {
   return c.tensor.defined() || (c.number >= least && c.number <= most);
 }
 
+}  // namespace
+
+bool lowrank_serves(bool cuda, at::ScalarType type, at::ScalarType adapter, bool uv, double multiply_adds,
+                    const std::string& backend) {
+  if (cuda && type == at::kDouble) return false;
+  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
+  if (cuda && backend == "cuda") return true;
+  if (!backend.empty() && (cuda || backend != "torch")) return false;
+  // Folded into B, u, v and scale may leave fp16's range: Python widens the factors.
+  if (uv && adapter == at::kHalf) return false;
+  // Other kernels take more of the GPU's time for launching than for working below this size, and for products of mixed
+  // types this node converts the larger operand.
+  return !cuda || (adapter == type && multiply_adds < settings().launch_bound);
+}
+
+namespace {
+
 bool takes(LowRankArguments& a, const std::string& backend) {
   const Tensor &x = a.x, &A = a.A, &B = a.B;
   // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them for
   // the user's operations; the registered op is one piece.
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
-  if (!plain(x) || x.dim() < 1 || (A.dim() != 2 && A.dim() != 3) || (B.dim() != 2 && B.dim() != 3)) return false;
+  if (!plain(x) || !plain(A) || !plain(B)) return false;
+  if (x.dim() < 1 || (A.dim() != 2 && A.dim() != 3) || (B.dim() != 2 && B.dim() != 3)) return false;
   const auto type = x.scalar_type();
-  const bool cpu = x.is_cpu();
   const int64_t k = x.size(-1), r = A.size(-2), n = B.size(-2);
-  if (cpu) {
-    if (!backend.empty() && backend != "torch") return false;
-    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-  } else {
-#ifdef PEFT_FUSED_CUDA
-    const bool launch_bound = static_cast<double>(x.numel()) * n < settings().launch_bound;
-    const bool mixed = A.scalar_type() != type;
-    if (!x.is_cuda() || !(backend == "cuda" || (backend.empty() && launch_bound && !mixed))) return false;
-    if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
-#else
-    return false;
-#endif
-  }
-  if (at::autocast::is_autocast_enabled(x.device().type())) return false;
-
   const auto adapter = A.scalar_type();
-  // Folded into B, u, v and scale may leave fp16's range: Python widens the factors.
-  if (adapter == at::kHalf && (a.u.defined() || a.v.defined()) && backend != "cuda") return false;
+#ifdef PEFT_FUSED_CUDA
+  if (!x.is_cpu() && !x.is_cuda()) return false;
+#else
+  if (!x.is_cpu()) return false;
+#endif
+  if (!lowrank_serves(x.is_cuda(), type, adapter, a.u.defined() || a.v.defined(), static_cast<double>(x.numel()) * n,
+                      backend))
+    return false;
+  if (at::autocast::is_autocast_enabled(x.device().type())) return false;
   if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
   if (!same(A, x, adapter) || !same(B, x, adapter) || !same(a.u, x, adapter) || !same(a.v, x, adapter)) return false;
   if (!same(a.weight, x, type) || !same(a.bias, x, type) || !same(a.add, x, type)) return false;
@@ -91,7 +101,7 @@ bool takes(LowRankArguments& a, const std::string& backend) {
 
   if (!(a.dropout_p >= 0 && a.dropout_p < 1)) return false;
   if (a.seed_tensor.defined() &&
-      (a.seed_tensor.dim() != 0 || a.seed_tensor.scalar_type() != at::kLong || a.seed_tensor.device() != x.device()))
+      (!plain(a.seed_tensor) || a.seed_tensor.dim() != 0 || a.seed_tensor.scalar_type() != at::kLong || a.seed_tensor.device() != x.device()))
     return false;
   if (!is_control(a.scale, x, false) || !is_control(a.rank, x, true)) return false;
   if (!is_control(a.expert_a, x, true) || !is_control(a.expert_b, x, true)) return false;
@@ -101,7 +111,7 @@ bool takes(LowRankArguments& a, const std::string& backend) {
   read_on_host(a.expert_a);
   read_on_host(a.expert_b);
   if (!a.has_rank) a.rank.number = static_cast<double>(r);
-  if (!std::isfinite(a.scale.number) || !in_range(a.rank, 1, r)) return false;
+  if (!finite(a.scale.number, type) || !in_range(a.rank, 1, r)) return false;
   if (A.dim() == 3 && !in_range(a.expert_a, 0, A.size(0) - 1)) return false;
   if (B.dim() == 3 && !in_range(a.expert_b, 0, B.size(0) - 1)) return false;
   return true;
@@ -116,6 +126,7 @@ struct Call : torch::CustomClassHolder {
   double scale = 1;
   int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
   bool frozen = false, mixed = false;
+  bool grad = false;  // whether autograd records the call
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kInputs];
 };
@@ -241,9 +252,9 @@ Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& de
              const Device& d, bool columns) {
   if (c.frozen) {
     const int64_t width = grad.size(columns ? 1 : 0);
-    Tensor last = at::arange(width, grad.options().dtype(at::kLong));
-    last = (d.rank.defined() ? last.eq(d.rank - 1) : last.eq(c.rank - 1)).to(grad.scalar_type());
-    grad = grad * (columns ? last : last.unsqueeze(1));
+    const Tensor ranks = at::arange(width, grad.options().dtype(at::kLong));
+    const Tensor others = d.rank.defined() ? ranks.ne(d.rank - 1) : ranks.ne(c.rank - 1);
+    grad = grad.masked_fill(columns ? others : others.unsqueeze(1), 0);  // a product would leave NaNs in them
   }
   if (factor.dim() == 2 && grad.sizes() == factor.sizes()) return grad.contiguous();
   Tensor full = at::zeros(factor.sizes(), factor.options());
@@ -269,26 +280,29 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Adapter ad(A, B, u, v, c, d);
     const Tensor x2 = rows_of(x);
     const auto [y, S] = adapt(x2, weight, add.defined() ? rows_of(add) : add, bias, A, ad, c, d);
-    const auto needs = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
+    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
     const bool keeps_x = needs(A) || needs(weight), keeps_A = needs(A) || needs(x);
     const bool keeps_S = needs(B) || needs(u) || needs(v), keeps_adapter = keeps_A || keeps_S;
-    const auto keep = [](bool keeps, const Tensor& t) { return keeps ? t : Tensor(); };
-    ctx->save_for_backward({keep(keeps_x, x), keep(needs(x), weight), keep(keeps_A, A), keep(keeps_adapter, B),
-                            keep(keeps_adapter, u), keep(keeps_adapter, v), keep(keeps_S, S), d.scale, d.rank,
-                            d.expert_a, d.expert_b, d.seed});
+    const bool any = keeps_x || keeps_adapter;
+    ctx->save_for_backward({kept(keeps_x, x, "x"), kept(needs(x), weight, "weight"), kept(keeps_A, A, "A"),
+                            kept(keeps_adapter, B, "B"), kept(keeps_adapter, u, "u"), kept(keeps_adapter, v, "v"),
+                            kept(keeps_S, S, "S"), kept(any, d.scale, "scale"), kept(any, d.rank, "rank"),
+                            kept(any, d.expert_a, "expert"), kept(any, d.expert_b, "expert"),
+                            kept(any, d.seed, "seed")});
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
     return unflatten(y, x);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(kInputs + 2);
-    const Tensor& dy = grads[0];
-    if (!dy.defined()) return out;
+    if (!grads[0].defined()) return out;
+    const Tensor dy = readable(grads[0], "the gradient of the output");
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "peft_fused: the low-rank op has no second derivative; use_backend('reference') has one");
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const Call& c = *call;
-    const auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+    const auto saved = saved_of(ctx, {"x", "weight", "A", "B", "u", "v", "S", "scale", "rank", "expert", "expert",
+                                      "seed"});
     const BelowAutograd guard;
     const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &u = saved[4], &v = saved[5];
     const Device d{saved[7], saved[8], saved[9], saved[10], saved[11]};
@@ -367,6 +381,7 @@ Tensor lowrank(LowRankArguments a, const std::string& backend) {
   call->expert_b = static_cast<int64_t>(a.expert_b.number);
   call->threshold = std::min<int64_t>(65535, std::llrint(a.dropout_p * 65536.0));
   call->frozen = a.frozen;
+  call->grad = at::GradMode::is_enabled();
   call->mixed = a.A.scalar_type() != a.x.scalar_type();
   Device d{a.scale.tensor, a.rank.tensor, a.expert_a.tensor, a.expert_b.tensor, Tensor()};
   if (call->threshold > 0) {

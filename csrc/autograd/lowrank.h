@@ -16,6 +16,12 @@ struct LowRankArguments {
   bool frozen = false;
 };
 
+// Whether this node is the one for a problem, with a forced backend or "" for none: the rule that the op follows, and
+// that ops/dispatch.py asks to tell which path a problem takes. uv: whether there is u or v; multiply_adds: of the base
+// product.
+bool lowrank_serves(bool cuda, at::ScalarType type, at::ScalarType adapter, bool uv, double multiply_adds,
+                    const std::string& backend);
+
 // The op and its autograd node (ops/lowrank.py states the formula). An undefined tensor says that this node does not
 // take the call: bad arguments, autocast, a tensor subclass, or another backend's turn. Python finds out which.
 at::Tensor lowrank(LowRankArguments args, const std::string& backend);

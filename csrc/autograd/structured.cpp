@@ -10,6 +10,7 @@
 #include <unordered_map>
 
 #include "../dropout.h"
+#include "../memory.h"
 #ifdef PEFT_FUSED_CUDA
 #include "../kernels/fft.h"
 #include "../kernels/launch.h"
@@ -28,6 +29,8 @@ struct Call : torch::CustomClassHolder {
   Method method;
   int64_t n, k, length, threshold;
   double scale;
+  bool grad;  // whether autograd records the call
+  std::string p_name, q_name;
   int q_edge, add_edge;  // positions among the node's inputs, -1 where absent
 };
 
@@ -315,11 +318,12 @@ struct Structured : torch::autograd::Function<Structured> {
     const Call& c = *call;
     const auto& [matrix, device_scale, seed] = extras;
     const Tensor q = q_.value_or(Tensor()), add2 = add_ ? rows_of(*add_) : Tensor(), x2 = rows_of(x);
-    const bool params = p.requires_grad() || (q.defined() && q.requires_grad());
-    const bool any = params || x.requires_grad();
-    const auto keep = [](bool keeps, const Tensor& t) { return keeps ? t : Tensor(); };
-    ctx->save_for_backward({keep(params, x), keep(any, p), keep(any, q), keep(x.requires_grad(), matrix),
-                            keep(any, device_scale), keep(any, seed)});
+    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
+    const bool params = needs(p) || needs(q), any = params || needs(x);
+    const char *p_name = c.p_name.c_str(), *q_name = c.q_name.c_str();
+    ctx->save_for_backward({kept(params, x, "x"), kept(any, p, p_name), kept(any, q, q_name),
+                            kept(needs(x), matrix, "matrix"), kept(any, device_scale, "scale"),
+                            kept(any, seed, "seed")});
     ctx->saved_data["call"] = c10::IValue::make_capsule(call);
 
     const auto type = work_type(c, p);
@@ -351,15 +355,15 @@ struct Structured : torch::autograd::Function<Structured> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const Tensor& dy = grads[0];
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
     variable_list out(6);
-    if (!dy.defined()) return out;
+    if (!grads[0].defined()) return out;
+    const Tensor dy = readable(grads[0], "the gradient of the output");
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "peft_fused: the structured ops have no second derivative; use_backend('reference') has one");
     const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
     const Call& c = *call;
-    const auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+    const auto saved = saved_of(ctx, {"x", c.p_name.c_str(), c.q_name.c_str(), "matrix", "scale", "seed"});
     const BelowAutograd guard;
     const Tensor &x = saved[0], &p = saved[1], &q = saved[2], &matrix = saved[3], &scale = saved[4], &seed = saved[5];
     const bool need_x = ctx->needs_input_grad(0), need_p = ctx->needs_input_grad(1);
@@ -441,7 +445,36 @@ struct Structured : torch::autograd::Function<Structured> {
 
 }  // namespace
 
-Tensor structured(const StructuredArguments& a) {
+namespace {
+
+// ValueError, naming the argument, for what Python would not have passed: nothing here may read past a tensor.
+StructuredArguments checked(StructuredArguments a) {
+  const char *p_name = a.p_name.c_str(), *q_name = a.q_name.c_str();
+  a.x = readable(a.x, "x");
+  a.p = readable(a.p, p_name);
+  if (a.q.defined()) a.q = readable(a.q, q_name);
+  if (a.add.defined()) a.add = readable(a.add, "add");
+  if (a.matrix.defined()) a.matrix = readable(a.matrix, "matrix");
+  if (a.scale.tensor.defined()) a.scale.tensor = readable(a.scale.tensor, "scale");
+  TORCH_CHECK_VALUE(a.x.dim() >= 1, "x must have shape [..., K], got ", a.x.sizes());
+  const bool kronecker = a.structure == Structure::kronecker;
+  TORCH_CHECK_VALUE(kronecker == (a.method == Method::gemm), "method must be gemm for a Kronecker map and for no other");
+  for (const auto& [name, t] : {std::pair(p_name, a.p), std::pair(q_name, a.q)})
+    TORCH_CHECK_VALUE(!t.defined() || (t.dim() == (kronecker ? 2 : 1) && t.device() == a.x.device()), name,
+                      " must have ", kronecker ? 2 : 1, " dimensions and x's device, got ", t.sizes(), " on ", t.device());
+  TORCH_CHECK_VALUE(a.q.defined() || a.structure == Structure::circulant, q_name, " must be a tensor, got none");
+  TORCH_CHECK_VALUE(!a.add.defined() || a.add.dim() == a.x.dim(), "add must have shape [..., N], got ", a.add.sizes());
+  if (a.method == Method::dense) {
+    TORCH_CHECK_VALUE(a.matrix.defined() && a.matrix.dim() == 2, "matrix must be the dense matrix [N, K]");
+  }
+  if (a.threshold != 0 || a.seed.defined()) a.seed = seed_of(a.seed, a.threshold, a.x.device());
+  return a;
+}
+
+}  // namespace
+
+Tensor structured(const StructuredArguments& arguments) {
+  const StructuredArguments a = checked(arguments);
   auto call = c10::make_intrusive<Call>();
   call->structure = a.structure;
   call->method = a.method;
@@ -449,6 +482,9 @@ Tensor structured(const StructuredArguments& a) {
   call->k = a.x.size(-1);
   call->length = a.length;
   call->threshold = a.threshold;
+  call->grad = at::GradMode::is_enabled();
+  call->p_name = a.p_name;
+  call->q_name = a.q_name;
   Tensor device_scale;
   if (a.scale.tensor.defined() && !a.scale.tensor.is_cpu()) {
     call->scale = 1;

@@ -1,6 +1,8 @@
 #pragma once
 #include "common.h"
 
+#include <string>
+
 namespace peft_fused {
 
 enum class Structure { circulant, toeplitz, kronecker };
@@ -9,6 +11,7 @@ enum class Method { fft, dense, gemm };
 // A call whose arguments Python has checked and planned (ops/structured/engine.py). p, q: the parameters of the
 // structure as ops/structured/maps.py takes them.
 struct StructuredArguments {
+  std::string p_name, q_name;  // what the caller calls p and q
   at::Tensor x, p, q, add;  // undefined where absent
   at::Tensor matrix;        // the dense matrix [n, k], for Method::dense only
   at::Tensor seed;          // 0-d int64, defined if threshold > 0

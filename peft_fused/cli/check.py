@@ -61,7 +61,8 @@ class OpCheck:
 
 def _lowrank_problem(case: Case) -> dispatch.Problem:
     t, p = case.tensors, case.options.get("dropout_p", 0.0)
-    return dispatch.problem_of(t["x"], t["A"], t["B"], has_weight="weight" in t, dropout=p > 0)
+    uv = t["u"] is not None or t["v"] is not None
+    return dispatch.problem_of(t["x"], t["A"], t["B"], has_weight="weight" in t, dropout=p > 0, uv=uv)
 
 
 def _lowrank_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -129,7 +130,7 @@ class Path:
         if self.backend == "torch" and self.native:
             if native.module is None:
                 reasons.append(f"C++ extension: {native.why_missing}")
-            elif not problem.has_native_node("torch"):
+            elif not problem.hosted(native.module, "torch"):
                 reasons.append("this map has no C++ node")
         return reasons
 

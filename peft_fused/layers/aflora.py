@@ -227,6 +227,8 @@ class AFLoRALinear(LowRankLinear):
     kept for backward. Made by `from_linear`; a state dict holds what a resumed run needs.
     """
 
+    SCALES_RANKS = True
+
     def __init__(self, base, r, alpha, dropout, dtype, policy: FreezingPolicy, d_initial: float, frozen: bool):
         check_linear("base", base)
         most = torch.finfo(check_adapter_dtype("dtype", dtype, base.weight.dtype)).max

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..ops.arguments import FLOATING
+from ..ops.arguments import check_flag as check_flag
 from ..triton_kernels.plan import MAX_RANK
 
 # What a number that an adapter computes with may be at most: factors and scales are kept in fp32.
@@ -12,6 +13,13 @@ LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = torch.iinfo(torch.int32).max
 COMPUTED = "is no parameter but computed from others (parametrized, as by weight_norm or spectral_norm, or pruned)"
 MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
+
+
+def check_module(name: str, value) -> nn.Module:
+    """The value, if it is a module. TypeError naming it otherwise."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    return value
 
 
 def check_rank(name: str, value, most: int = MAX_RANK) -> int:
@@ -70,13 +78,6 @@ def check_adapter_dtype(name: str, value, base: torch.dtype) -> torch.dtype:
     if value not in (base, wide):
         allowed = " or ".join(dict.fromkeys((str(base), str(wide))))
         raise ValueError(f"{name} must be {allowed} on a base layer of {base}, got {value}")
-    return value
-
-
-def check_flag(name: str, value) -> bool:
-    """The value, if it is a bool. TypeError naming it otherwise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 

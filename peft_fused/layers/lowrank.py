@@ -1,6 +1,7 @@
 """What the low-rank layers share: two factors beside a frozen linear map."""
 
 import math
+from typing import ClassVar
 
 from torch import nn
 
@@ -16,6 +17,8 @@ class LowRankLinear(AdaptedLinear):
     """
 
     op_name = "lowrank_linear"
+
+    SCALES_RANKS: ClassVar[bool] = False  # whether it gives the op u and v
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, use_rslora: bool, dtype):
         check_linear("base", base)
@@ -45,7 +48,8 @@ class LowRankLinear(AdaptedLinear):
         if self.merged:
             return None
         x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
-        return problem_of(x, self.lora_A, self.lora_B, has_weight=True, dropout=self.dropout_p > 0)
+        dropout = self.dropout_p > 0
+        return problem_of(x, self.lora_A, self.lora_B, has_weight=True, dropout=dropout, uv=self.SCALES_RANKS)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"

@@ -6,7 +6,7 @@ layer, side, micro-batch, pass). The layers read it from tensors that are set he
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import draws
 from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
-from ..layers.checks import check_alpha, check_choice, check_flag, check_int
+from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
 from .stepping import METHODS, Method, Step, members_of
 from .strict import Kept, check_guarded
 
@@ -261,6 +261,9 @@ def adamix_loss(
     pass only, as the authors have it. Under gradient accumulation divide the sum by the number of micro-batches, as
     any mean loss. Raises TypeError or ValueError naming the argument.
     """
+    check_module("model", model)
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of the model's arguments, got {type(inputs).__name__}")
     if check_alpha("weight", weight) < 0:
         raise ValueError(f"weight must be at least 0, got {weight}")
     check_flag("doubled", doubled)

@@ -27,6 +27,7 @@ from ..layers.aflora import (
     FreezingPolicy,
     keep_frozen,
 )
+from ..layers.checks import check_module
 from ..layers.sharded import is_sharded, local
 from .stepping import METHODS, Method, Step
 
@@ -258,8 +259,7 @@ def freezing_history(model: nn.Module, *, adapter_name: str | None = None) -> li
     checkpoint. adapter_name: None means every AFLoRA adapter. Raises TypeError if model is not a module, ValueError for
     a model without AFLoRA layers or an unknown adapter.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     states = [
         (name, member.state)
         for name, module in model.named_modules()

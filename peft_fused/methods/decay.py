@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..layers.checks import check_alpha
+from ..layers.checks import check_alpha, check_module
 from ..layers.rosa import SubspaceFactor
 from ..layers.structured_maps import StructuredMap
 from ..layers.surm_adapter import SurmAdapter
@@ -22,8 +22,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     model: may be wrapped. weight_decay: at least 0. Raises TypeError or ValueError naming the argument, ValueError for
     a model without trainable parameters.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     check_alpha("weight_decay", weight_decay)
     if weight_decay < 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..layers.checks import check_size
+from ..layers.checks import check_module, check_size
 from . import sync
 
 
@@ -59,8 +59,7 @@ METHODS: dict[str, Method] = {}
 
 def members_of(model: nn.Module) -> dict[str, list]:
     """The schedule members of all layers of the model, by method. TypeError if it is not a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     found = defaultdict(list)
     for module in model.modules():
         # Asked of the type: PEFT's models forward unknown attributes of an instance to the model that they wrap.

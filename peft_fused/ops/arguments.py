@@ -3,6 +3,9 @@
 import sys
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .dropout import draw_seed
 
@@ -38,15 +41,80 @@ def seed_tensor(seed, device):
     return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
+def lazy(value) -> bool:
+    """Whether a tensor's values are others than those in its memory: negated by a bit, or zeros without memory.
+
+    Kernels, and whoever else takes a data pointer, see the memory. A compiled call goes through torch's dispatcher,
+    which writes such values out; no real number has the conjugate bit.
+    """
+    if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+        return False
+    return value.is_neg() or value._is_zerotensor()
+
+
+def resolved(value):
+    """The value, as a tensor whose memory holds it if it is a lazy one."""
+    if not lazy(value):
+        return value
+    return value.clone() if value._is_zerotensor() else value.resolve_neg()
+
+
 def split(value, kind):
     """(number, tensor or None): the two columns that a control has in the op's schema."""
     return (kind(1), value) if isinstance(value, torch.Tensor) else (kind(value), None)
 
 
 def check_dense(name, tensor):
+    """ValueError unless a tensor is dense and initialised; asked first, because a shape is more than others have."""
+    if not torch.compiler.is_compiling() and is_lazy(tensor):
+        raise ValueError(f"{name} must be initialised, got an {type(tensor).__name__}: run the module's forward first")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(f"{name} must be a dense (strided) tensor, got layout {layout}")
+
+
+def check_memory(name, tensor):
+    """ValueError where a tensor's storage was freed or is too short for it; nothing to say of what has none."""
+    if torch.compiler.is_compiling() or is_subclass(tensor) or tensor.is_meta or lazy(tensor):
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.numel() == 0:
+        return
+    if tensor.is_contiguous():
+        last = tensor.numel()
+    else:
+        last = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if (tensor.storage_offset() + last) * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} must lie in memory, got {describe(tensor)}, whose storage was freed or is too small")
+
+
+def saved_tensors(ctx, names):
+    """What a forward saved, the first of it by these names. ValueError where the memory of one was freed since."""
+    saved = ctx.saved_tensors
+    for name, tensor in zip(names, saved, strict=False):
+        if tensor is not None:
+            check_memory(name, tensor)
+    return saved
+
+
+def check_beside(name, tensor, x, x_name="x"):
+    """TypeError where a tensor subclass that is more than a name stands beside an x without it, or the reverse."""
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(x, FakeTensor) and not isinstance(tensor, FakeTensor) and not x.fake_mode.allow_non_fake_inputs:
+        raise TypeError(f"{name} must be a fake tensor beside a fake {x_name}, got a {type(tensor).__name__}")
+    more = isinstance(tensor, FakeTensor) or (is_subclass(tensor) and is_traceable_wrapper_subclass(tensor))
+    if more and not is_subclass(x):
+        raise TypeError(f"{name} must be a plain tensor beside a plain {x_name}, got a {type(tensor).__name__}")
+
+
+def check_kept(**tensors):
+    """ValueError, naming it, for an inference tensor among those that backward is to read (None: not read)."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.is_inference():
+            raise ValueError(
+                f"{name} must not be an inference tensor where backward reads it: pass {name}.clone(), made outside of "
+                "inference mode"
+            )
 
 
 def dtype_names(dtypes):
@@ -62,9 +130,25 @@ def check_shape(name, tensor, shape, text):
         raise ValueError(f"{name} must have shape {text} = {list(shape)}, got {list(tensor.shape)}")
 
 
+def check_flag(name: str, value) -> bool:
+    """The value, if it is a bool. TypeError naming it otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def check_scale(scale, x):
+    """A number that is finite in the type of the op's sums, or a 0-d floating-point tensor."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    check_control("scale", scale, x.device, most=torch.finfo(wide).max, integer=False)
+
+
 def check_control(name, value, device, least=0, most=None, *, integer=True):
-    """A number, in least..most for an integer, or a 0-d tensor; a tensor's value is read only where that is free."""
+    """An integer in least..most, or a number of a size of `most` at most, or a 0-d tensor of it, whose value is read
+    only where that is free."""
     if isinstance(value, torch.Tensor):
+        check_dense(name, value)
+        check_memory(name, value)
         kind = "integer" if integer else "floating-point"
         fits = value.dtype in _INTEGERS if integer else value.is_floating_point()
         if value.dim() != 0 or not fits:
@@ -82,8 +166,11 @@ def check_control(name, value, device, least=0, most=None, *, integer=True):
         )
     if integer and most is not None and not least <= value <= most:
         raise ValueError(f"{name} must be in {least}..{most}, got {value}")
-    if not integer and not abs(value) <= sys.float_info.max:  # false for nan, and for ints that no float can hold
+    # false for nan, and for ints that no float can hold
+    if not integer and not abs(value) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {value}")
+    if not integer and most is not None and abs(value) > most:
+        raise ValueError(f"{name} must be at most {most:.5g} in size, got {value}")
 
 
 def check_dropout(dropout_p, seed, device):
@@ -93,6 +180,8 @@ def check_dropout(dropout_p, seed, device):
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if isinstance(seed, torch.Tensor):
+        check_dense("seed", seed)
+        check_memory("seed", seed)
         if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
             raise ValueError(f"seed must be a 0-d int64 tensor on {device}, got {describe(seed)}")
     elif seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):

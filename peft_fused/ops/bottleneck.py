@@ -16,7 +16,6 @@ Saved for backward: h, where D is trained, and z. Implementations: `bottleneck_t
 import math
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..triton_kernels.bottleneck_plan import ACTIVATIONS, BottleneckProblem
 from ..triton_kernels.plan import MAX_RANK
@@ -24,13 +23,20 @@ from . import bottleneck_torch, dispatch, native
 from .arguments import (
     FLOATING,
     autocasts,
+    check_beside,
     check_control,
     check_dense,
+    check_kept,
+    check_memory,
+    check_scale,
     check_shape,
     describe,
     dtype_names,
     is_recorded,
     is_subclass,
+    lazy,
+    resolved,
+    saved_tensors,
     split,
 )
 from .bottleneck_torch import Controls, Likeness
@@ -52,7 +58,7 @@ def _linear_reference(x, weight, bias, index):
     """x W[index]^T + b[index], where a 1-D index has one expert for each of its equal groups of rows."""
     if weight.dim() == 2:
         return torch.nn.functional.linear(x, weight, bias)
-    index = torch.as_tensor(0 if index is None else index, device=x.device)
+    index = resolved(torch.as_tensor(0 if index is None else index, device=x.device))  # torch indexes by the memory
     grouped = rows(x).reshape(max(1, index.numel()), -1 if x.numel() else 0, x.shape[-1])
     out = grouped @ weight[index.long().reshape(-1)].mT
     if bias is not None:
@@ -68,7 +74,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
     down_bias: b [r] or None, up_bias: c [N] or None, [E, r] and [E, N] beside a stack; in down's dtype.
     activation: "gelu" (by the error function), "gelu_tanh", "relu", "silu" or "swish", "tanh", "identity".
     residual: [..., N] in h's dtype, not written to; None is h itself, for N = K.
-    scale: number or 0-d tensor.
+    scale: number or 0-d tensor, finite in fp32 (fp64 beside an fp64 h).
     expert: index in 0..E-1, a number or an integer tensor, or a pair of them for down and up; default 0. A 0-d tensor
         is one for all rows; a tensor [G] has one for each of G equal groups of consecutive rows (G divides the product
         of h's leading sizes): [batch] routes sequences, [2] the halves of a batch. A side that is no stack ignores it.
@@ -97,6 +103,14 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
             )  # fmt: skip
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
     _check(h, down, down_bias, up, up_bias, activation, residual, scale, pair)
+    if any(map(lazy, (h, down, down_bias, up, up_bias, residual, scale, *pair))):
+        h, down, down_bias, up, up_bias, residual, scale = map(
+            resolved, (h, down, down_bias, up, up_bias, residual, scale)
+        )
+        return bottleneck(
+            h, down, down_bias, up, up_bias, activation, residual=residual, scale=scale,
+            expert=tuple(map(resolved, pair)),
+        )  # fmt: skip
 
     expert_d, expert_u = (0 if e is None or t.dim() == 2 else e for e, t in zip(pair, (down, up), strict=True))
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
@@ -113,6 +127,9 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
     flat = (activation, *split(scale, float), *split(expert_d, int), *split(expert_u, int), backend)
     if traced:
         return torch.ops.peft_fused.bottleneck_fwd(h, down, down_bias, up, up_bias, residual, *flat)[0]
+    if torch.is_grad_enabled():
+        inputs = dict(zip(NAMES, (h, down, down_bias, up, up_bias), strict=True))
+        check_kept(**_kept({name: t is not None and t.requires_grad for name, t in inputs.items()}, h, down, up))
     return _Bottleneck.apply(h, down, down_bias, up, up_bias, residual, *flat)[0]
 
 
@@ -150,12 +167,15 @@ def _check(h, down, down_bias, up, up_bias, activation, residual, scale, pair):
     for name, tensor in (("h", h), ("down", down), ("up", up)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     for name, tensor in (("down_bias", down_bias), ("up_bias", up_bias), ("residual", residual)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
+        if tensor is not None:
+            check_dense(name, tensor)
     if h.dtype not in FLOATING:
         raise TypeError(f"h must be floating point ({dtype_names(FLOATING)}), got {dtype_names((h.dtype,))}")
-    check_dense("h", h)
+    check_memory("h", h)
     if h.dim() < 1:
         raise ValueError("h must have shape [..., K], got a 0-d tensor")
     if down.dim() not in (2, 3):
@@ -193,16 +213,14 @@ def _check(h, down, down_bias, up, up_bias, activation, residual, scale, pair):
             raise TypeError(f"{name} must have {why} ({dtype_names(dtypes)}), got {dtype_names((tensor.dtype,))}")
         if tensor.device != h.device:
             raise ValueError(f"{name} must be on h's device ({h.device}), got {tensor.device}")
-        check_dense(name, tensor)
-        plain_h = not (torch.compiler.is_compiling() or is_subclass(h))
-        if plain_h and is_subclass(tensor) and is_traceable_wrapper_subclass(tensor):
-            raise TypeError(f"{name} must be a plain tensor beside a plain h, got a {type(tensor).__name__}")
+        check_memory(name, tensor)
+        check_beside(name, tensor, h, "h")
     if not isinstance(activation, str):
         raise TypeError(f"activation must be a name, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     _check_device("scale", scale, h)
-    check_control("scale", scale, h.device, integer=False)
+    check_scale(scale, h)
     if len(pair) != 2:
         raise ValueError(f"expert must be an index or a pair of them, got {len(pair)} values")
     for name, weight, index in (("down", down, pair[0]), ("up", up, pair[1])):
@@ -227,6 +245,7 @@ def _check_expert(name, index, h, most):
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise ValueError(f"{name} must hold integers, got {describe(index)}")
     check_dense(name, index)
+    check_memory(name, index)
     groups, count = index.shape[0], math.prod(h.shape[:-1])
     if groups < 1 or count % groups:
         raise ValueError(f"{name} must have a number of groups that divides h's {count} rows, got {groups}")
@@ -364,12 +383,16 @@ def _setup(ctx, inputs, output):
     ctx.controls = activation, scale, expert_d, expert_u, backend
     keep = any(ctx.needs)
     ctx.save_for_backward(
-        h if need["down"] else None,
-        down if need["h"] else None,
-        up if need_dz else None,
+        *_kept(need, h, down, up).values(),
         output[1] if need["up"] or (need_dz and activation != "identity") else None,
         *(t if keep else None for t in (scale_t, expert_d_t, expert_u_t)),
     )
+
+
+def _kept(need, h, down, up):
+    """What backward reads of the inputs, by name, None for what it does not."""
+    need_dz = need["h"] or need["down"] or need["down_bias"]
+    return dict(h=h if need["down"] else None, down=down if need["h"] else None, up=up if need_dz else None)
 
 
 def _grads(ctx, dy, dz, backward=None):
@@ -380,7 +403,8 @@ def _grads(ctx, dy, dz, backward=None):
     if torch.is_grad_enabled():  # it would be differentiated without what z contributes
         raise RuntimeError("peft_fused: the bottleneck op has no second derivative; use_backend('reference') has one")
     if any(ctx.needs):
-        h, down, up, z, scale_t, expert_d_t, expert_u_t = ctx.saved_tensors
+        h, down, up, z, scale_t, expert_d_t, expert_u_t = saved_tensors(ctx, ("h", "down", "up"))
+        dy = resolved(dy)
         activation, scale, expert_d, expert_u, backend = ctx.controls
         backward = backward or torch.ops.peft_fused.bottleneck_bwd
         found = iter(

@@ -2,7 +2,7 @@
 
 A backend is usable when its list of reasons against it is empty. The choice is a pure function of the problem, made
 again on every call from cached answers; nothing is tried and caught. What depends on the op, its problem answers:
-`describe()`, `limits(backend)`, `preference(launch_bound)`, `has_native_node(backend)` and `words(backend, onednn)`;
+`describe()`, `limits(backend)`, `preference(hosted)`, `hosted(node, backend)` and `words(backend, onednn)`;
 `triton_kernels.plan.Problem` is the low-rank op's, `ops.structured.StructuredProblem` that of the structured ones.
 """
 
@@ -107,8 +107,10 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight: bool, dropout: bool) -> Problem:
-    """Description of lowrank_linear (has_weight) or lowrank on these tensors."""
+def problem_of(
+    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight: bool, dropout: bool, uv: bool = False
+) -> Problem:
+    """Description of lowrank_linear (has_weight) or lowrank on these tensors. uv: whether there is u or v."""
     gpu, sm_count = gpu_of(x)
     k = x.shape[-1]
     m = x.numel() // k if k else 0
@@ -124,6 +126,7 @@ def problem_of(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight:
         sm_count,
         dropout,
         has_weight,
+        uv,
     )
 
 
@@ -213,8 +216,13 @@ def in_graph() -> str:
     return state.backend or ("reference" if exporting() else "auto")
 
 
+def hosts(problem, backend: str) -> bool:
+    """Whether the C++ node runs a problem on a backend, "" for one that nobody has forced."""
+    return native_allowed() and problem.hosted(native.module, backend)
+
+
 def _preference(problem) -> tuple[str, ...]:
-    return problem.preference(LAUNCH_BOUND) if problem.device == "cuda" else ("torch",)
+    return problem.preference(hosts(problem, "")) if problem.device == "cuda" else ("torch",)
 
 
 _said = set()
@@ -260,8 +268,7 @@ def path_of(problem) -> str:
     backend = choose(problem)
     if backend == "reference":
         return "reference: plain PyTorch, autograd by torch"
-    native_node = problem.has_native_node(backend) and native_allowed()
-    node = "C++ autograd node" if native_node else "Python autograd node"
+    node = "C++ autograd node" if hosts(problem, backend) else "Python autograd node"
     return f"{backend}: {node}{problem.words(backend, uses_onednn(problem))}"
 
 
@@ -347,8 +354,12 @@ def explain(target, *, rows: int = 2048) -> Explanation:
 
     rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
     `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> Problem | None`, what
-    they give the first of them. TypeError for anything else.
+    they give the first of them. TypeError for anything else, ValueError for a number of rows below 1.
     """
+    if isinstance(rows, bool) or not isinstance(rows, int):
+        raise TypeError(f"explain: rows must be an int, got {type(rows).__name__}")
+    if rows < 1:
+        raise ValueError(f"explain: rows must be at least 1, got {rows}")
     if hasattr(type(target), "limits"):
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):

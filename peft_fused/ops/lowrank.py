@@ -17,20 +17,27 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..triton_kernels.plan import MAX_RANK
 from . import dispatch, lowrank_torch, native
 from .arguments import (
     FLOATING,
     autocasts,
+    check_beside,
     check_control,
     check_dense,
     check_dropout,
+    check_flag,
+    check_kept,
+    check_memory,
+    check_scale,
     check_shape,
     dtype_names,
     is_recorded,
     is_subclass,
+    lazy,
+    resolved,
+    saved_tensors,
     seed_tensor,
     split,
 )
@@ -53,8 +60,9 @@ def lowrank_reference(
 ):
     """`lowrank` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     expert_a, expert_b = expert if isinstance(expert, tuple | list) else (expert, expert)
-    A = A if A.dim() == 2 else A[0 if expert_a is None else expert_a]
-    B = B if B.dim() == 2 else B[0 if expert_b is None else expert_b]
+    expert_a, expert_b = (0 if e is None else resolved(e) for e in (expert_a, expert_b))  # torch indexes by the memory
+    A = A if A.dim() == 2 else A[expert_a]
+    B = B if B.dim() == 2 else B[expert_b]
     r = A.shape[0]
     rank = r if rank is None else rank
     ranks = torch.arange(r, device=x.device)
@@ -87,7 +95,9 @@ def lowrank_linear(
     weight: [N, K] in x's dtype, any strides. bias: [N] or None.
     A: [r, K] or a stack [E, r, K]; B: [N, r] or [E, N, r]; 1 <= r <= 256; in x's dtype or fp32.
     u: [r], v: [N] or None, in A's dtype.
-    scale: number or 0-d tensor. rank: 1..r, number or 0-d integer tensor; None keeps all.
+    scale: number or 0-d tensor, finite in fp32 (fp64 beside an fp64 x). It is multiplied into B, v and u, or into a
+    product of two operands: where that leaves the range of their type, so does the result, though later factors might
+    have brought it back. rank: 1..r, number or 0-d integer tensor; None keeps all.
     expert: index in 0..E-1 (number or 0-d tensor), or a pair of them for A and B; only for stacked factors, default 0.
     dropout_p: in [0, 1). It acts whenever it is not 0; pass 0 in evaluation.
     seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor fixes the mask.
@@ -98,6 +108,8 @@ def lowrank_linear(
     A dispatch mode sees one operation: a policy of selective checkpointing names torch.ops.peft_fused.lowrank_fwd.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
     """
+    if weight is None:
+        raise TypeError("weight must be a torch.Tensor, got None: lowrank is the op without a base product")
     return _run(x, weight, None, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
 
 
@@ -130,21 +142,27 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
             return _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
     _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen)
+    if any(map(lazy, (x, weight, add, bias, A, B, scale, rank, *pair, u, v, seed))):
+        x, weight, add, bias, A, B, scale, rank, u, v, seed = map(
+            resolved, (x, weight, add, bias, A, B, scale, rank, u, v, seed)
+        )
+        pair = tuple(map(resolved, pair))
+        return _run(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen)
 
     threshold = dropout_threshold(dropout_p)
     seed = seed_tensor(seed, x.device) if threshold else None
     # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation.
     traced = is_recorded() or is_subclass(x) or torch._C._len_torch_dispatch_stack() > 0
     # A traced call chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
-    backend = dispatch.in_graph() if traced else dispatch.choose(_problem(x, weight, A, B, threshold))
+    backend = dispatch.in_graph() if traced else dispatch.choose(_problem(x, weight, A, B, u, v, threshold))
     if backend == "reference":
         options = dict(scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen)
         if weight is not None:
             return lowrank_linear_reference(x, weight, bias, A, B, **options)
         return lowrank_reference(x, A, B, add=add, **options)
     if backend == "cuda" and dispatch.forced() is None:
-        # The node was asked first and left this call to Python: half-precision factors with u or v, for one.
-        backend = dispatch.preferred(_problem(x, weight, A, B, threshold), traced=True)
+        # The node was asked first and left this call to Python: a tensor of a subclass that only it minds, for one.
+        backend = dispatch.preferred(_problem(x, weight, A, B, u, v, threshold), traced=True)
     if backend == "cuda":
         raise RuntimeError(
             "backend 'cuda' runs in the C++ node, which takes no tensor subclasses, dispatch modes or torch.compile"
@@ -156,11 +174,15 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
     )  # fmt: skip
     if traced:
         return torch.ops.peft_fused.lowrank_fwd(x, weight, add, bias, A, B, u, v, *flat)[0]
+    if torch.is_grad_enabled():
+        inputs = dict(x=x, weight=weight, bias=bias, A=A, B=B, u=u, v=v)
+        check_kept(**_kept({name: t is not None and t.requires_grad for name, t in inputs.items()}, inputs))
     return _LowRank.apply(x, weight, add, bias, A, B, u, v, *flat)[0]
 
 
-def _problem(x, weight, A, B, threshold):
-    return dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0)
+def _problem(x, weight, A, B, u, v, threshold):
+    uv = u is not None or v is not None
+    return dispatch.problem_of(x, A, B, has_weight=weight is not None, dropout=threshold > 0, uv=uv)
 
 
 def _autocast(tensor, dtype, position):
@@ -175,16 +197,18 @@ def _autocast(tensor, dtype, position):
 
 def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen):
     """Raises ValueError or TypeError naming the first bad argument, what it is and what is allowed."""
-    compiling = torch.compiler.is_compiling()
     for name, tensor in (("x", x), ("A", A), ("B", B)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     for name, tensor in (("weight", weight), ("add", add), ("bias", bias), ("u", u), ("v", v)):
         if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
+        if tensor is not None:
+            check_dense(name, tensor)
     if x.dtype not in FLOATING:
         raise TypeError(f"x must be floating point ({dtype_names(FLOATING)}), got {dtype_names((x.dtype,))}")
-    check_dense("x", x)
+    check_memory("x", x)
     if x.dim() < 1:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     if A.dim() not in (2, 3):
@@ -225,10 +249,9 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
         if tensor is not None:
-            check_dense(name, tensor)
-            if is_subclass(tensor) and not (compiling or is_subclass(x)) and is_traceable_wrapper_subclass(tensor):
-                raise TypeError(f"{name} must be a plain tensor beside a plain x, got a {type(tensor).__name__}")
-    check_control("scale", scale, x.device, integer=False)
+            check_memory(name, tensor)
+            check_beside(name, tensor, x)
+    check_scale(scale, x)
     if rank is not None:
         check_control("rank", rank, x.device, 1, r)
     if len(pair) != 2:
@@ -240,8 +263,7 @@ def _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed,
     if A.dim() == 2 and B.dim() == 2 and pair != (None, None):
         raise ValueError("expert needs a stacked A [E, r, K] or B [E, N, r], got 2-D factors")
     check_dropout(dropout_p, seed, x.device)
-    if not isinstance(frozen, bool):
-        raise TypeError(f"frozen must be True or False, got {type(frozen).__name__}")
+    check_flag("frozen", frozen)
 
 
 # ------------------------------------------------------------------------------------- registered ops and the autograd
@@ -322,14 +344,14 @@ def _resolve(backend, problem) -> str:
 
 def _forward_op(x, weight, add, bias, A, B, u, v, *flat):
     *controls, backend = flat
-    backend = _resolve(backend, _problem(x, weight, A, B, _controls(*controls).threshold))
+    backend = _resolve(backend, _problem(x, weight, A, B, u, v, _controls(*controls).threshold))
     return _forward(x, weight, add, bias, A, B, u, v, *controls, backend)
 
 
 def _backward_op(dy, x, weight, A, B, u, v, S, *flat):
     *controls, backend, needs = flat
     if B is not None:
-        backend = _resolve(backend, _problem(dy, weight, B.mT, B, _controls(*controls).threshold))
+        backend = _resolve(backend, _problem(dy, weight, B.mT, B, u, v, _controls(*controls).threshold))
     return _backward(dy, x, weight, A, B, u, v, S, *controls, backend, needs)
 
 
@@ -355,23 +377,25 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     needs = [ctx.needs_input_grad[i] for i in _NEEDS]
     need = dict(zip(NAMES, needs, strict=True))
-    keep_A = need["x"] or need["A"]
-    keep_S = need["B"] or need["u"] or need["v"]
-    keep_adapter = keep_A or keep_S
+    inputs = dict(x=x, weight=weight, A=A, B=B, u=u, v=v)
     tensors = [t for t in flat if isinstance(t, torch.Tensor)]
     ctx.flat = [None if isinstance(t, torch.Tensor) else t for t in flat]
     ctx.tensor_slots = [i for i, t in enumerate(flat) if isinstance(t, torch.Tensor)]
     ctx.needs = needs
     ctx.save_for_backward(
-        x if need["A"] or need["weight"] else None,
-        weight if need["x"] else None,
-        A if keep_A else None,
-        B if keep_adapter else None,
-        u if keep_adapter else None,
-        v if keep_adapter else None,
-        output[1] if keep_S else None,
-        *tensors,
-    )  # fmt: skip
+        *_kept(need, inputs).values(), output[1] if need["B"] or need["u"] or need["v"] else None, *tensors
+    )
+
+
+_SAVED = ("x", "weight", "A", "B", "u", "v")
+
+
+def _kept(need, inputs):
+    """What backward reads of the inputs, by name, None for what it does not."""
+    keep_A = need["x"] or need["A"]
+    keep_adapter = keep_A or need["B"] or need["u"] or need["v"]
+    keeps = need["A"] or need["weight"], need["x"], keep_A, keep_adapter, keep_adapter, keep_adapter
+    return {name: inputs[name] if keep else None for name, keep in zip(_SAVED, keeps, strict=True)}
 
 
 def _grads(ctx, dy, dS, backward=None):
@@ -380,7 +404,8 @@ def _grads(ctx, dy, dS, backward=None):
         return (None,) * (8 + len(ctx.flat))
     if torch.is_grad_enabled():  # it would be differentiated without what S contributes
         raise RuntimeError("peft_fused: the low-rank op has no second derivative; use_backend('reference') has one")
-    x, weight, A, B, u, v, S, *tensors = ctx.saved_tensors
+    x, weight, A, B, u, v, S, *tensors = saved_tensors(ctx, _SAVED)
+    dy = resolved(dy)
     flat = list(ctx.flat)
     for slot, tensor in zip(ctx.tensor_slots, tensors, strict=True):
         flat[slot] = tensor

@@ -277,8 +277,8 @@ def _place(grad, factor, expert, c: Controls, b: int, columns: bool):
     """The gradient of the live rows (or columns) in a tensor like the factor, zero elsewhere."""
     if c.frozen:
         ranks = torch.arange(b, device=grad.device)
-        last = (ranks == c.rank - 1).to(grad.dtype)
-        grad = grad * (last if columns else last.unsqueeze(1))
+        others = ranks != c.rank - 1
+        grad = grad.masked_fill(others if columns else others.unsqueeze(1), 0)  # a product would leave NaNs in them
     if factor.dim() == 2 and b == factor.shape[1 if columns else 0]:
         return grad
     full = grad.new_zeros(factor.shape)

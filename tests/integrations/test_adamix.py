@@ -193,6 +193,8 @@ def test_experts_merge_into_one_adapter_file(tmp_path):
         peft_fused.merge_experts(base())
     with pytest.raises(ValueError, match="adapter_name must be one of"):
         peft_fused.merge_experts(model, adapter_name="other")
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+        peft_fused.merge_experts(None)
 
 
 def test_the_lora_kind_merges_exactly_and_unmerges():

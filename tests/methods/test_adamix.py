@@ -426,3 +426,15 @@ def test_two_strict_methods_on_one_optimizer():
 def test_a_negative_weight_is_refused():
     with pytest.raises(ValueError, match="weight must be at least 0, got -1"):
         adamix_loss(bert(), {**batch(), "labels": torch.zeros(4).long()}, weight=-1)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "message"),
+    [
+        (nn.Linear(2, 2), 3, "inputs must be a mapping of the model's arguments, got int"),
+        (None, {}, r"model must be a torch\.nn\.Module, got NoneType"),
+    ],
+)
+def test_the_arguments_of_the_loss_are_named(model, inputs, message):
+    with pytest.raises(TypeError, match=message):
+        adamix_loss(model, inputs)

@@ -1,15 +1,25 @@
 """Which backend a problem gets on a GPU, told without one: the choice looks at descriptions of problems alone."""
 
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from peft_fused.triton_kernels.plan import Problem
 
 import peft_fused
-from peft_fused.layers import LoRALinear
-from peft_fused.ops import dispatch, lowrank_linear, lowrank_linear_reference, native
+from peft_fused.cli.check import OPS
+from peft_fused.layers import AFLoRALinear, LoRALinear
+from peft_fused.ops import bottleneck_torch, dispatch, lowrank_linear, lowrank_linear_reference, lowrank_torch, native
+from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
 from peft_fused.ops.structured.plan import StructuredProblem
+
+# The package's functions hide the modules of their names.
+lowrank, bottleneck = (import_module(f"peft_fused.ops.{name}") for name in ("lowrank", "bottleneck"))
 
 
 @pytest.fixture
@@ -18,7 +28,8 @@ def gpu(monkeypatch):
     dispatch._why_not.cache_clear()
     monkeypatch.setattr(dispatch, "_gpu", lambda device: ("a GPU", 132, (9, 0)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(native, "module", native.module or object())
+    if native.module is None:
+        pytest.skip(f"the rule of the C++ node is its own: {native.why_missing}")
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     yield
     dispatch._why_not.cache_clear()
@@ -29,14 +40,29 @@ def problems():
     for m, n, r, (dtype, adapter), dropout, weight in product(
         (1, 4096), (64, 4096), (8, 128), types, (False, True), (False, True)
     ):
-        yield Problem(m, n, n, r, dtype, adapter, "cuda", "a GPU", 132, dropout, weight)
+        for uv in (False, True):
+            yield Problem(m, n, n, r, dtype, adapter, "cuda", "a GPU", 132, dropout, weight, uv)
 
 
 def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
-    """csrc/autograd/lowrank.cpp declines mixed types where nobody forces it."""
+    """csrc/autograd/lowrank.cpp declines mixed types, and halves with u or v, where nobody forces it."""
     chosen = {problem: dispatch.choose(problem) for problem in problems()}
     assert set(chosen.values()) == {"cuda", "triton"}
-    assert all(problem.dtype == problem.adapter_dtype for problem, name in chosen.items() if name == "cuda")
+    taken = [problem for problem, name in chosen.items() if name == "cuda"]
+    assert all(p.dtype == p.adapter_dtype and not (p.uv and p.adapter_dtype == "float16") for p in taken)
+    assert any(p.uv for p in taken) and any(p.adapter_dtype == "float16" for p in taken)
+
+
+def test_without_triton_what_the_node_declines_runs_on_torch(gpu, monkeypatch):
+    with_triton = {problem: dispatch.choose(problem) for problem in problems()}
+    dispatch._why_not.cache_clear()
+    monkeypatch.setattr(dispatch, "_triton_missing", lambda: "triton is not installed")
+    for problem, name in with_triton.items():
+        want = "cuda" if name == "cuda" else "torch"
+        assert dispatch.choose(problem) == want
+        assert dispatch.path_of(problem).startswith(f"{want}: {'C++' if want == 'cuda' else 'Python'} autograd node")
+        with peft_fused.use_backend("cuda"):
+            assert dispatch.path_of(problem).startswith("cuda: C++ autograd node")
 
 
 def test_explain_tells_the_same_choice_and_the_node_that_hosts_it(gpu):
@@ -104,3 +130,118 @@ def test_equal_layers_are_explained_in_one_line():
     layers = [LoRALinear.from_linear(torch.nn.Linear(8, 8)) for _ in range(40)]
     text = str(peft_fused.explain(torch.nn.Sequential(*layers, LoRALinear.from_linear(torch.nn.Linear(8, 4)))))
     assert text.startswith("41 equal [0, 1, 2, ...]: lowrank_linear -> ") and text.count("lowrank_linear ->") == 1
+
+
+# ----------------------------------------------------------------------------------- what is told, and what really runs
+
+
+def _of_node(name, arguments):
+    """As `path_of` begins, and of a structured map its method as well."""
+    tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
+    path = f"{'cuda' if tensor.is_cuda else 'torch'}: C++ autograd node"
+    if name != "structured" or tensor.is_cuda:
+        return path
+    words = {"fft": f", torch.fft of {arguments[8]}", "dense": ", dense matrix by", "gemm": ", two GEMMs"}
+    return path + words[arguments[1]]
+
+
+class Recorder:
+    """Notes which implementations are entered, by standing in front of each of them."""
+
+    def __init__(self, stack: ExitStack):
+        self.ran = []
+        if native.module is not None:
+            node = {name: getattr(native.module, name) for name in dir(native.module) if not name.startswith("_")}
+            for name in ("lowrank", "bottleneck", "structured"):
+                node[name] = self.noting(node[name], lambda arguments, name=name: _of_node(name, arguments))
+            stack.enter_context(mock.patch.object(native, "module", SimpleNamespace(**node)))
+        here = {
+            "torch: Python autograd node": (
+                (lowrank_torch, "forward"), (bottleneck_torch, "forward"), (gemm, "forward"),
+            ),
+            "torch: Python autograd node, dense matrix by": ((materialized, "forward"),),
+            "torch: Python autograd node, torch.fft of": ((fft, "forward"),),
+            "triton: Python autograd node": ((kernels, "forward"),),
+            "reference": (
+                (lowrank, "lowrank_reference"), (lowrank, "lowrank_linear_reference"),
+                (bottleneck, "bottleneck_reference"), (engine, "reference"),
+            ),
+        }  # fmt: skip
+        if torch.cuda.is_available():
+            from peft_fused.triton_kernels import bottleneck as triton_bottleneck
+            from peft_fused.triton_kernels import lowrank as triton_lowrank
+
+            here["triton: Python autograd node"] += (
+                (triton_lowrank, "lowrank_fwd"), (triton_bottleneck, "bottleneck_fwd"),
+            )  # fmt: skip
+        for path, places in here.items():
+            for module, name in places:
+                noting = self.noting(getattr(module, name), lambda arguments, path=path: path)
+                stack.enter_context(mock.patch.object(module, name, noting))
+
+    def noting(self, fn, path):
+        def run(*arguments, **options):
+            y = fn(*arguments, **options)
+            if y is not None:  # the node declines with None
+                self.ran.append(path(arguments))
+            return y
+
+        return run
+
+
+TYPES = [
+    (torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16), (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("forced", [None, "torch", "cuda", "reference"])
+@pytest.mark.parametrize(
+    ("device", "triton"),
+    [
+        ("cpu", True),
+        pytest.param("cuda", True, marks=pytest.mark.gpu),
+        pytest.param("cuda", False, marks=pytest.mark.gpu),
+    ],
+)
+def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch):
+    """Of every case there is: the path by `dispatch.path_of`, and the implementation that the call enters first."""
+    if not triton:
+        dispatch._why_not.cache_clear()
+        monkeypatch.setattr(dispatch, "_triton_missing", lambda: "triton is not installed")
+    check, count = OPS[op], 0
+    try:
+        for dtype, adapter in TYPES:
+            for case in check.cases(op, dtype, adapter, device):
+                # Of long maps, which take their time, the choice that nobody has touched.
+                short = case.input.shape[-1] <= 1000
+                for native_node in (True, False) if short else (True,) if forced is None else ():
+                    with peft_fused.use_backend(forced, native=native_node), ExitStack() as stack:
+                        told = dispatch.path_of(check.problem(case))
+                        recorder = Recorder(stack)
+                        if told.startswith("RuntimeError"):
+                            with pytest.raises(RuntimeError, match="cannot run"):
+                                case.call(check.fn)
+                            continue
+                        case.call(check.fn)
+                    assert told.startswith(recorder.ran[-1]), (case.op, case.name, dtype, adapter, told, recorder.ran)
+                    count += 1
+    finally:
+        dispatch._why_not.cache_clear()
+    assert count > 0 or (forced == "cuda" and device == "cpu")
+
+
+def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it():
+    layer = AFLoRALinear.from_linear(torch.nn.Linear(8, 8, dtype=torch.float16), r=2, dtype=torch.float16)
+    problem = layer.op_problem(4)
+    assert problem.uv and "Python autograd node" in dispatch.path_of(problem)
+    assert "Python autograd node" not in dispatch.path_of(replace(problem, uv=False)) or native.module is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "told"), [("x", TypeError, "rows must be an int, got str"), (-1, ValueError, "rows .* got -1")]
+)
+def test_explain_refuses_rows(rows, error, told):
+    with pytest.raises(error, match=told):
+        peft_fused.explain(LoRALinear.from_linear(torch.nn.Linear(8, 8)), rows=rows)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_fused.ops import native
 from peft_fused.ops.dropout import drop, dropout_threshold, keep_mask, keep_scale
@@ -67,3 +68,88 @@ def test_scale_keeps_the_mean():
     assert dropout_threshold(0.0) == 0 and dropout_threshold(0.999999999) == 65535
     x = torch.ones(64, 4096)
     assert abs(drop(x, torch.tensor(1), dropout_threshold(0.5)).mean() - 1) < 0.02
+
+
+# -------------------------------------------------------------------------------------------------- memory and its bits
+
+
+def negative(t):
+    """The values of t as a view that has the negative bit: what lies in memory is -t."""
+    return torch._neg_view(-t)
+
+
+def test_values_are_dropped_not_what_lies_in_memory():
+    x, seed = torch.randn(9, 21), torch.tensor(1234567)
+    want = drop(x, seed, 20000, 3)
+    assert torch.equal(drop(negative(x), seed, 20000, 3), want)
+    assert torch.equal(drop(x, negative(seed), 20000, 3), want)
+    assert torch.equal(drop(torch.complex(x, -x).conj().imag, seed, 20000, 3), want)
+    assert not drop(torch._efficientzerotensor(9, 21), seed, 20000).any()
+
+
+def freed(t):
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut(t):
+    t.untyped_storage().resize_(t.untyped_storage().nbytes() // 2)
+    return t
+
+
+X, SEED = torch.randn(4, 6), torch.tensor(3)
+NO_SEED = torch.empty(0, dtype=torch.int64)
+BAD_DROPS = {
+    "empty seed": ((X, NO_SEED, 100, 0), ValueError, r"seed must be a 0-d int64 tensor on cpu, got Long \[0\]"),
+    "fp32 seed": ((X, torch.tensor(1.0), 100, 0), ValueError, "seed must be a 0-d int64 tensor"),
+    "meta seed": ((X, SEED.to("meta"), 100, 0), ValueError, "seed must lie in memory, got a tensor.* on meta"),
+    "freed seed": ((X, freed(SEED.clone()), 100, 0), ValueError, "seed must lie in memory.*freed"),
+    "threshold too large": ((X, SEED, 65536, 0), ValueError, r"threshold must be in 0\.\.65535, got 65536"),
+    "threshold too small": ((X, SEED, -1, 0), ValueError, r"threshold must be in 0\.\.65535, got -1"),
+    "meta x": ((X.to("meta"), SEED, 100, 0), ValueError, "x must lie in memory, got a tensor, sizes .* on meta"),
+    "freed x": ((freed(X.clone()), SEED, 100, 0), ValueError, "x must lie in memory.*freed"),
+    "x in half a storage": ((cut(X.clone()), SEED, 100, 0), ValueError, "x must lie in memory.*too small"),
+    "sparse x": ((X.to_sparse(), SEED, 100, 0), ValueError, r"x must be a dense \(strided\) tensor"),
+    "fake x": ((FakeTensorMode().from_tensor(X), SEED, 100, 0), ValueError, "x must lie in memory, got a .* subclass"),
+    "1-D x": ((X[0], SEED, 100, 0), ValueError, r"x must have shape \[rows, columns\], got \[6\]"),
+    "int x": ((X.long(), SEED, 100, 0), TypeError, "x must be floating point, got Long"),
+    "first row": ((X, SEED, 100, -1), ValueError, "first_row must be at least 0, got -1"),
+}
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("case", BAD_DROPS)
+def test_cpp_refuses_what_it_cannot_read(case):
+    arguments, error, told = BAD_DROPS[case]
+    with pytest.raises(error, match=told):
+        native.module.drop(*arguments)
+
+
+C = torch.randn(6)
+BAD_MAPS = {
+    "empty seed": (dict(threshold=100, seed=NO_SEED), "seed must be a 0-d int64 tensor"),
+    "no seed": (dict(threshold=100), "seed must be a tensor, got none"),
+    "threshold": (dict(threshold=65536, seed=SEED), r"threshold must be in 0\.\.65535"),
+    "meta x": (dict(x=X.to("meta")), "x must lie in memory"),
+    "freed x": (dict(x=freed(X.clone())), "x must lie in memory"),
+    "freed c": (dict(p=freed(C.clone())), "c must lie in memory"),
+    "2-D c": (dict(p=X), "c must have 1 dimensions"),
+    "0-d x": (dict(x=X[0, 0]), "x must have shape"),
+    "structure": (dict(structure="hankel"), "structure is unknown: hankel"),
+    "method": (dict(method="gemm"), "method must be gemm for a Kronecker map and for no other"),
+    "matrix": (dict(method="dense"), "matrix must be the dense matrix"),
+    "tail": (dict(structure="toeplitz"), "factor must be a tensor, got none"),
+}
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("case", BAD_MAPS)
+def test_cpp_refuses_maps_it_cannot_read(case):
+    changed, told = BAD_MAPS[case]
+    call = dict(
+        structure="circulant", method="fft", names=("c", "factor"), x=X, p=C, q=None, add=None, n=6, length=6,
+        scale=1.0, threshold=0, seed=None, matrix=None,
+    )  # fmt: skip
+    native.module.structured(*call.values())
+    with pytest.raises(ValueError, match=told):
+        native.module.structured(*(call | changed).values())

@@ -631,3 +631,18 @@ def test_small_vectors_beside_fp16_factors_lose_no_digits(native):
     for key, truth in found["truth"].items():
         plain, ours = ((found[name][key].double() - truth).norm() for name in ("plain", "ours"))
         assert ours <= 2 * plain + 1e-3 * truth.norm(), key
+
+
+@both_nodes
+@pytest.mark.parametrize("rank", [3, torch.tensor(3)], ids=["number", "tensor"])
+def test_what_is_frozen_has_no_gradient_where_others_have_nans(rank, cpp):
+    torch.manual_seed(0)
+    x, A, B = torch.randn(6, 5), torch.randn(4, 5, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    x[1, 2] = float("nan")
+    grads = {}
+    for op, node in ((lowrank, cpp), (lowrank_reference, True)):
+        with peft_fused.use_backend(None, native=node):
+            grads[op] = torch.autograd.grad(op(x, A, B, rank=rank, frozen=True).sum(), (A, B))
+    for ours, theirs in zip(*grads.values(), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert grads[lowrank][0].isnan().any() and not grads[lowrank][0][:2].any()

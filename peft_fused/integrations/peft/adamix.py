@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
-from ...layers.checks import check_alpha, check_choice, check_dropout, check_rank
+from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ...ops.dispatch import Problem
 from .config import FusedConfig, check_after
@@ -252,9 +252,10 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     """Turns AdaMix adapters, in place, into one expert each: the average of each side, for which num_experts is 1.
 
     What is then saved has the size of a plain adapter. Parameters are replaced, so it is for the end of training.
-    adapter_name: None means all. The function that evaluation computes does not change. ValueError if the model has
-    no such adapter.
+    adapter_name: None means all. The function that evaluation computes does not change. TypeError if model is not a
+    module, ValueError if it has no such adapter.
     """
+    check_module("model", model)
     while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # of wrappers such as DistributedDataParallel
     layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]

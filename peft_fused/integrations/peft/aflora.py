@@ -217,7 +217,7 @@ class AfLoraLinear(FusedLayer):
         dropout = self.aflora_dropout[name]
         dropped = dropout.training and dropout.p > 0
         A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return problem_of(x, A, B, has_weight=has_weight, dropout=dropped)
+        return problem_of(x, A, B, has_weight=has_weight, dropout=dropped, uv=True)
 
     def dense_delta(self, name: str) -> torch.Tensor:
         vectors = self.aflora_vectors[name]

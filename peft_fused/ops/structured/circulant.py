@@ -41,9 +41,10 @@ def circulant(x, c, *, factor=None, out_features=None, add=None, scale=1.0, drop
     c: [O, I, n] is a matrix of O x I circulant blocks of n, from I n inputs to O n outputs.
     out_features: with c [n], the outputs of a rectangular map: x [..., K] is padded with zeros to n or the result is
     cropped to out_features, n = max(K, out_features). None means n.
-    add: [..., N] in x's dtype or None; it is not written to. scale: number or 0-d tensor. dropout_p: in [0, 1), on x,
-    whenever it is not 0. seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor fixes
-    the mask. transposed: C(c)^T in place of C(c).
+    add: [..., N] in x's dtype or None; it is not written to. scale: number or 0-d tensor, finite in fp32 (fp64 beside
+    an fp64 x); times the sum of |c| it has to stay in that range as well. dropout_p: in [0, 1), on x, whenever it is
+    not 0. seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor fixes the mask.
+    transposed: C(c)^T in place of C(c).
 
     Convolutions are computed in fp32 at least and rounded once to x's dtype.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
@@ -56,6 +57,7 @@ def circulant(x, c, *, factor=None, out_features=None, add=None, scale=1.0, drop
 
 def _circulant_outputs(x, c, factor, out_features, transposed) -> int:
     engine.check_parameter("c", c, (1, 3), "[n] or [O, I, n]")
+    engine.check_flag("transposed", transposed)
     if factor is not None:
         engine.check_parameter("factor", factor, (1, 3), "c's shape")
         if factor.shape != c.shape:

@@ -11,18 +11,23 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import dispatch, native
 from ..arguments import (
     FLOATING,
     autocasts,
-    check_control,
+    check_beside,
     check_dense,
     check_dropout,
+    check_flag,
+    check_kept,
+    check_memory,
+    check_scale,
     dtype_names,
     is_recorded,
     is_subclass,
+    resolved,
+    saved_tensors,
     seed_tensor,
     split,
 )
@@ -45,18 +50,24 @@ class Structure:
 STRUCTURES: dict[str, Structure] = {}
 
 
-def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
-    """add + scale * M drop(x), or M^T, on parameters whose shapes fit: [..., K] -> [..., n] in x's dtype."""
-    _check(STRUCTURES[kind].names, x, p, q, add, n, scale, dropout_p, seed, transposed)
+def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False, names=None):
+    """add + scale * M drop(x), or M^T, on parameters whose shapes fit: [..., K] -> [..., n] in x's dtype.
+
+    names: of p and q where the caller has others than the structure.
+    """
+    names = names or STRUCTURES[kind].names
+    _check(names, x, p, q, add, n, scale, dropout_p, seed, transposed)
+    x, p, q, add, scale, seed = map(resolved, (x, p, q, add, scale, seed))
     if autocasts(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, add = (_autocast(t, dtype) for t in (x, add))
         p, q = (t if t is None or t.dtype == torch.float32 else _autocast(t, dtype) for t in (p, q))
         with torch.autocast(x.device.type, enabled=False):
             return run(
-                kind, x, p, q, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+                kind, x, p, q, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed,
+                names=names,
             )  # fmt: skip
-    _check_dtypes(STRUCTURES[kind].names, x, p, q, add)
+    _check_dtypes(names, x, p, q, add)
 
     threshold = dropout_threshold(dropout_p)
     seed = seed_tensor(seed, x.device) if threshold else None
@@ -67,8 +78,8 @@ def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
     else:
         problem = problem_of(kind, x, p, q, n, threshold > 0, transposed)
         backend = dispatch.choose(problem)
-        if backend in ("torch", "cuda") and dispatch.native_allowed() and problem.has_native_node(backend):
-            return _native(problem, backend, x, p, q, add, scale, threshold, seed)
+        if dispatch.hosts(problem, backend):
+            return _native(problem, backend, names, x, p, q, add, scale, threshold, seed)
     if backend == "reference":
         return reference(
             kind, x, p, q, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
@@ -80,10 +91,13 @@ def run(kind, x, p, q, n, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
     flat = (kind, n, *split(scale, float), threshold, seed, transposed, backend)
     if traced:
         return torch.ops.peft_fused.structured_fwd(x, p, q, add, *flat)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, p, q)):
+        reads_x = p.requires_grad or (q is not None and q.requires_grad)
+        check_kept(x=x if reads_x else None, **{names[0]: p, names[1] or "q": q})
     return _Structured.apply(x, p, q, add, *flat)
 
 
-def _native(problem, backend, x, p, q, add, scale, threshold, seed):
+def _native(problem, backend, names, x, p, q, add, scale, threshold, seed):
     """The op in the C++ node."""
     method, length = problem.plan.method, problem.plan.length
     if backend == "cuda" and method != "gemm":
@@ -92,7 +106,8 @@ def _native(problem, backend, x, p, q, add, scale, threshold, seed):
     if method == "dense":
         matrix = materialized.matrix(problem.kind, p, q, problem.n, problem.k, materialized.work_dtype(x, p))
     return native.module.structured(
-        problem.kind, method, x, p, q, add, problem.n, length, scale, threshold, seed, matrix
+        problem.kind, method, (names[0], names[1] or ""), x, p, q, add, problem.n, length, scale, threshold, seed,
+        matrix,
     )  # fmt: skip
 
 
@@ -138,21 +153,26 @@ def _autocast(tensor, dtype):
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_parameter(name: str, tensor, dims: tuple[int, ...], text: str) -> None:
-    """TypeError or ValueError unless a parameter is a tensor of one of these numbers of dimensions, none of size 0."""
+def check_tensor(name: str, tensor) -> None:
+    """TypeError or ValueError unless it is a dense tensor with memory behind it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
+    check_memory(name, tensor)
+
+
+def check_parameter(name: str, tensor, dims: tuple[int, ...], text: str) -> None:
+    """TypeError or ValueError unless a parameter is a tensor of one of these numbers of dimensions, none of size 0."""
+    check_tensor(name, tensor)
     if tensor.dim() not in dims or 0 in tensor.shape:
         raise ValueError(f"{name} must have shape {text} with no size of 0, got {list(tensor.shape)}")
 
 
 def check_input(x, size: int | None, why: str) -> None:
     """TypeError or ValueError unless x is a dense floating-point tensor [..., size]."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    check_tensor("x", x)
     if x.dtype not in FLOATING:
         raise TypeError(f"x must be floating point ({dtype_names(FLOATING)}), got {dtype_names((x.dtype,))}")
-    check_dense("x", x)
     if x.dim() < 1:
         raise ValueError("x must have shape [..., K], got a 0-d tensor")
     if x.shape[-1] < 1:
@@ -162,25 +182,21 @@ def check_input(x, size: int | None, why: str) -> None:
 
 
 def _check(names, x, p, q, add, n, scale, dropout_p, seed, transposed):
+    if add is not None:
+        check_tensor("add", add)
     tensors = [(name, t) for name, t in zip((*names, "add"), (p, q, add), strict=True) if t is not None]
     for name, tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATING:
             allowed = dtype_names(FLOATING)
             raise TypeError(f"{name} must be floating point ({allowed}), got {dtype_names((tensor.dtype,))}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on x's device ({x.device}), got {tensor.device}")
-        check_dense(name, tensor)
-        plain_x = not (torch.compiler.is_compiling() or is_subclass(x))
-        if plain_x and is_subclass(tensor) and is_traceable_wrapper_subclass(tensor):
-            raise TypeError(f"{name} must be a plain tensor beside a plain x, got a {type(tensor).__name__}")
+        check_beside(name, tensor, x)
     if add is not None and tuple(add.shape) != (*x.shape[:-1], n):
         raise ValueError(f"add must have shape [..., N] = {[*x.shape[:-1], n]}, got {list(add.shape)}")
-    check_control("scale", scale, x.device, integer=False)
+    check_scale(scale, x)
     check_dropout(dropout_p, seed, x.device)
-    if not isinstance(transposed, bool):
-        raise TypeError(f"transposed must be True or False, got {type(transposed).__name__}")
+    check_flag("transposed", transposed)
 
 
 def _check_dtypes(names, x, p, q, add):
@@ -324,7 +340,8 @@ def _grads(ctx, dy, backward=None):
     if torch.is_grad_enabled():
         raise RuntimeError("peft_fused: the structured ops have no second derivative; use_backend('reference') has one")
     if any(ctx.needs):
-        x, p, q, scale_t, seed = ctx.saved_tensors
+        x, p, q, scale_t, seed = saved_tensors(ctx, ("x", "p", "q"))
+        dy = resolved(dy)
         kind, k, scale, threshold, transposed, backend = ctx.call
         backward = backward or torch.ops.peft_fused.structured_bwd
         found = iter(backward(dy, x, p, q, kind, k, scale, scale_t, threshold, seed, transposed, backend, ctx.needs))

@@ -33,6 +33,7 @@ def kronecker(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transpo
 def _outputs(x, A, B, transposed) -> int:
     engine.check_parameter("A", A, (2,), "[a1, a2]")
     engine.check_parameter("B", B, (2,), "[b1, b2]")
+    engine.check_flag("transposed", transposed)
     n, k = A.shape[0] * B.shape[0], A.shape[1] * B.shape[1]
     sizes = f"A {list(A.shape)} and B {list(B.shape)}"
     check_input(x, n if transposed else k, f"the {'rows' if transposed else 'columns'} of {sizes}, multiplied")

@@ -114,7 +114,7 @@ class StructuredProblem:
         sizes = (a2, a1, b2, b1) if self.transposed else self.sizes
         return kronecker_plan.limits(*sizes, self.dtype, self.adapter_dtype, self.dropout)
 
-    def preference(self, launch_bound: float) -> tuple[str, ...]:
+    def preference(self, hosted: bool) -> tuple[str, ...]:
         """Backends on CUDA, the best first."""
         if self.plan.method == "dense":
             return ("torch",)
@@ -123,7 +123,8 @@ class StructuredProblem:
             return ("cuda", "triton", "torch")
         return ("triton", "cuda", "torch")
 
-    def has_native_node(self, backend: str) -> bool:
+    def hosted(self, node, backend: str) -> bool:
+        """Whether the C++ node takes a call on a backend."""
         if self.kind not in ("circulant", "toeplitz", "kronecker") or self.blocks or self.transposed:
             return False
         return backend == "cuda" or (backend == "torch" and self.device == "cpu")

@@ -48,21 +48,22 @@ def toeplitz_tail(x, col, tail, *, add=None, scale=1.0, dropout_p=0.0, seed=None
     A tail that is a parameter, which `row[1:]` is not, lets a dense matrix made of it be kept.
     """
     engine.check_parameter("col", col, (1,), "[N]")
-    if not isinstance(tail, torch.Tensor):
-        raise TypeError(f"tail must be a torch.Tensor, got {type(tail).__name__}")
+    engine.check_tensor("tail", tail)
     if tail.dim() != 1:
         raise ValueError(f"tail must have shape [K - 1], got {list(tail.shape)}")
+    engine.check_flag("transposed", transposed)
     n, k = col.shape[0], tail.shape[0] + 1
     check_input(x, n if transposed else k, "the length of col" if transposed else "1 + the length of tail")
     return engine.run(
         "toeplitz", x, col, tail, k if transposed else n, add=add, scale=scale, dropout_p=dropout_p, seed=seed,
-        transposed=transposed,
+        transposed=transposed, names=("col", "tail"),
     )  # fmt: skip
 
 
 def _toeplitz_outputs(x, col, row, transposed) -> int:
     engine.check_parameter("col", col, (1,), "[N]")
     engine.check_parameter("row", row, (1,), "[K]")
+    engine.check_flag("transposed", transposed)
     n, k = col.shape[0], row.shape[0]
     check_input(x, n if transposed else k, f"the length of {'col' if transposed else 'row'}")
     return k if transposed else n
