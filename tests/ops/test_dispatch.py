@@ -205,7 +205,7 @@ TYPES = [
         pytest.param("cuda", False, marks=pytest.mark.gpu),
     ],
 )
-def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch):
+def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch, every_backend):
     """Of every case there is: the path by `dispatch.path_of`, and the implementation that the call enters first."""
     if not triton:
         dispatch._why_not.cache_clear()
