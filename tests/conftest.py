@@ -69,6 +69,15 @@ def poisoned():
 
 
 @pytest.fixture
+def one_thread():
+    """Threads only slow down models as small as those of most tests, and a forked process has no others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def every_backend(monkeypatch):
     """use_backend takes any backend, as on a machine that has them all; what speaks against a problem still does."""
     from peft_fused.ops import dispatch

@@ -17,7 +17,7 @@ from torch import nn
 from .. import draws
 from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
-from .stepping import METHODS, Method, Step, members_of
+from .stepping import METHODS, Method, Step, members_of, unwrap_model
 from .strict import Kept, check_guarded
 
 SIDES = ("down", "up")
@@ -198,16 +198,9 @@ def _shown(value) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    """The model within wrappers that do not forward attributes."""
-    while not hasattr(model, "config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
-
-
 def _predicts_next(model: nn.Module) -> bool:
     """Whether the model's loss compares the prediction at a token with the label of the next, as transformers' does."""
-    model = _inner(model)
+    model = unwrap_model(model, "config")
     if not hasattr(model, "loss_type") or getattr(model.config, "is_encoder_decoder", False):
         return False
     # None is a head whose name transformers does not know, such as GPT2LMHeadModel; it is taken for a causal one.
@@ -230,7 +223,7 @@ def predicts_tokens(logits: torch.Tensor, labels: torch.Tensor | None) -> bool:
 
 def can_double(model: nn.Module, labels: torch.Tensor) -> bool:
     """Whether labels of -100 leave the second half of a doubled batch out of the model's loss."""
-    config = getattr(_inner(model), "config", None)
+    config = getattr(unwrap_model(model, "config"), "config", None)
     regression = getattr(config, "num_labels", None) == 1 and labels.dim() <= 1
     return not labels.is_floating_point() and not regression
 
@@ -297,7 +290,7 @@ def with_decoder_input(model: nn.Module, inputs: dict[str, Any]) -> dict[str, An
 
     ValueError if it has no way to say what that is.
     """
-    model = _inner(model)
+    model = unwrap_model(model, "config")
     given = not {"decoder_input_ids", "decoder_inputs_embeds"}.isdisjoint(inputs)
     if given or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return inputs

@@ -69,6 +69,13 @@ def members_of(model: nn.Module) -> dict[str, list]:
     return found
 
 
+def unwrap_model(model: nn.Module, attribute: str) -> nn.Module:
+    """The model that has the attribute, within wrappers that do not forward it, such as DistributedDataParallel."""
+    while not hasattr(model, attribute) and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
 def unwrap_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
     """The innermost torch optimizer of wrappers such as accelerate's. TypeError for anything else."""
     while isinstance(getattr(optimizer, "optimizer", None), Optimizer):

@@ -41,15 +41,15 @@ def seed_tensor(seed, device):
     return seed if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def lazy(value) -> bool:
+def lazy(*values) -> bool:
     """Whether a tensor's values are others than those in its memory: negated by a bit, or zeros without memory.
 
     Kernels, and whoever else takes a data pointer, see the memory. A compiled call goes through torch's dispatcher,
     which writes such values out; no real number has the conjugate bit.
     """
-    if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    return value.is_neg() or value._is_zerotensor()
+    return any(isinstance(value, torch.Tensor) and (value.is_neg() or value._is_zerotensor()) for value in values)
 
 
 def resolved(value):

@@ -103,7 +103,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
             )  # fmt: skip
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
     _check(h, down, down_bias, up, up_bias, activation, residual, scale, pair)
-    if any(map(lazy, (h, down, down_bias, up, up_bias, residual, scale, *pair))):
+    if lazy(h, down, down_bias, up, up_bias, residual, scale, *pair):
         h, down, down_bias, up, up_bias, residual, scale = map(
             resolved, (h, down, down_bias, up, up_bias, residual, scale)
         )

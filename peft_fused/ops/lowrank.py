@@ -142,7 +142,7 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
             return _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
     _check(x, weight, add, bias, A, B, scale, rank, pair, u, v, dropout_p, seed, frozen)
-    if any(map(lazy, (x, weight, add, bias, A, B, scale, rank, *pair, u, v, seed))):
+    if lazy(x, weight, add, bias, A, B, scale, rank, *pair, u, v, seed):
         x, weight, add, bias, A, B, scale, rank, u, v, seed = map(
             resolved, (x, weight, add, bias, A, B, scale, rank, u, v, seed)
         )

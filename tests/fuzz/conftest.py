@@ -1,11 +1,6 @@
-"""What the fuzz tests share: how long they are to run."""
+"""The modules beside this one, for the tests to import."""
 
-import os
+import sys
+from pathlib import Path
 
-import pytest
-
-
-@pytest.fixture
-def multiplier() -> float:
-    """PEFT_FUSED_FUZZ: how many times the usual number of calls is made, by default 1, which takes seconds."""
-    return float(os.environ.get("PEFT_FUSED_FUZZ", "1"))
+sys.path.append(str(Path(__file__).parent))

@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import shutil
-import sys
 import traceback
 from pathlib import Path
 
@@ -19,14 +18,12 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
+from unchanged import MULTIPLIER, differences, state
 
 import peft_fused
 from peft_fused import AdaMixConfig, AfLoraConfig, DyLoraConfig, RosaConfig, SurmConfig, on_step
 
-sys.path.append(str(Path(__file__).parent))
-from unchanged import MULTIPLIER, differences, state
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 CASES = int(15 * MULTIPLIER)
 WRAPPER = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -405,14 +402,6 @@ def attempt(kind, model, folder, what):
     except Exception as error:
         raise AssertionError(f"{kind} {what}: loaded, but {error!r}") from error
     return "loaded", None
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_damaged_checkpoints(saved, tmp_path):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from unchanged import MULTIPLIER
+
 WORKER = Path(__file__).with_name("ops_worker.py")
 SEED, CALLS = 2026, 900
 
@@ -27,8 +29,8 @@ def calls(seed: int, first: int, last: int) -> list[dict]:
     return found
 
 
-def test_every_call_is_right_or_refused_by_name(multiplier):
-    found = calls(SEED, 0, max(1, int(CALLS * multiplier)))
+def test_every_call_is_right_or_refused_by_name():
+    found = calls(SEED, 0, max(1, int(CALLS * MULTIPLIER)))
     failed = ("WRONG", "CRASHED")
     kind = lambda outcome: outcome.split(" ")[0] if outcome.startswith(failed) else outcome  # noqa: E731
     counts = collections.Counter(kind(line["outcome"]) for line in found)

@@ -6,20 +6,16 @@ PEFT_FUSED_FUZZ multiplies the number of calls; -s shows what became of them.
 import collections
 import inspect
 import random
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from unchanged import MULTIPLIER, differences, state
 
 import peft_fused
 from peft_fused import layers
-
-sys.path.append(str(Path(__file__).parent))
-from unchanged import MULTIPLIER, differences, state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLS = int(40 * MULTIPLIER)

@@ -11,37 +11,25 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from unchanged import MULTIPLIER
 
 from peft_fused import DyLoraConfig, export_lora
-
-sys.path.append(str(Path(__file__).parent))
-from unchanged import MULTIPLIER
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.usefixtures("one_thread"),  # threads do not survive a fork: work shared with them never ends
 ]
 KILLS = max(1, int(5 * MULTIPLIER))
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 SIZE, R = 128, 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """A forked process has no others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def base():

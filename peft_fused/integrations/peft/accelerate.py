@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.checks import check_module
 from ...ops import lowrank, lowrank_linear, native
 from ...ops.dispatch import Problem, explainers, first_of, problem_of
 from ...ops.lowrank import MAX_RANK
@@ -378,11 +379,6 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
-def _check_model(model: nn.Module, name: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Make the LoRA linear layers of a PEFT model run on peft_fused's operations, in place.
 
@@ -391,7 +387,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     differentiation raise; they need `restore` first. Warns where no layer of the model is accelerated, layers of our
     own methods included. Raises TypeError if model is not a torch.nn.Module.
     """
-    _check_model(model, "accelerate")
+    check_module("accelerate: model", model)
     report = AccelerationReport()
     for name, module in model.named_modules():
         if hasattr(type(module), "explain_path") and not isinstance(module, _FusedForward):
@@ -421,7 +417,7 @@ def restore(model: nn.Module) -> list[str]:
     Raises TypeError if model is not a torch.nn.Module, and RuntimeError, before changing anything, if another library
     has since replaced the class or the forward of an accelerated layer.
     """
-    _check_model(model, "restore")
+    check_module("restore: model", model)
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _FusedForward)]
     for name, module in layers:
         if not _is_accelerated(module):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
+from ...methods.stepping import unwrap_model
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ...ops.dispatch import Problem
 from .config import FusedConfig, check_after
@@ -256,8 +257,7 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     module, ValueError if it has no such adapter.
     """
     check_module("model", model)
-    while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # of wrappers such as DistributedDataParallel
+    model = unwrap_model(model, "peft_config")
     layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]
     names = sorted({name for layer in layers for name in layer.adamix_block})
     if not names:

@@ -4,6 +4,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...layers.checks import check_module
+from ...methods.stepping import unwrap_model
 from .tuner import FusedLayer
 
 
@@ -19,10 +21,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     Raises TypeError if model is not a module, and ValueError, before anything has changed, if an adapter is missing,
     merged, of another method, or configured differently.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    while not hasattr(model, "peft_config") and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # of wrappers such as DistributedDataParallel
+    model = unwrap_model(check_module("model", model), "peft_config")
     configs = getattr(model, "peft_config", {})
     for argument, name in (("source", source), ("target", target)):
         if name not in configs:

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ...layers.checks import check_rank
+from ...layers.checks import check_module, check_rank
 from ...layers.sharded import is_sharded, whole
 from ...layers.surm_adapter import NO_DELTA
 from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
@@ -54,8 +54,7 @@ def export_lora(
 
     AdaMix, kind "lora": the average of its experts, which is what it evaluates with. Sharded parameters as for DyLoRA.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
     if adapter_name is not None and not isinstance(adapter_name, str):

@@ -271,7 +271,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
 
     def is_offloaded(self, names: list[str]) -> bool:
         """Whether accelerate's hooks may hold parameters of these adapters elsewhere until their modules are called."""
-        return self.factor(names[0]).is_meta or is_hooked(self.base_layer)
+        return self.factor(names[0]).is_meta or "_hf_hook" in self.base_layer.__dict__
 
     @contextmanager
     def onloaded(self, names: list[str]):
