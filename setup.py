@@ -67,12 +67,15 @@ def native_extension(mode):
     if mode == "force" and torch.version.cuda is not None and nvcc is None:
         stop(mode, "torch is a CUDA build but nvcc was not found (set CUDA_HOME)")
 
+    # at::parallel_for is a template: without this flag it compiles to a plain loop on one thread.
+    openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
     extension = CppExtension(
         "peft_fused._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter"],
+        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter", *openmp],
+        extra_link_args=openmp,
     )
 
     class Build(BuildExtension):

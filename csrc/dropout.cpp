@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
+#include <bit>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/philox.h"
@@ -41,6 +43,20 @@ void row_bits(uint64_t seed, uint32_t row, int64_t blocks, uint16_t* bits) {
   }
 }
 
+// A conditional would become a branch per element, and an infinity times 0 is no 0: the mask is made of bits.
+template <typename scalar_t>
+void drop_row(const scalar_t* __restrict x, scalar_t* __restrict y, const uint16_t* __restrict bits, int64_t columns,
+              at::opmath_type<scalar_t> scale, uint16_t threshold) {
+  using wide = at::opmath_type<scalar_t>;
+  using word = std::conditional_t<sizeof(scalar_t) == 2, uint16_t,
+                                  std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint64_t>>;
+  for (int64_t k = 0; k < columns; ++k) {
+    const auto kept = static_cast<scalar_t>(static_cast<wide>(x[k]) * scale);
+    const auto mask = static_cast<word>(-static_cast<word>(bits[k] >= threshold));
+    y[k] = std::bit_cast<scalar_t>(static_cast<word>(std::bit_cast<word>(kept) & mask));
+  }
+}
+
 }  // namespace
 
 at::Tensor seed_of(const at::Tensor& seed, int64_t threshold, const at::Device& device) {
@@ -72,19 +88,13 @@ at::Tensor drop(const at::Tensor& x, const at::Tensor& seed_, int64_t threshold,
   const int64_t blocks = (columns + kElementsPerBlock - 1) / kElementsPerBlock;
   const int64_t padded = (blocks + kLanes - 1) / kLanes * kLanes * kElementsPerBlock;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "peft_fused_drop", [&] {
-    using wide = at::opmath_type<scalar_t>;
     const scalar_t* source = in.const_data_ptr<scalar_t>();
     scalar_t* target = out.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t begin, int64_t end) {
       std::vector<uint16_t> bits(padded);
       for (int64_t row = begin; row < end; ++row) {
         row_bits(key, static_cast<uint32_t>(first_row + row), blocks, bits.data());
-        const scalar_t* s = source + row * columns;
-        scalar_t* t = target + row * columns;
-        for (int64_t k = 0; k < columns; ++k) {
-          const wide kept = static_cast<wide>(s[k]) * static_cast<wide>(scale);
-          t[k] = static_cast<scalar_t>(bits[k] >= threshold ? kept : wide(0));
-        }
+        drop_row(source + row * columns, target + row * columns, bits.data(), columns, scale, threshold);
       }
     });
   });

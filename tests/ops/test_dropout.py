@@ -1,5 +1,8 @@
 """The mask is a function of seed and position: known values, statistics, and the C++ twin bit for bit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,6 +49,37 @@ def test_cpp_drops_the_same_elements(dtype, columns):
     got = native.module.drop(x, seed, threshold, 5)
     assert torch.equal(got == 0, want == 0)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_cpp_drops_what_is_not_finite_and_keeps_it(dtype):
+    x = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0]).to(dtype).repeat(5, 200)
+    seed, threshold = torch.tensor(11), 30000
+    kept = keep_mask(seed, *x.shape, threshold)
+    got = native.module.drop(x, seed, threshold, 0)
+    assert torch.equal(got[~kept], torch.zeros_like(got[~kept]))
+    torch.testing.assert_close(got[kept], x[kept], equal_nan=True)
+
+
+THREADS = """
+import os, torch
+from peft_fused.ops import native
+threads = lambda: len(os.listdir("/proc/self/task"))
+x, seed, before = torch.ones(512, 4096), torch.tensor(5), threads()
+torch.set_num_threads(before + 4)
+many = native.module.drop(x, seed, 20000, 0)
+assert threads() >= before + 3, (before, threads())
+torch.set_num_threads(1)
+assert torch.equal(many, native.module.drop(x, seed, 20000, 0))
+"""
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_cpp_runs_on_torchs_threads():
+    """Without the compiler's flag for it at::parallel_for is a plain loop, and nothing says so."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", THREADS], check=True)
 
 
 def test_keep_rate_and_independence():
