@@ -43,18 +43,48 @@ void row_bits(uint64_t seed, uint32_t row, int64_t blocks, uint16_t* bits) {
   }
 }
 
-// A conditional would become a branch per element, and an infinity times 0 is no 0: the mask is made of bits.
+// A conditional would become a branch per element, and an infinity times 0 is no 0: the mask is made of bits. x may be y.
 template <typename scalar_t>
-void drop_row(const scalar_t* __restrict x, scalar_t* __restrict y, const uint16_t* __restrict bits, int64_t columns,
-              at::opmath_type<scalar_t> scale, uint16_t threshold) {
+void drop_row(const scalar_t* x, scalar_t* y, const uint16_t* bits, int64_t columns, at::opmath_type<scalar_t> scale,
+              uint16_t threshold) {
   using wide = at::opmath_type<scalar_t>;
   using word = std::conditional_t<sizeof(scalar_t) == 2, uint16_t,
                                   std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint64_t>>;
+#pragma GCC ivdep
   for (int64_t k = 0; k < columns; ++k) {
     const auto kept = static_cast<scalar_t>(static_cast<wide>(x[k]) * scale);
     const auto mask = static_cast<word>(-static_cast<word>(bits[k] >= threshold));
     y[k] = std::bit_cast<scalar_t>(static_cast<word>(std::bit_cast<word>(kept) & mask));
   }
+}
+
+// out = drop(in), both contiguous; they may be one tensor.
+void drop_rows(const at::Tensor& in, const at::Tensor& out, const at::Tensor& seed, int64_t threshold,
+               int64_t first_row) {
+  const int64_t rows = in.size(0), columns = in.size(1);
+  if (in.numel() == 0) return;
+  const double scale = 65536.0 / (65536.0 - static_cast<double>(threshold));
+#ifdef PEFT_FUSED_CUDA
+  if (in.is_cuda()) {
+    launch_drop(in, seed, out, threshold, first_row);
+    return;
+  }
+#endif
+  TORCH_CHECK(in.is_cpu(), "drop: the extension was built without CUDA kernels");
+  const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  const int64_t blocks = (columns + kElementsPerBlock - 1) / kElementsPerBlock;
+  const int64_t padded = (blocks + kLanes - 1) / kLanes * kLanes * kElementsPerBlock;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "peft_fused_drop", [&] {
+    const scalar_t* source = in.const_data_ptr<scalar_t>();
+    scalar_t* target = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t begin, int64_t end) {
+      std::vector<uint16_t> bits(padded);
+      for (int64_t row = begin; row < end; ++row) {
+        row_bits(key, static_cast<uint32_t>(first_row + row), blocks, bits.data());
+        drop_row(source + row * columns, target + row * columns, bits.data(), columns, scale, threshold);
+      }
+    });
+  });
 }
 
 }  // namespace
@@ -74,31 +104,13 @@ at::Tensor drop(const at::Tensor& x, const at::Tensor& seed_, int64_t threshold,
   TORCH_CHECK_TYPE(c10::isFloatingType(in.scalar_type()), "x must be floating point, got ", in.scalar_type());
   TORCH_CHECK_VALUE(first_row >= 0, "first_row must be at least 0, got ", first_row);
   at::Tensor out = at::empty_like(in);
-  const int64_t rows = in.size(0), columns = in.size(1);
-  if (in.numel() == 0) return out;
-  const double scale = 65536.0 / (65536.0 - static_cast<double>(threshold));
-#ifdef PEFT_FUSED_CUDA
-  if (in.is_cuda()) {
-    launch_drop(in, seed, out, threshold, first_row);
-    return out;
-  }
-#endif
-  TORCH_CHECK(in.is_cpu(), "drop: the extension was built without CUDA kernels");
-  const uint64_t key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  const int64_t blocks = (columns + kElementsPerBlock - 1) / kElementsPerBlock;
-  const int64_t padded = (blocks + kLanes - 1) / kLanes * kLanes * kElementsPerBlock;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.scalar_type(), "peft_fused_drop", [&] {
-    const scalar_t* source = in.const_data_ptr<scalar_t>();
-    scalar_t* target = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, std::max<int64_t>(1, 16384 / columns), [&](int64_t begin, int64_t end) {
-      std::vector<uint16_t> bits(padded);
-      for (int64_t row = begin; row < end; ++row) {
-        row_bits(key, static_cast<uint32_t>(first_row + row), blocks, bits.data());
-        drop_row(source + row * columns, target + row * columns, bits.data(), columns, scale, threshold);
-      }
-    });
-  });
+  drop_rows(in, out, seed, threshold, first_row);
   return out;
+}
+
+at::Tensor drop_(const at::Tensor& own, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
+  drop_rows(own, own, seed, threshold, first_row);
+  return own;
 }
 
 }  // namespace peft_fused

@@ -14,66 +14,57 @@ import os
 import sys
 import warnings
 
-from . import layers, methods, ops
-from .methods import (
-    adamix_loss,
-    check_sync,
-    consistency_loss,
-    decay_groups,
-    evaluate_ranks,
-    freezing_history,
-    on_step,
-    set_pass,
-    set_rank,
-    set_routing,
-)
-from .ops.dispatch import explain, use_backend
-
 __version__ = "0.1.0"
 
-# Names that need PEFT or transformers, and where they are. The Trainer callback pulls in the whole Trainer, so it waits
-# for its first use.
-_LAZY = {
-    **dict.fromkeys(("AdaMixTrainerMixin", "PeftFusedCallback"), ".integrations.transformers"),
-    **dict.fromkeys(
-        (
-            "AdaMixConfig",
-            "AfLoraConfig",
-            "DyLoraConfig",
-            "RosaConfig",
-            "SurmConfig",
-            "copy_adapter",
-            "export_lora",
-            "merge_experts",
-        ),
-        ".integrations.peft",
-    ),
-    **dict.fromkeys(("accelerate", "restore"), ".integrations.peft.accelerate"),
-}
+# Where names are looked for that have not been imported below, in this order. The Trainer callback pulls in the whole
+# Trainer, so it waits for its first use.
+_HOMES = (
+    ".methods",
+    ".ops.dispatch",
+    ".integrations.peft.accelerate",
+    ".integrations.peft",
+    ".integrations.transformers",
+)
 
-# PEFT's loaders know the methods from here on. Our own command alone does without: it takes PEFT, which is slow to
-# import, where it needs it.
+# Our own command alone does without torch and PEFT, which are slow to import, until it needs them. Anyone else has the
+# methods known to PEFT's loaders from here on.
 _OWN_COMMAND = os.path.splitext(os.path.basename((getattr(sys, "argv", None) or [""])[0]))[0] == "peft-fused"
-if not _OWN_COMMAND and importlib.util.find_spec("peft") is not None:
-    from .integrations.peft import (
-        AdaMixConfig,
-        AfLoraConfig,
-        DyLoraConfig,
-        RosaConfig,
-        SurmConfig,
-        copy_adapter,
-        export_lora,
-        merge_experts,
+if not _OWN_COMMAND:
+    from . import layers, methods, ops
+    from .methods import (
+        adamix_loss,
+        check_sync,
+        consistency_loss,
+        decay_groups,
+        evaluate_ranks,
+        freezing_history,
+        on_step,
+        set_pass,
+        set_rank,
+        set_routing,
     )
-    from .integrations.peft.accelerate import accelerate, restore
+    from .ops.dispatch import explain, use_backend
 
-# Whoever asks for a pure Python package knows what it lacks.
-if ops.native.not_built and os.environ.get("PEFT_FUSED_BUILD") != "off":
-    warnings.warn(
-        f"peft_fused has no C++ extension, which means {ops.native.COST}. {ops.native.REMEDY}. Where this is intended, "
-        "PEFT_FUSED_BUILD=off in the environment keeps this warning away.",
-        stacklevel=2,
-    )
+    if importlib.util.find_spec("peft") is not None:
+        from .integrations.peft import (
+            AdaMixConfig,
+            AfLoraConfig,
+            DyLoraConfig,
+            RosaConfig,
+            SurmConfig,
+            copy_adapter,
+            export_lora,
+            merge_experts,
+        )
+        from .integrations.peft.accelerate import accelerate, restore
+
+    # Whoever asks for a pure Python package knows what it lacks, and our command's reports say so themselves.
+    if ops.native.not_built and os.environ.get("PEFT_FUSED_BUILD") != "off":
+        warnings.warn(
+            f"peft_fused has no C++ extension, which means {ops.native.COST}. {ops.native.REMEDY}. Where this is "
+            "intended, PEFT_FUSED_BUILD=off in the environment keeps this warning away.",
+            stacklevel=2,
+        )
 
 __all__ = [
     "AdaMixConfig",
@@ -109,14 +100,18 @@ __all__ = [
 
 def build_info() -> dict:
     """What the C++ extension was built for and whether it is in use; `why_not` says why if it is not."""
-    native = ops.native
+    from .ops import native
+
     return {"loaded": native.module is not None, "why_not": native.why_missing or None, **native.stamp}
 
 
 def __getattr__(name):
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
     try:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+        homes = (importlib.import_module(home, __name__) for home in _HOMES)
+        return next(getattr(home, name) for home in homes if hasattr(home, name))
     except ModuleNotFoundError as error:
         raise AttributeError(f"peft_fused.{name} needs {error.name}: pip install {error.name}") from error

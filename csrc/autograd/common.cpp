@@ -26,6 +26,7 @@ bool plain(const Tensor& t) {
 }
 
 bool finite(double number, at::ScalarType type) {
+  if (type == at::kHalf) return std::isfinite(static_cast<float>(c10::Half(static_cast<float>(number))));
   return type == at::kDouble ? std::isfinite(number) : std::isfinite(static_cast<float>(number));
 }
 
@@ -37,7 +38,16 @@ Tensor kept(bool keeps, const Tensor& t, const char* name) {
 }
 
 torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, at::ArrayRef<const char*> names) {
-  auto saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+  torch::autograd::variable_list saved;
+  try {
+    saved = ctx->get_saved_variables();  // checkpointing recomputes in here, with autograd on
+  } catch (const c10::Error& error) {
+    const std::string what = error.what_without_backtrace();
+    if (what.find("modified by an inplace operation") == std::string::npos) throw;
+    TORCH_CHECK(false, "peft_fused: a tensor that backward reads, such as the input of a layer, was changed in place "
+                       "after the forward pass. Write h = h + y in place of h += y; of an accelerated model, "
+                       "peft_fused.restore brings back PEFT's layers. autograd says: ", what);
+  }
   for (size_t i = 0; i < names.size(); ++i)
     if (saved[i].defined()) check_memory(saved[i], names[i]);
   return saved;
@@ -67,8 +77,11 @@ Tensor Blocks::of(const Tensor& t, int64_t i) const {
 }
 
 Tensor Blocks::load(const Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold, const Tensor& seed) const {
-  const Tensor block = of(x2, i).to(type);
-  return threshold > 0 ? drop(block, seed, threshold, i * step) : block;
+  const Tensor rows = of(x2, i), block = rows.to(type);
+  if (threshold == 0) return block;
+  // What the conversion has made is the block's own.
+  return block.is_same(rows) || !block.is_contiguous() ? drop(block, seed, threshold, i * step)
+                                                       : drop_(block, seed, threshold, i * step);
 }
 
 // Another layout of b than a dense one would run oneDNN's reference code, thousands of times slower.

@@ -51,7 +51,7 @@ at::Tensor unflatten(const at::Tensor& y, const at::Tensor& x);
 // out, a spectrum.
 struct Blocks {
   // Elements of a block on a CPU: few enough for its caches, enough to split over its cores.
-  static constexpr int64_t kElementsCpu = 1 << 20;
+  static constexpr int64_t kElementsCpu = 1 << 19;
 
   int64_t rows, step, count;
 

@@ -231,8 +231,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     Tensor rows = blocks.of(y, i);
     const Tensor onto = base_first ? rows : blocks.of(add2, i);
     if (c.mixed) {
-      Tensor delta = product(P, Q, c.scale);
-      if (bias.defined()) delta.add_(bias);
+      Tensor delta = bias.defined() ? at::addmm(bias.to(P.scalar_type()), P, Q, 1, c.scale) : product(P, Q, c.scale);
       if (onto.defined()) delta.add_(onto);
       rows.copy_(delta);
     } else if (base_first) {
@@ -311,6 +310,17 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Adapter ad(A, B, u, v, c, d);
     const Tensor dy2 = rows_of(dy);
     const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0, width = ad.width;
+    auto of_x = dy.sizes().vec();
+    of_x.back() = k;
+    if (need(kBias)) out[kBias] = dy2.sum(0);
+    if (need(kAdd)) out[kAdd] = dy;
+    if (m == 0) {  // zeros times a factor that is not finite would be NaN
+      const auto zeros = [&](Input i, const Tensor& t) { if (need(i)) out[i] = at::zeros(t.sizes(), t.options()); };
+      zeros(kA, A), zeros(kB, B), zeros(kU, u), zeros(kV, v);
+      if (need(kWeight)) out[kWeight] = at::zeros({n, x.size(-1)}, x.options());
+      if (need(kX)) out[kX] = at::empty(of_x, dy.options());
+      return out;
+    }
     const bool need_dS = need(kX) || need(kA), need_raw = need(kB) || need(kU) || need(kV);
     const Tensor S = saved[6];
 
@@ -335,11 +345,14 @@ struct LowRank : torch::autograd::Function<LowRank> {
       if (need(kA)) accumulate(dA, product(dS.t(), blocks.load(x2, i, type, c.threshold, d.seed), 1));
       if (need(kX)) {
         Tensor out_rows = blocks.of(dx, i);
-        if (!blocked) {
-          base_first ? out_rows.addmm_(dS, ad.A) : at::mm_out(out_rows, dS, ad.A);
+        if (!base_first && !c.mixed) {
+          at::mm_out(out_rows, dS, ad.A);
+          if (c.threshold > 0) drop_(out_rows, d.seed, c.threshold, i * blocks.step);
+        } else if (!blocked) {
+          out_rows.addmm_(dS, ad.A);
         } else {
-          Tensor back = product(dS, ad.A, 1);
-          if (c.threshold > 0) back = drop(back, d.seed, c.threshold, i * blocks.step);
+          const Tensor back = product(dS, ad.A, 1);
+          if (c.threshold > 0) drop_(back, d.seed, c.threshold, i * blocks.step);
           base_first ? out_rows.add_(back) : out_rows.copy_(back);
         }
       }
@@ -357,14 +370,10 @@ struct LowRank : torch::autograd::Function<LowRank> {
         out[kB] = place(v.defined() ? raw * v.unsqueeze(1) : raw, B, c.expert_b, d.expert_b, c, d, /*columns=*/true);
     }
     if (need(kA)) out[kA] = place(dA, A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
-    if (need(kBias)) out[kBias] = dy2.sum(0);
-    if (need(kAdd)) out[kAdd] = dy;
     if (need(kWeight)) out[kWeight] = dy2.t().mm(x2);
     if (need(kX)) {
       if (weight.defined() && !base_first) dx.addmm_(dy2, weight);
-      auto shape = dy.sizes().vec();
-      shape.back() = k;
-      out[kX] = dx.view(shape);
+      out[kX] = dx.view(of_x);
     }
     return out;
   }

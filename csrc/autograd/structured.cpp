@@ -193,7 +193,7 @@ Tensor correlate_cpu(const Call& c, const Tensor& dy2, const Tensor& x2, const T
     }
     if (!need_dx) continue;
     Tensor block = at::fft_irfft(Y.mul_(back), c.length).narrow(1, 0, c.k);
-    if (c.threshold > 0) block = drop(block, seed, c.threshold, i * blocks.step);
+    if (c.threshold > 0) block = drop_(block.contiguous(), seed, c.threshold, i * blocks.step);
     store(blocks, i, block, Tensor(), dx);
   }
   return sum.defined() ? at::fft_irfft(sum, c.length).to(type) : Tensor();
@@ -406,7 +406,7 @@ struct Structured : torch::autograd::Function<Structured> {
 
  private:
   static Tensor drop_back(const Call& c, const Tensor& dx, const Tensor& seed) {
-    return c.threshold > 0 ? drop(dx, seed, c.threshold, 0) : dx;
+    return c.threshold > 0 ? drop_(dx.contiguous(), seed, c.threshold, 0) : dx;
   }
 
   // Fills dx if it is defined and returns the gradient of the kernel if x2 is.

@@ -88,8 +88,20 @@ def check_memory(name, tensor):
 
 
 def saved_tensors(ctx, names):
-    """What a forward saved, the first of it by these names. ValueError where the memory of one was freed since."""
-    saved = ctx.saved_tensors
+    """What a forward saved, the first of it by these names. ValueError where the memory of one was freed since,
+    RuntimeError where the values of one were changed."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    try:
+        saved = ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "peft_fused: a tensor that backward reads, such as the input of a layer, was changed in place after the "
+            "forward pass. Write h = h + y in place of h += y; of an accelerated model, peft_fused.restore brings back "
+            f"PEFT's layers. autograd says: {error}"
+        ) from None
     for name, tensor in zip(names, saved, strict=False):
         if tensor is not None:
             check_memory(name, tensor)

@@ -221,6 +221,10 @@ def backward(dy, x, weight, A, B, u, v, S, controls: Controls, needs: list[bool]
         dweight = dy2.t() @ rows(x)
     if B is None:
         return dx, dweight, dbias, dA, dB, du, dv
+    if M == 0:  # zeros times a factor that is not finite would be NaN
+        dx = dy.new_zeros(*dy.shape[:-1], A.shape[-1]) if need_x else None
+        adapter = zip((A, B, u, v), needs[3:], strict=True)
+        return dx, dweight, dbias, *(t.new_zeros(t.shape) if need else None for t, need in adapter)
     ad = _Adapter(A, B, u, v, controls)
     c, b = ad.c, ad.width
     mixed = B.dtype != dy.dtype

@@ -1,4 +1,4 @@
-"""How the command starts: without PEFT, which is slow to import, until a command needs it."""
+"""How the command starts: without torch and PEFT, which are slow to import, until a command needs them."""
 
 import subprocess
 import sys
@@ -24,9 +24,10 @@ def python(code):
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", ["'--help'", "'env'", "'env', '--json'"])
-def test_without_peft(arguments):
-    after = "assert 'peft_fused' in sys.modules and not {'peft', 'transformers'} & set(sys.modules)"
+@pytest.mark.parametrize("arguments", ["'--help'", "'bench', '--help'", "'env'", "'env', '--json'"])
+def test_without_what_is_not_needed(arguments):
+    unneeded = {"peft", "transformers"} | ({"torch"} if "--help" in arguments else set())
+    after = f"assert 'peft_fused' in sys.modules and not {unneeded} & set(sys.modules)"
     assert python(SCRIPT.format(arguments=arguments, after=after))
 
 

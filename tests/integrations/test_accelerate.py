@@ -1154,3 +1154,47 @@ def test_the_layer_itself_can_be_the_model(calls):
         layer(torch.randn(1, 24))
         assert restore(layer) == [""]
     assert calls == ["lowrank_linear"]
+
+
+class ChangesItsInput(nn.Module):
+    """As models with a residual stream updated in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        h = self.a(x).tanh() * 1
+        y = self.b(h)
+        h += y
+        return h
+
+
+@pytest.mark.parametrize("cpp", [True, False])
+def test_an_input_changed_in_place_is_an_error_that_says_what_to_do(cpp):
+    model = get_peft_model(ChangesItsInput().bfloat16(), LoraConfig(r=4, target_modules=["b"]))
+    accelerate(model)
+    with peft_fused.use_backend("torch", native=cpp):
+        out = model(torch.randn(4, 16, dtype=torch.bfloat16)).float().sum()
+        with pytest.raises(
+            RuntimeError, match=r"peft_fused: a tensor that backward reads.*h = h \+ y.*peft_fused.restore"
+        ):
+            out.backward()
+        assert restore(model)
+        model(torch.randn(4, 16, dtype=torch.bfloat16)).float().sum().backward()
+
+
+@pytest.mark.parametrize("cpp", [True, False])
+def test_an_input_changed_in_place_is_fine_where_no_gradient_reads_it(cpp):
+    torch.manual_seed(3)
+    plain = get_peft_model(ChangesItsInput().bfloat16(), LoraConfig(r=4, target_modules=["b"], init_lora_weights=False))
+    layer = plain.base_model.model.b
+    layer.lora_A["default"].weight.requires_grad_(False)
+    fused = copy.deepcopy(plain)
+    accelerate(fused)
+    x = torch.randn(4, 16, dtype=torch.bfloat16)
+    with peft_fused.use_backend("torch", native=cpp):
+        for model in (plain, fused):
+            model(x).float().square().sum().backward()
+    want, got = (m.base_model.model.b.lora_B["default"].weight.grad for m in (plain, fused))
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

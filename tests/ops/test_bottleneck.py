@@ -392,6 +392,14 @@ def test_selective_checkpointing_gives_the_plain_gradients(saved, cpp):
 
 
 @both_nodes
+def test_a_scale_beyond_the_range_of_fp16_overflows_as_in_the_reference(cpp):
+    case = make_bottleneck(7, 12, 10, 4, dtype=torch.float16, scale=1e30)
+    with peft_fused.use_backend("torch", native=cpp):
+        got, want = case.call(bottleneck), case.call(bottleneck_reference)
+    assert torch.isinf(want).any() and torch.equal(got.isinf(), want.isinf())
+
+
+@both_nodes
 @pytest.mark.parametrize("control", ["expert", "scale"])
 def test_a_control_changed_before_backward_is_no_silent_error(control, cpp):
     """A tensor read again in backward must be the one of the forward, or autograd must object."""

@@ -168,6 +168,20 @@ def test_leading_dimensions_and_no_tokens(shape, cpp):
 
 
 @both_nodes
+@pytest.mark.parametrize("odd", ["A", "B", "u", "v"])
+def test_no_tokens_give_no_gradient_whatever_the_factors_hold(odd, cpp):
+    case = make_case("lowrank_linear", 0, 12, 10, 4, uv=True)
+    with torch.no_grad():
+        case.tensors[odd].fill_(float("inf"))
+    for tensor in case.tensors.values():
+        tensor.requires_grad_()
+    with peft_fused.use_backend("torch", native=cpp):
+        case.call(lowrank_linear).sum().backward()
+    for name, tensor in case.tensors.items():
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor)), name
+
+
+@both_nodes
 def test_one_row_as_a_vector(cpp):
     case = make_case("lowrank_linear", 1, 6, 5, 2, dtype=F64)
     options = {**case.tensors, "x": torch.randn(6, dtype=F64), **case.options}
