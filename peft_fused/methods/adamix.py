@@ -172,7 +172,10 @@ def consistency_loss(
     if mask is not None and mask.shape != first.shape[:-1]:
         raise ValueError(f"mask must have shape {list(first.shape[:-1])}, got {_shown(mask)}")
     check_flag("detach", detach)
-    if num_items is not None and not isinstance(num_items, torch.Tensor) and check_alpha("num_items", num_items) <= 0:
+    if isinstance(num_items, torch.Tensor):
+        if num_items.numel() != 1 or num_items.is_complex() or (num_items.is_meta and not first.is_meta):
+            raise ValueError(f"num_items must be one real number, got a tensor, {_shown(num_items)}")
+    elif num_items is not None and check_alpha("num_items", num_items) <= 0:
         raise ValueError(f"num_items must be positive, got {num_items}")
     wide = torch.promote_types(first.dtype, torch.float32)
     if first.shape[-1] == 1:

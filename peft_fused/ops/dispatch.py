@@ -354,12 +354,12 @@ def explain(target, *, rows: int = 2048) -> Explanation:
 
     rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
     `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> Problem | None`, what
-    they give the first of them. TypeError for anything else, ValueError for a number of rows below 1.
+    they give the first of them. TypeError for anything else, ValueError for a number of rows outside 1..2^31 - 1.
     """
     if isinstance(rows, bool) or not isinstance(rows, int):
         raise TypeError(f"explain: rows must be an int, got {type(rows).__name__}")
-    if rows < 1:
-        raise ValueError(f"explain: rows must be at least 1, got {rows}")
+    if not 1 <= rows < 1 << 31:
+        raise ValueError(f"explain: rows must be in 1..2^31 - 1, got {rows}")
     if hasattr(type(target), "limits"):
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):

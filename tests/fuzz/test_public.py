@@ -42,6 +42,24 @@ def adapted(config):
     return get_peft_model(Net(), config).eval()
 
 
+def two_adapters():
+    model = get_peft_model(Net(), DYLORA, adapter_name="one")
+    model.add_adapter("two", DYLORA)
+    return model.eval()
+
+
+class Classifier(Net):
+    """With a loss of its own, as transformers' heads have."""
+
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return {"loss": None if labels is None else nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def batch():
+    return {"x": torch.ones(2, 8), "labels": torch.tensor([1, 2])}
+
+
 # ------------------------------------------------------------------------------------------------------ what is called
 
 
@@ -115,6 +133,7 @@ DYLORA = peft_fused.DyLoraConfig(r=4, target_modules=["q"], init_weights=False)
 ADAMIX = peft_fused.AdaMixConfig(r=4, target_modules=["q"], init_weights=False)
 AFLORA = peft_fused.AfLoraConfig(r=4, target_modules=["q"], init_weights=False)
 ROSA = peft_fused.RosaConfig(r=4, target_modules=["q"])
+CLASSIFIER = get_peft_model(Classifier(), ADAMIX).train()
 CONFIGS = ("AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig")
 LAYERS = (
     "AFLoRALinear", "AdaMixLinear", "CirculantLinear", "DyLoRALinear", "KroneckerLinear", "LDRLinear", "LoRALinear",
@@ -138,6 +157,22 @@ TARGETS = {
     "decay_groups": lambda folder: function(peft_fused.decay_groups, adapted(DYLORA), weight_decay=0.1),
     "accelerate": lambda folder: function(peft_fused.accelerate, adapted(DYLORA)),
     "restore": lambda folder: function(peft_fused.restore, adapted(DYLORA)),
+    "explain": lambda folder: (
+        peft_fused.explain, lambda: dict(target=adapted(DYLORA)), ["target", "rows"], lambda said, arguments: str(said),
+    ),
+    "merge_experts": lambda folder: (
+        peft_fused.merge_experts, lambda: dict(model=adapted(ADAMIX)), ["model", "adapter_name"],
+        lambda nothing, arguments: None,
+    ),
+    "copy_adapter": lambda folder: function(peft_fused.copy_adapter, two_adapters(), source="one", target="two"),
+    "adamix_loss": lambda folder: (
+        peft_fused.adamix_loss, lambda: dict(model=CLASSIFIER, inputs=batch()),
+        list(inspect.signature(peft_fused.adamix_loss).parameters), lambda losses, arguments: losses[0].backward(),
+    ),
+    "consistency_loss": lambda folder: (
+        peft_fused.consistency_loss, lambda: dict(first=torch.randn(4, 3), second=torch.randn(4, 3)),
+        ["first", "second", "mask", "detach", "num_items"], lambda loss, arguments: loss.item(),
+    ),
     "export_lora": export,
 }  # fmt: skip
 

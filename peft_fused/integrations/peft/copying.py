@@ -18,12 +18,14 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     written in place, so that optimizers keep them. Both adapters must be there, of one of peft_fused's methods, and of
     the same configuration; whether they train may differ.
 
-    Raises TypeError if model is not a module, and ValueError, before anything has changed, if an adapter is missing,
+    Raises TypeError if model is not a module or a name no str, and ValueError, before anything has changed, if an adapter is missing,
     merged, of another method, or configured differently.
     """
     model = unwrap_model(check_module("model", model), "peft_config")
     configs = getattr(model, "peft_config", {})
     for argument, name in (("source", source), ("target", target)):
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a str, got {type(name).__name__}")
         if name not in configs:
             raise ValueError(f"{argument} must be one of the model's adapters {sorted(configs)}, got {name!r}")
     ours, theirs = (configs[name].to_dict() for name in (source, target))
