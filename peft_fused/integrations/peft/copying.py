@@ -18,8 +18,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     written in place, so that optimizers keep them. Both adapters must be there, of one of peft_fused's methods, and of
     the same configuration; whether they train may differ.
 
-    Raises TypeError if model is not a module or a name no str, and ValueError, before anything has changed, if an adapter is missing,
-    merged, of another method, or configured differently.
+    Raises TypeError if model is not a module or a name no str, and ValueError, before anything has changed, if an
+    adapter is missing, merged, of another method, or configured differently.
     """
     model = unwrap_model(check_module("model", model), "peft_config")
     configs = getattr(model, "peft_config", {})
