@@ -46,6 +46,19 @@ def stop(mode, reason):
     print(f"peft_fused: pure Python install: {reason}", file=sys.stderr)
 
 
+def openmp_flags():
+    """at::parallel_for is a template, which compiles to a loop on one thread without this flag. Of GCC alone: its code is
+    served by the OpenMP library that torch has loaded, so that the extension need not link one."""
+    compiler = os.environ.get("CXX") or (shutil.which("c++") and "c++") or "g++"
+    command = [*compiler.split(), "-fopenmp", "-include", "omp.h", "-dM", "-E", "-x", "c++", os.devnull]
+    try:
+        macros = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return []
+    is_gcc = macros.returncode == 0 and "__GNUC__" in macros.stdout and "__clang__" not in macros.stdout
+    return ["-fopenmp"] if is_gcc and sys.platform.startswith("linux") else []
+
+
 def native_extension(mode):
     """(extensions, build command) or None when this is to be a pure Python package."""
     if mode == "off":
@@ -67,15 +80,12 @@ def native_extension(mode):
     if mode == "force" and torch.version.cuda is not None and nvcc is None:
         stop(mode, "torch is a CUDA build but nvcc was not found (set CUDA_HOME)")
 
-    # at::parallel_for is a template: without this flag it compiles to a plain loop on one thread.
-    openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
     extension = CppExtension(
         "peft_fused._C",
         sources,
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter", *openmp],
-        extra_link_args=openmp,
+        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter", *openmp_flags()],
     )
 
     class Build(BuildExtension):

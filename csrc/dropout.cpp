@@ -43,14 +43,19 @@ void row_bits(uint64_t seed, uint32_t row, int64_t blocks, uint16_t* bits) {
   }
 }
 
-// A conditional would become a branch per element, and an infinity times 0 is no 0: the mask is made of bits. x may be y.
+// A conditional would become a branch per element, and an infinity times 0 is not 0: the mask is made of bits. x may be
+// y, which the compiler is told to let be.
 template <typename scalar_t>
 void drop_row(const scalar_t* x, scalar_t* y, const uint16_t* bits, int64_t columns, at::opmath_type<scalar_t> scale,
               uint16_t threshold) {
   using wide = at::opmath_type<scalar_t>;
   using word = std::conditional_t<sizeof(scalar_t) == 2, uint16_t,
                                   std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint64_t>>;
+#if defined(__clang__)
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep
+#endif
   for (int64_t k = 0; k < columns; ++k) {
     const auto kept = static_cast<scalar_t>(static_cast<wide>(x[k]) * scale);
     const auto mask = static_cast<word>(-static_cast<word>(bits[k] >= threshold));
@@ -109,7 +114,8 @@ at::Tensor drop(const at::Tensor& x, const at::Tensor& seed_, int64_t threshold,
 }
 
 at::Tensor drop_(const at::Tensor& own, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
-  drop_rows(own, own, seed, threshold, first_row);
+  TORCH_INTERNAL_ASSERT(own.is_contiguous());
+  drop_rows(own, own, seed_of(seed, threshold, own.device()), threshold, first_row);
   return own;
 }
 

@@ -11,7 +11,7 @@ at::Tensor seed_of(const at::Tensor& seed, int64_t threshold, const at::Device& 
 // else.
 at::Tensor drop(const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row);
 
-// The same in place, for a contiguous tensor of the extension's own, and with a seed that has been checked.
+// The same in place, for a contiguous tensor of the extension's own. ValueError for a seed that is none.
 at::Tensor drop_(const at::Tensor& own, const at::Tensor& seed, int64_t threshold, int64_t first_row);
 
 }  // namespace peft_fused

@@ -16,15 +16,23 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Where names are looked for that have not been imported below, in this order. The Trainer callback pulls in the whole
-# Trainer, so it waits for its first use.
-_HOMES = (
-    ".methods",
-    ".ops.dispatch",
-    ".integrations.peft.accelerate",
-    ".integrations.peft",
-    ".integrations.transformers",
-)
+# Where names are that have not been imported below, by module. The Trainer callback pulls in the whole Trainer, so it
+# waits for its first use.
+_HOMES = {
+    ".": ("layers", "methods", "ops"),
+    ".ops.dispatch": ("explain", "use_backend"),
+    ".methods": (
+        "adamix_loss", "check_sync", "consistency_loss", "decay_groups", "evaluate_ranks", "freezing_history",
+        "on_step", "set_pass", "set_rank", "set_routing",
+    ),
+    ".integrations.peft": (
+        "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
+        "merge_experts",
+    ),
+    ".integrations.peft.accelerate": ("accelerate", "restore"),
+    ".integrations.transformers": ("AdaMixTrainerMixin", "PeftFusedCallback"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 # Our own command alone does without torch and PEFT, which are slow to import, until it needs them. Anyone else has the
 # methods known to PEFT's loaders from here on.
@@ -106,12 +114,12 @@ def build_info() -> dict:
 
 
 def __getattr__(name):
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f".{name}", __name__)
+    home = _HOME[name]
     try:
-        homes = (importlib.import_module(home, __name__) for home in _HOMES)
-        return next(getattr(home, name) for home in homes if hasattr(home, name))
+        found = importlib.import_module(f".{name}" if home == "." else home, __name__)
     except ModuleNotFoundError as error:
         raise AttributeError(f"peft_fused.{name} needs {error.name}: pip install {error.name}") from error
+    globals()[name] = found if home == "." else getattr(found, name)
+    return globals()[name]

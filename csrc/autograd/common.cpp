@@ -26,8 +26,10 @@ bool plain(const Tensor& t) {
 }
 
 bool finite(double number, at::ScalarType type) {
-  if (type == at::kHalf) return std::isfinite(static_cast<float>(c10::Half(static_cast<float>(number))));
-  return type == at::kDouble ? std::isfinite(number) : std::isfinite(static_cast<float>(number));
+  const auto narrow = static_cast<float>(number);
+  if (type == at::kHalf) return std::isfinite(static_cast<float>(c10::Half(narrow)));
+  if (type == at::kBFloat16) return std::isfinite(static_cast<float>(c10::BFloat16(narrow)));
+  return type == at::kDouble ? std::isfinite(number) : std::isfinite(narrow);
 }
 
 Tensor kept(bool keeps, const Tensor& t, const char* name) {
@@ -44,9 +46,9 @@ torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, a
   } catch (const c10::Error& error) {
     const std::string what = error.what_without_backtrace();
     if (what.find("modified by an inplace operation") == std::string::npos) throw;
-    TORCH_CHECK(false, "peft_fused: a tensor that backward reads, such as the input of a layer, was changed in place "
-                       "after the forward pass. Write h = h + y in place of h += y; of an accelerated model, "
-                       "peft_fused.restore brings back PEFT's layers. autograd says: ", what);
+    TORCH_CHECK(false, "peft_fused: a tensor that backward reads, an input or a parameter, was changed in place after the "
+                       "forward pass. Of an input write h = h + y in place of h += y; of a parameter, run backward "
+                       "before it is changed. autograd says: ", what);
   }
   for (size_t i = 0; i < names.size(); ++i)
     if (saved[i].defined()) check_memory(saved[i], names[i]);

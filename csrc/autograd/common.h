@@ -26,7 +26,7 @@ constexpr int64_t kMaxRank = 256;
 // An ordinary dense tensor: no subclass, and its memory holds its values as they are (see memory.h).
 bool plain(const at::Tensor& t);
 
-// Whether a number is finite in the type of the sums of a call on x of this type.
+// Whether a number is finite once rounded to this type: ATen refuses others as the alpha of tensors of it.
 bool finite(double number, at::ScalarType type);
 
 // What a node keeps of an argument for backward. ValueError, naming it, for an inference tensor.

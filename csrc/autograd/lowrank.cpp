@@ -316,7 +316,10 @@ struct LowRank : torch::autograd::Function<LowRank> {
     if (need(kAdd)) out[kAdd] = dy;
     if (m == 0) {  // zeros times a factor that is not finite would be NaN
       const auto zeros = [&](Input i, const Tensor& t) { if (need(i)) out[i] = at::zeros(t.sizes(), t.options()); };
-      zeros(kA, A), zeros(kB, B), zeros(kU, u), zeros(kV, v);
+      zeros(kA, A);
+      zeros(kB, B);
+      zeros(kU, u);
+      zeros(kV, v);
       if (need(kWeight)) out[kWeight] = at::zeros({n, x.size(-1)}, x.options());
       if (need(kX)) out[kX] = at::empty(of_x, dy.options());
       return out;

@@ -160,6 +160,8 @@ class AdaMixTrainerMixin:
         steps = self.current_gradient_accumulation_steps
         if items is None and summed:
             loss = loss / steps
+        if isinstance(items, torch.Tensor):
+            items = items.flatten()[0]  # the same number for each GPU of a DataParallel
         if self.consistency_weight != 0 and first.shape[-1] != 1:
             second = second if doubled else second_pass(model, inputs)["logits"]
             tokens = predicts_tokens(first, labels) and items is not None and summed

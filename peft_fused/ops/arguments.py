@@ -42,7 +42,8 @@ def seed_tensor(seed, device):
 
 
 def lazy(*values) -> bool:
-    """Whether a tensor's values are others than those in its memory: negated by a bit, or zeros without memory.
+    """Whether the values of one of these tensors are others than those in its memory: negated by a bit, or zeros
+    without memory.
 
     Kernels, and whoever else takes a data pointer, see the memory. A compiled call goes through torch's dispatcher,
     which writes such values out; no real number has the conjugate bit.
@@ -90,7 +91,7 @@ def check_memory(name, tensor):
 def saved_tensors(ctx, names):
     """What a forward saved, the first of it by these names. ValueError where the memory of one was freed since,
     RuntimeError where the values of one were changed."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # no graph holds an exception's text, or memory
         return ctx.saved_tensors
     try:
         saved = ctx.saved_tensors
@@ -98,9 +99,9 @@ def saved_tensors(ctx, names):
         if "modified by an inplace operation" not in str(error):
             raise
         raise RuntimeError(
-            "peft_fused: a tensor that backward reads, such as the input of a layer, was changed in place after the "
-            "forward pass. Write h = h + y in place of h += y; of an accelerated model, peft_fused.restore brings back "
-            f"PEFT's layers. autograd says: {error}"
+            "peft_fused: a tensor that backward reads, an input or a parameter, was changed in place after the forward "
+            "pass. Of an input write h = h + y in place of h += y; of a parameter, run backward before it is changed. "
+            f"autograd says: {error}"
         ) from None
     for name, tensor in zip(names, saved, strict=False):
         if tensor is not None:

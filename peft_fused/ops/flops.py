@@ -9,6 +9,7 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import structured as structured  # which registers the ops that are counted below
 from .lowrank import NAMES
 
 

@@ -18,7 +18,7 @@ from .dropout import drop, load
 
 # Elements of x converted or dropped out at a time: few enough to bound the temporary memory and for a CPU's caches,
 # enough to split over its cores or fill a GPU.
-BLOCK_ELEMENTS = {"cpu": 1 << 20}
+BLOCK_ELEMENTS = {"cpu": 1 << 19}
 BLOCK_ELEMENTS_GPU = 1 << 24
 
 

@@ -5,6 +5,7 @@ PEFT_FUSED_FUZZ multiplies the number of calls; -s shows what became of them.
 
 import collections
 import inspect
+import math
 import random
 from dataclasses import asdict
 
@@ -106,12 +107,16 @@ def structured(cls):
     return cls, lambda: dict(in_features=8, out_features=8), names, check
 
 
+def sound(model):
+    assert torch.isfinite(model(torch.ones(2, 8))).all()
+
+
 def function(called, model, **given):
     """A function of a model, one for all calls."""
 
     def check(result, arguments):
         if isinstance(arguments["model"], Net | peft_model):
-            assert torch.isfinite(arguments["model"](torch.ones(2, 8))).all()
+            sound(arguments["model"])
 
     peft_model = type(model)
     # What a function that is given raises is its own.
@@ -162,7 +167,7 @@ TARGETS = {
     ),
     "merge_experts": lambda folder: (
         peft_fused.merge_experts, lambda: dict(model=adapted(ADAMIX)), ["model", "adapter_name"],
-        lambda nothing, arguments: None,
+        lambda nothing, arguments: sound(arguments["model"]),
     ),
     "copy_adapter": lambda folder: function(peft_fused.copy_adapter, two_adapters(), source="one", target="two"),
     "adamix_loss": lambda folder: (
@@ -171,7 +176,7 @@ TARGETS = {
     ),
     "consistency_loss": lambda folder: (
         peft_fused.consistency_loss, lambda: dict(first=torch.randn(4, 3), second=torch.randn(4, 3)),
-        ["first", "second", "mask", "detach", "num_items"], lambda loss, arguments: loss.item(),
+        ["first", "second", "mask", "detach", "num_items"], lambda loss, arguments: math.isfinite(loss.item()) or 1 / 0,
     ),
     "export_lora": export,
 }  # fmt: skip

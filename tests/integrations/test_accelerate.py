@@ -1176,9 +1176,7 @@ def test_an_input_changed_in_place_is_an_error_that_says_what_to_do(cpp):
     accelerate(model)
     with peft_fused.use_backend("torch", native=cpp):
         out = model(torch.randn(4, 16, dtype=torch.bfloat16)).float().sum()
-        with pytest.raises(
-            RuntimeError, match=r"peft_fused: a tensor that backward reads.*h = h \+ y.*peft_fused.restore"
-        ):
+        with pytest.raises(RuntimeError, match=r"peft_fused: a tensor that backward reads.*h = h \+ y in place"):
             out.backward()
         assert restore(model)
         model(torch.randn(4, 16, dtype=torch.bfloat16)).float().sum().backward()

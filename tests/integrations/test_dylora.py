@@ -343,7 +343,7 @@ def test_registration_is_idempotent_and_yields_to_peft(monkeypatch):
         ({"resample": "epoch"}, ValueError, "resample must be one of"),
         ({"trainable_token_indices": [1]}, ValueError, "trainable_token_indices must be None"),
         ({"target_modules": "q.*", "layers_to_transform": [0]}, ValueError, "layers_to_transform must be None"),
-        ({"layers_pattern": "layers"}, ValueError, "layers_pattern needs layers_to_transform"),
+        ({"layers_pattern": "layers"}, ValueError, "layers_pattern must have layers_to_transform beside it"),
     ],
 )
 def test_bad_configs_are_named(options, error, message):

@@ -66,10 +66,11 @@ THREADS = """
 import os, torch
 from peft_fused.ops import native
 threads = lambda: len(os.listdir("/proc/self/task"))
-x, seed, before = torch.ones(512, 4096), torch.tensor(5), threads()
-torch.set_num_threads(before + 4)
+x, seed = torch.ones(512, 4096), torch.tensor(5)
+torch.set_num_threads(threads() + 4)  # which starts other threads than those that the next call starts
+before = threads()
 many = native.module.drop(x, seed, 20000, 0)
-assert threads() >= before + 3, (before, threads())
+assert threads() > before, before
 torch.set_num_threads(1)
 assert torch.equal(many, native.module.drop(x, seed, 20000, 0))
 """

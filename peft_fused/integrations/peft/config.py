@@ -125,7 +125,9 @@ class FusedConfig(PeftConfig):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise ValueError(f"{name} must be None when target_modules is a str")
         if self.layers_pattern and layers is None:
-            raise ValueError("layers_pattern needs layers_to_transform")
+            raise ValueError(
+                f"layers_pattern must have layers_to_transform beside it, got {self.layers_pattern!r} alone"
+            )
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As PeftConfig.save_pretrained, but the file is whole or as before, and has patterns in the order in which

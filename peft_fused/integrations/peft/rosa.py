@@ -30,7 +30,7 @@ from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
 from .loading import Snapshot, awaits_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .tuner import FusedLayer, FusedPeftType, FusedTuner, has_accelerate_hook, register
 
 
 @dataclass
@@ -50,7 +50,7 @@ class RosaConfig(FusedConfig):
     Entering and leaving `disable_adapter` each rewrite the base weights of all adapted layers, from the copies on the
     host: ask at once for all that is needed of the pretrained model, rather than once per token. What was computed with
     gradients under it must be differentiated under it. A backward pass through weights that merging, a change of the
-    adapter or a draw has replaced raises autograd's error of a variable modified in place.
+    adapter or a draw has replaced raises an error that a parameter was changed in place.
 
     Weight decay pulls A and B, which have pretrained content, to zero: `peft_fused.decay_groups` spares them. With
     split="sqrt" a direction of singular value 0 has zeros in both factors, and so no gradient: it never learns; "us_v"
@@ -128,7 +128,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def refresh(self, force: bool = False) -> None:
         """As the base class's; a base weight that accelerate's hooks hold elsewhere is fetched, and put there again."""
-        if self.base_weight().is_meta and "_hf_hook" in self.get_base_layer().__dict__:
+        if self.base_weight().is_meta and has_accelerate_hook(self.get_base_layer()):
             with onload_layer(self):
                 super().refresh(force)
         else:

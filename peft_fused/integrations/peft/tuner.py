@@ -113,6 +113,11 @@ def find_dropout(parent: nn.Module, names: list[str], key: str) -> str:
     )
 
 
+def has_accelerate_hook(module: nn.Module) -> bool:
+    """Whether accelerate may hold the module's parameters elsewhere until the module is called."""
+    return "_hf_hook" in module.__dict__
+
+
 def is_hooked(module: nn.Module):
     """Truthy if calling the module may do something that its class's forward does not."""
     # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
@@ -271,13 +276,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
 
     def is_offloaded(self, names: list[str]) -> bool:
         """Whether accelerate's hooks may hold parameters of these adapters elsewhere until their modules are called."""
-        return self.factor(names[0]).is_meta or "_hf_hook" in self.base_layer.__dict__
+        return self.factor(names[0]).is_meta or has_accelerate_hook(self.base_layer)
 
     @contextmanager
     def onloaded(self, names: list[str]):
         """Runs those hooks, as calling the modules would: the ops read parameters without calling modules."""
         blocks = (self._modules[each][name] for name in names for each in self.adapter_layer_names)
-        hooked = [module for block in blocks for module in block.modules() if "_hf_hook" in module.__dict__]
+        hooked = [module for block in blocks for module in block.modules() if has_accelerate_hook(module)]
         for module in hooked:
             module._hf_hook.pre_forward(module)
         try:
