@@ -47,8 +47,8 @@ def stop(mode, reason):
 
 
 def openmp_flags():
-    """at::parallel_for is a template, which compiles to a loop on one thread without this flag. Of GCC alone: its code is
-    served by the OpenMP library that torch has loaded, so that the extension need not link one."""
+    """at::parallel_for is a template, which without this flag compiles to a loop on one thread. Of GCC alone: its code
+    is served by the OpenMP library that torch has loaded, so that the extension need not link one."""
     compiler = os.environ.get("CXX") or (shutil.which("c++") and "c++") or "g++"
     command = [*compiler.split(), "-fopenmp", "-include", "omp.h", "-dM", "-E", "-x", "c++", os.devnull]
     try:
