@@ -175,6 +175,18 @@ def test_memory_freed_between_forward_and_backward_is_named(native):
                 y.sum().backward()
 
 
+@both_nodes
+@pytest.mark.parametrize("other", [torch.empty(0, dtype=torch.int64), torch.tensor(3, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize("name", [name for name in CASES if "seed" in CASES[name].options])
+def test_a_seed_that_is_none_any_more_is_named(name, other, native):
+    case, seed = CASES[name], torch.tensor(5)
+    with peft_fused.use_backend("torch", native=native):
+        y = OPS[case.op].fn(**case.tensors, **{**case.options, "seed": seed})
+        seed.data = other
+        with pytest.raises(ValueError, match="seed must be a 0-d int64 tensor on cpu, got"):
+            y.sum().backward()
+
+
 def test_a_map_by_its_tail_names_the_tail():
     x, col = torch.randn(2, 6), torch.randn(3)
     for tail, error, told in (
