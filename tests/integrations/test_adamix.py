@@ -389,6 +389,27 @@ def test_accumulation_averages_the_divergence_over_the_step(tmp_path, kind, doub
             torch.testing.assert_close(without[name], parameter.grad, atol=3e-6, rtol=2e-3)
 
 
+def test_items_counted_once_for_each_gpu_of_a_dataparallel(tmp_path):
+    """The Trainer hands a DataParallel its count once for each GPU, (n_gpu, 1), of which every replica gets its row."""
+
+    def scattered(module, args, kwargs):
+        if "num_items_in_batch" in kwargs:
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"].flatten()[0]
+        return args, kwargs
+
+    def loss(items):
+        model = get_peft_model(llama(), AdaMixConfig(r=4, share_up=False, init_weights=False, seed=2)).train()
+        run = trainer(tmp_path, model, Tokens(), cls=AdaMixTrainer)
+        run.current_gradient_accumulation_steps = 1
+        peft_fused.on_step(model, step=0)
+        model.register_forward_pre_hook(scattered, with_kwargs=True)
+        return run.compute_loss(model, next(iter(run.get_train_dataloader())), num_items_in_batch=items)
+
+    once, twice = loss(torch.tensor(7)), loss(torch.tensor([[7], [7]]))
+    assert twice.shape == once.shape == () and torch.equal(once, twice)
+    assert not torch.equal(once, loss(torch.tensor(14)))
+
+
 def test_evaluation_in_the_trainer_is_merged_and_single(tmp_path):
     model = adapt()
     calls = []
