@@ -127,9 +127,7 @@ def run(as_json: bool) -> None:
         print_json(found)
         return
     console = out()
-    console.print(
-        "  ".join(f"{name} {value or 'missing'}" for name, value in found["versions"].items()), soft_wrap=True
-    )
+    console.print("  ".join(f"{name} {value or 'missing'}" for name, value in found["versions"].items()))
     cpu = found["cpu"]
     console.print(f"CPU: {cpu['machine']}, {cpu['vector']}, {cpu['threads']} threads")
     for gpu in found["gpus"]:

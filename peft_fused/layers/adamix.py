@@ -489,6 +489,7 @@ class AdaMixLinear(AdaptedLinear):
         """
         check_linear("base", base)
         check_choice("kind", kind, ("adapter", "lora"))
+        check_alpha("alpha", alpha)
         policy = RoutePolicy(num_experts, share_down, share_up, routing, strict_experts, seed)
         k, n = features(base)
         shared = dict(

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import check_linear, is_conv1d
+from .replaced import ReplacedWeight
 
 
 class AdaptedLinear(nn.Module):
@@ -52,15 +53,19 @@ class AdaptedLinear(nn.Module):
         with torch.autocast(self.weight.device.type, enabled=False):
             delta = self.delta()
         merged = self.weight_nk().to(delta.dtype) + delta
-        self._unmerged_weight = self.weight.detach().to("cpu", copy=True)
+        self._unmerged_weight = ReplacedWeight(self.weight)
         self.weight_nk().copy_(merged)
+        self._unmerged_weight.note(self.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Puts back the weight that `merge` replaced, bit for bit. Raises RuntimeError if the layer is not merged."""
+        """Puts back the weight that `merge` replaced, bit for bit.
+
+        Raises RuntimeError if the layer is not merged, or if something else has written to the weight since.
+        """
         if not self.merged:
             raise RuntimeError("unmerge: this layer is not merged")
-        self.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight.put_back(self.weight, f"this {type(self).__name__}")
         self._unmerged_weight = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from ..ops import lowrank_linear
 from .checks import check_adapter_dtype, check_alpha, check_choice, check_flag, check_int, check_linear
 from .lowrank import LowRankLinear
-from .scheduled import SavedState
+from .scheduled import SavedState, check_saved_with
 from .sharded import is_sharded, local, shard, whole
 
 MATRICES = ("A", "B")
@@ -85,6 +85,7 @@ class AfLoraState(SavedState):
     """
 
     HEADER = MARKS + len(MATRICES)
+    WITHOUT = "matrices that are frozen would train again"
 
     def __init__(self, r: int, features: tuple[int, int], policy: FreezingPolicy, frozen: bool, group: str = "default"):
         """features: (input, output) of the layer. frozen: both matrices from the start."""
@@ -150,10 +151,6 @@ class AfLoraState(SavedState):
 
     def _length(self, matrices: Iterable[str]) -> int:
         return self.HEADER + sum(len(STATISTICS) * math.prod(self.shapes[matrix]) for matrix in matrices)
-
-    def problem_with(self, state: torch.Tensor | None) -> str | None:
-        # Without it the parameters mean the same, and training begins anew: a checkpoint may lack it.
-        return None if state is None else super().problem_with(state)
 
     def why_not(self, state: torch.Tensor) -> str | None:
         header = state[: self.HEADER].tolist()
@@ -269,7 +266,7 @@ class AFLoRALinear(LowRankLinear):
         attention. The rest: see `FreezingPolicy`; the layers with equal policies share one schedule. Raises TypeError
         or ValueError naming the argument, the value and what is allowed.
         """
-        check_alpha("d_initial", d_initial)
+        d_initial = float(check_alpha("d_initial", d_initial))
         check_flag("frozen", frozen)
         policy = FreezingPolicy(t_i, t_f, ramp, rule, beta1, beta2, window)
         return cls(base, r, alpha, dropout, dtype, policy, d_initial, frozen)
@@ -288,6 +285,11 @@ class AFLoRALinear(LowRankLinear):
     def delta(self) -> torch.Tensor:
         """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 factors)."""
         return dense_delta(self.lora_A, self.lora_B, self.lora_d, self.lora_b, self.scale)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        own = [prefix + name for name in ("lora_A", "lora_B", "lora_d", "lora_b")]
+        check_saved_with(own, self.freezing, f"{prefix}freezing", state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def adapted(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and self.lora_b.requires_grad:

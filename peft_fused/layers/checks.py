@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from ..ops.arguments import FLOATING
 from ..ops.arguments import check_flag as check_flag
@@ -13,6 +14,14 @@ LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = torch.iinfo(torch.int32).max
 COMPUTED = "is no parameter but computed from others (parametrized, as by weight_norm or spectral_norm, or pruned)"
 MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a module's weight is computed from other parameters, so that writing to it would be undone."""
+    of = module._parameters
+    return "weight" not in of and (
+        parametrize.is_parametrized(module, "weight") or any(k.startswith("weight_") for k in of)
+    )
 
 
 def check_module(name: str, value) -> nn.Module:

@@ -121,6 +121,13 @@ def write_ranks(
             torch._foreach_add_(tensors, numbers)
 
 
+def use_ranks(states: list[RankState], ranks: list[int]) -> None:
+    """Sets the ranks of evaluation, and of training until the schedule's next step."""
+    write_ranks(states, train=ranks, evaluation=ranks)
+    for state, rank in zip(states, ranks, strict=True):
+        state.used = state.used | {rank}
+
+
 @dataclass(frozen=True)
 class RankMember:
     """One adapter of one layer as the DyLoRA schedule sees it."""

@@ -37,7 +37,7 @@ from .checks import (
     check_rank,
     features,
 )
-from .scheduled import SavedState
+from .scheduled import SavedState, check_saved_with
 from .sharded import is_sharded, local, part_of, whole
 
 SPLITS = ("us_v", "sqrt")
@@ -509,8 +509,8 @@ class SubspaceHost:
         if torch.compiler.is_compiling() or self._written is None:
             return
         weight, version = self._written
-        # Another tensor is what FSDP gathers for the forward.
-        if weight is not self.base_weight() or weight._version == version:
+        # Another tensor is what FSDP gathers for the forward. A copy made in inference mode has no version.
+        if weight is not self.base_weight() or weight.is_inference() or weight._version == version:
             return
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if not self._pretrained.is_in(weight, self._in_layout(self.wanted_change())):
@@ -661,10 +661,8 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         return [RosaMember(self.rosa_state, self.factors, self._merged, self.resample)]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        factors = [key for key in (f"{prefix}rosa_A.weight", f"{prefix}rosa_B.weight") if key in state_dict]
-        if factors and f"{prefix}rosa_state._extra_state" not in state_dict:
-            problem = self.rosa_state.problem_with(None)
-            raise ValueError(f"the state dict has {factors[0]}, but {prefix}rosa_state._extra_state {problem}")
+        factors = (f"{prefix}rosa_A.weight", f"{prefix}rosa_B.weight")
+        check_saved_with(factors, self.rosa_state, f"{prefix}rosa_state", state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:

@@ -2,12 +2,15 @@
 
 import warnings
 import weakref
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
 
 from ..ops.arguments import FLOATING
 
+# What torch calls the value of get_extra_state in a state dict.
+EXTRA_STATE = "_extra_state"
 # A loop calls the schedule before a step's forward: one that has not by the next forward is not going to.
 FORWARDS_BEFORE_WARNING = 1
 
@@ -33,12 +36,33 @@ class ScheduleState(nn.Module):
         self.scheduled = other.scheduled
 
     def count_forward(self) -> None:
-        """Warns, once per model, with the second training forward that no schedule preceded."""
-        if torch.compiler.is_compiling() or self.scheduled:
+        """Warns, once per model, with the second training forward that no schedule preceded, or the first compiled."""
+        if torch.compiler.is_compiling():
+            self._traced()
+            return
+        if self.scheduled:
             return
         self.forwards += 1
-        if self.forwards == FORWARDS_BEFORE_WARNING + 1:
-            _warn_unscheduled(self)
+        if self.forwards == FORWARDS_BEFORE_WARNING + 1 and not _warned_in_this_pass(self):
+            self._warn_unscheduled()
+
+    def _warn_unscheduled(self) -> None:
+        warnings.warn(
+            f"{self.unscheduled()}, because no schedule sets it. Add "
+            "peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=..., optimizer=...) "
+            "before each step.",
+            stacklevel=5,
+        )
+
+    def _traced(self) -> None:
+        # A compiled forward is traced once: there is no second one to wait for.
+        if not self.scheduled and self.forwards <= FORWARDS_BEFORE_WARNING:
+            self.forwards = FORWARDS_BEFORE_WARNING + 1
+            self._warn_unscheduled()
+
+    # Run by the compiler, without a guard on `scheduled`. torch.compiler.assume_constant_result does just this, and
+    # imports the compiler to do so.
+    _traced._dynamo_marked_constant = True
 
 
 class SavedState(ScheduleState):
@@ -49,6 +73,8 @@ class SavedState(ScheduleState):
 
     # Numbers that a saved vector has at least.
     HEADER: int
+    # What becomes of its adapter's parameters without it, as the end of a sentence.
+    WITHOUT = "its parameters mean something else"
 
     def why_not(self, state: torch.Tensor) -> str | None:
         """What keeps a finite vector of at least HEADER numbers from being such a state, as the end of a sentence."""
@@ -61,7 +87,7 @@ class SavedState(ScheduleState):
     def problem_with(self, state: torch.Tensor | None) -> str | None:
         """What keeps a tensor, or the lack of one, from being this state, as the end of a sentence."""
         if state is None:
-            return "is missing, without which its parameters mean something else"
+            return f"is missing, without which {self.WITHOUT}"
         if not isinstance(state, torch.Tensor):
             return f"must be a vector of numbers, got {state!r}"
         if state.layout != torch.strided or state.is_meta or state.dim() != 1 or state.dtype not in FLOATING:
@@ -76,6 +102,17 @@ class SavedState(ScheduleState):
         if problem := self.problem_with(state):
             raise ValueError(f"{type(self).__name__} of adapter {self.group!r} {problem}")
         self.take_over(state.detach().cpu())
+
+
+def check_saved_with(parameters: Iterable[str], state: SavedState, saved: str, state_dict: Container[str]) -> None:
+    """ValueError if a state dict has any of some parameters without the state that goes with them.
+
+    saved: the name under which it is saved.
+    """
+    found = next((name for name in parameters if name in state_dict), None)
+    key = f"{saved}.{EXTRA_STATE}"
+    if found and key not in state_dict:
+        raise ValueError(f"the state dict has {found}, but {key} {state.problem_with(None)}")
 
 
 class PlacedState(ScheduleState):
@@ -110,16 +147,13 @@ class PlacedState(ScheduleState):
 _last_to_warn: weakref.ref | None = None
 
 
-def _warn_unscheduled(state: ScheduleState) -> None:
+def _warned_in_this_pass(state: ScheduleState) -> bool:
+    """Whether another layer has warned in this pass. The layers of one model come here in one pass, during which the
+    first of them does not run again.
+    """
     global _last_to_warn
-    # The layers of one model come here in one pass, during which the first of them does not run again.
     first = _last_to_warn and _last_to_warn()
     if first is not None and first.forwards == state.forwards and not first.scheduled:
-        return
+        return True
     _last_to_warn = weakref.ref(state)
-    warnings.warn(
-        f"{state.unscheduled()}, because no schedule sets it. Add "
-        "peft_fused.PeftFusedCallback() to the Trainer, or call peft_fused.on_step(model, step=..., optimizer=...) "
-        "before each step.",
-        stacklevel=5,
-    )
+    return False

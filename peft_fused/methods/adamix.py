@@ -175,8 +175,10 @@ def consistency_loss(
     if isinstance(num_items, torch.Tensor):
         if num_items.numel() != 1 or num_items.is_complex() or (num_items.is_meta and not first.is_meta):
             raise ValueError(f"num_items must be one real number, got a tensor, {_shown(num_items)}")
-    elif num_items is not None and check_alpha("num_items", num_items) <= 0:
-        raise ValueError(f"num_items must be positive, got {num_items}")
+    elif num_items is not None:
+        num_items = float(check_alpha("num_items", num_items))
+        if num_items <= 0:
+            raise ValueError(f"num_items must be positive, got {num_items:g}")
     wide = torch.promote_types(first.dtype, torch.float32)
     if first.shape[-1] == 1:
         return first.new_zeros((), dtype=wide)
@@ -260,8 +262,9 @@ def adamix_loss(
     check_module("model", model)
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of the model's arguments, got {type(inputs).__name__}")
-    if check_alpha("weight", weight) < 0:
-        raise ValueError(f"weight must be at least 0, got {weight}")
+    weight = float(check_alpha("weight", weight))
+    if weight < 0:
+        raise ValueError(f"weight must be at least 0, got {weight:g}")
     check_flag("doubled", doubled)
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor):

@@ -14,8 +14,8 @@ from torch import nn
 
 from .. import draws
 from ..layers.checks import check_rank
-from ..layers.dylora import RankMember, RankPolicy, RankState, write_ranks
-from .stepping import METHODS, Method, Step, members_of
+from ..layers.dylora import RankMember, RankPolicy, RankState, use_ranks, write_ranks
+from .stepping import METHODS, Method, Step, members_of, unwrap_model
 from .strict import Kept, check_guarded
 
 
@@ -91,17 +91,17 @@ def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = N
     """Sets the rank at which the model's DyLoRA layers evaluate, and train until the schedule's next step.
 
     rank: 1..r, where r is the largest of the layers; a layer with a smaller r (`rank_pattern`) uses all of its own.
-    None goes back to the full rank. The scale follows: alpha / rank. adapter_name: None means every DyLoRA adapter.
-    Recompiles nothing. Raises TypeError or ValueError for a bad rank, a model without DyLoRA layers, or merged
-    adapters.
+    None goes back to the full rank. The scale follows: alpha / rank. adapter_name: None means every DyLoRA adapter. A
+    PEFT adapter is saved with all its ranks, and with this one as its config's `eval_rank`. Recompiles nothing. Raises
+    TypeError or ValueError for a bad rank, a model without DyLoRA layers, or merged adapters.
     """
     states = _states(model, adapter_name, "set_rank")
     if rank is not None:
         check_rank("rank", rank, max(state.r for state in states))
-    ranks = [state.r if rank is None else min(rank, state.r) for state in states]
-    write_ranks(states, train=ranks, evaluation=ranks)
-    for state, value in zip(states, ranks, strict=True):
-        state.used = state.used | {value}
+    use_ranks(states, [state.r if rank is None else min(rank, state.r) for state in states])
+    configs = getattr(unwrap_model(model, "peft_config"), "peft_config", {})
+    for name in {state.group for state in states} & configs.keys():
+        configs[name].eval_rank = rank
 
 
 def evaluate_ranks(
@@ -131,7 +131,7 @@ def evaluate_ranks(
     try:
         model.eval()
         for rank in ranks:
-            set_rank(model, rank, adapter_name=adapter_name)
+            use_ranks(states, [min(rank, state.r) for state in states])
             results[rank] = fn(model)
     finally:
         for module, training in modes:

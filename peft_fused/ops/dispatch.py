@@ -17,6 +17,7 @@ import torch
 
 from ..triton_kernels.plan import Problem
 from . import native
+from .arguments import check_flag
 
 __all__ = ["BACKENDS", "Explanation", "Problem", "choose", "explain", "forced", "problem_of", "use_backend", "why_not"]
 
@@ -79,7 +80,8 @@ class use_backend:
     """
 
     def __init__(self, name: str | None, *, native: bool = True):
-        if name is not None and (reasons := unusable(_check_name(name, "use_backend"), native)):
+        check_flag("native", native)
+        if name is not None and (reasons := unusable(_check_name(name, "use_backend: name"), native)):
             raise RuntimeError(f"use_backend: nothing can run on {name!r} on this machine: " + "; ".join(reasons))
         self._before = state.backend, state.native
         state.set(name, native)

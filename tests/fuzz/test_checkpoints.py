@@ -240,8 +240,8 @@ def config_damage(change):
 
 
 VALUES = (
-    None, True, False, 0, 1, 2, 3, 4, -1, 257, 10**400, 0.5, 1e39, float("nan"), "", "q", "(", "none", "all", [], ["q"],
-    ["head"], [3], [None], {}, {"q": 2}, {"q": "2"}, {"(": 1}, {"0.q": 4, "q": 1},
+    None, True, False, 0, 1, 2, 3, 4, -1, 257, 10**30, 10**400, 0.5, 1e39, float("nan"), "", "q", "(", "none", "all",
+    [], ["q"], ["head"], [3], [None], {}, {"q": 2}, {"q": "2"}, {"(": 1}, {"0.q": 4, "q": 1},
 )  # fmt: skip
 
 

@@ -21,11 +21,11 @@ from peft_fused import layers
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLS = int(40 * MULTIPLIER)
 ODD = (
-    None, True, False, 0, 1, 2, 3, 8, 257, -1, 10**400, -(10**400), 0.0, 0.5, 1.0, -0.5, 1e39, 1e308, float("nan"),
-    float("inf"), 2j, "", "q", "(", "x" * 99, "none", "all", "epoch", "lora", "adapter", b"q", [], [0], ["q"], [None],
-    [[]], (), ("q",), {}, {"q": 2}, {"q": "2"}, {"(": 1}, {3: 3}, {"q"}, range(3), object(), int, len, nn.Linear,
-    torch.float16, torch.float32, torch.int8, torch.tensor(2), torch.tensor(0.5), torch.ones(2, 2), torch.ones(0),
-    torch.ones(2, 2, device="meta"), torch.ones(2).to_sparse(),
+    None, True, False, 0, 1, 2, 3, 8, 257, -1, 10**30, 10**400, -(10**400), 0.0, 0.5, 1.0, -0.5, 1e39, 1e308,
+    float("nan"), float("inf"), 2j, "", "q", "(", "x" * 99, "none", "all", "epoch", "lora", "adapter", b"q", [], [0],
+    ["q"], [None], [[]], (), ("q",), {}, {"q": 2}, {"q": "2"}, {"(": 1}, {3: 3}, {"q"}, range(3), object(), int, len,
+    nn.Linear, torch.float16, torch.float32, torch.int8, torch.tensor(2), torch.tensor(0.5), torch.ones(2, 2),
+    torch.ones(0), torch.ones(2, 2, device="meta"), torch.ones(2).to_sparse(),
 )  # fmt: skip
 
 
@@ -181,6 +181,9 @@ TARGETS = {
     "consistency_loss": lambda folder: (
         peft_fused.consistency_loss, lambda: dict(first=torch.randn(4, 3), second=torch.randn(4, 3)),
         ["first", "second", "mask", "detach", "num_items"], finite_loss,
+    ),
+    "use_backend": lambda folder: (
+        peft_fused.use_backend, lambda: dict(name=None), ["name", "native"], lambda block, arguments: block.__exit__(),
     ),
     "export_lora": export,
 }  # fmt: skip

@@ -382,13 +382,18 @@ def test_save_and_load_in_mid_schedule(tmp_path, low_cpu_mem_usage):
     assert_same_state(model, fresh)
 
 
-def test_a_checkpoint_without_state_is_loaded_as_it_is(tmp_path):
+@pytest.mark.parametrize("without", ["aflora_state", "layers.0.mlp.down_proj.aflora_state"])
+def test_a_checkpoint_without_the_state_of_a_layer_is_refused(tmp_path, without):
     adapted().save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     stored = load_file(path)
-    save_file({key: tensor for key, tensor in stored.items() if "aflora_state" not in key}, path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
-    assert trainable(loaded) == trainable(adapted())
+    save_file({key: tensor for key, tensor in stored.items() if without not in key}, path)
+    base = llama()
+    names = [name for name, _ in base.named_modules()]
+    message = "aflora_state of '.*' is missing, without which matrices that are frozen would train again"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert names == [name for name, _ in base.named_modules()]
 
 
 def damage(folder, what):

@@ -152,3 +152,29 @@ def test_adapters_on_the_output_are_not_merged(method):
     with pytest.raises(ValueError, match="cannot be merged"):
         model.merge_adapter()
     assert torch.equal(infer(model), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS | ADAPTERS)
+def test_gradients_are_the_same_after_an_evaluation(method, kind):
+    """Packed in evaluation, a layer of bitsandbytes returns no gradient for its input. That of the first layer here
+    comes through the second, adapted or, with a model of our methods in training mode, not.
+    """
+    targets = [dict(target_modules=["0", "2"])] + [dict(target_modules=["0"])] * (method != "lora")
+    for target in targets:
+        grads = []
+        for evaluated in (False, True):
+            torch.manual_seed(1)
+            config = (METHODS | ADAPTERS)[method](init_weights=False)
+            config.target_modules = set(target["target_modules"])
+            model = get_peft_model(base(kind), config)
+            if method == "lora":
+                peft_fused.accelerate(model)
+            if evaluated:
+                infer(model)
+            model.train()(batch()).float().square().sum().backward()
+            grads.append([p.grad for p in model.parameters() if p.requires_grad])
+        for after, before in zip(*grads, strict=True):
+            assert (after is None) == (before is None)
+            assert before is None or error(after.float(), before.float()) < 0.05
+        assert any(grad is not None and grad.any() for grad in grads[0])

@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from peft import (
+    PeftModel,
     TaskType,
     convert_to_lora,
     get_peft_model,
@@ -160,6 +161,23 @@ def test_safe_merge_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="not finite"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_a_saved_adapter_evaluates_at_the_rank_that_was_set(tmp_path):
+    model = adapted()
+    full = logits(model)
+    set_rank(model, 2)
+    expected = logits(model)
+    assert (full - expected).abs().max() > 1e-3
+    model.save_pretrained(tmp_path)
+    evaluate_ranks(model, logits)
+    assert model.peft_config["default"].eval_rank == 2
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), expected)
+    set_rank(loaded, None)
+    torch.testing.assert_close(logits(loaded), full)
+    loaded.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), full)
 
 
 def test_several_adapters():

@@ -39,6 +39,9 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 
 
+MLP_BIAS = LlamaConfig(**{**LLAMA.to_dict(), "mlp_bias": True})
+
+
 def llama():
     torch.manual_seed(0)
     return LlamaForCausalLM(LLAMA).eval()
@@ -502,3 +505,20 @@ def test_a_refusal_undoes_what_the_second_adapter_left_in_modules_to_save(tmp_pa
     adapted(modules_to_save=["lm_head"]).save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "second")
     assert "second" in wrapper.modules_to_save
+
+
+@pytest.mark.parametrize("method", [DyLoraConfig, SurmConfig, AdaMixConfig, AfLoraConfig, RosaConfig])
+def test_biases_of_modules_saved_whole_load(method, tmp_path):
+    """With bias="all" PEFT saves those of a module in modules_to_save twice, and of one made of several under names
+    that the model has."""
+    options = dict(target_modules=["q_proj"], modules_to_save=["mlp"], bias="all", init_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(LlamaForCausalLM(MLP_BIAS), method(**options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM(MLP_BIAS), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded), logits(model))

@@ -92,3 +92,43 @@ def test_rosa_says_that_it_cannot_draw_anew_for_offloaded_weights():
     with pytest.raises(RuntimeError, match=r"cannot draw new factors of '0'.*offloading"):
         member.resample(1, None)
     close(model, expected)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lora", "rosa")])
+def test_an_adapter_made_for_an_offloaded_model_is_the_one_of_the_model_at_hand(method, how, tmp_path):
+    expected = adapted(method)
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+    OFFLOADS[how](base, str(tmp_path))
+    model = get_peft_model(base, METHODS[method]()).eval()
+    close(model, expected(X).detach())
+    with model.disable_adapter(), expected.disable_adapter():
+        close(model, expected(X).detach())
+    for each in (model, expected):
+        each.train()(X).square().sum().backward()
+    grads = [[p.grad for p in each.parameters() if p.requires_grad] for each in (model, expected)]
+    assert len(grads[0]) == len(grads[1]) > 0
+    for found, grad in zip(*grads, strict=True):
+        assert (found - grad).norm() < 1e-5 * grad.norm() or (not grad.any() and not found.any())
+    if method in ADDITIVE:
+        close(model.eval().merge_and_unload(), expected.eval()(X).detach())
+
+
+def test_rosa_says_that_an_offloaded_weight_has_no_values(tmp_path):
+    base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+    cpu_offload(base, execution_device=CPU)
+    with pytest.raises(ValueError, match=r"target module '0': the weight has no values .*offloaded"):
+        get_peft_model(base, METHODS["rosa"]())
+    assert type(base[0]) is nn.Linear
+
+
+def test_a_second_rosa_adapter_is_loaded_beside_an_offloaded_one(tmp_path):
+    model = adapted("rosa")
+    expected = model(X).detach()
+    model.save_pretrained(tmp_path)
+    cpu_offload(model, execution_device=CPU)
+    model.load_adapter(tmp_path, "second")
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        close(model, expected)

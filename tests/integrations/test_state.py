@@ -1,6 +1,7 @@
 """What a schedule keeps beside the parameters: averaged, copied, saved and loaded at any step, for every method."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -191,8 +192,9 @@ def trainable(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_factors_without_their_state_are_refused_before_anything_is_loaded():
-    model = train(adapted("rosa"), 3)
+@pytest.mark.parametrize("method", ["aflora", "rosa"])
+def test_factors_without_their_state_are_refused_before_anything_is_loaded(method):
+    model = train(adapted(method), 3)
     kept = trainable(model)
     train(model, 3, start=3)
     before = copy.deepcopy(model.state_dict())
@@ -201,13 +203,13 @@ def test_factors_without_their_state_are_refused_before_anything_is_loaded():
         (model.base_model, "base_model."),
         (model.base_model.model, "base_model.model."),
     ):
-        with pytest.raises(ValueError, match=r"rosa_state of 'transformer.h.0.*c_attn' is missing"):
+        with pytest.raises(ValueError, match=rf"{method}_state of 'transformer.h.0.*c_attn' is missing"):
             holder.load_state_dict({k.removeprefix(prefix): v for k, v in kept.items()}, strict=False)
         after = model.state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "rosa"])
+@pytest.mark.parametrize("method", ["dylora", "surm", "adamix"])
 def test_factors_that_mean_the_same_without_state_are_loaded(method):
     model = train(adapted(method), 3)
     kept, expected = trainable(model), logits(model)
@@ -265,3 +267,32 @@ def test_what_cannot_be_copied_is_named_and_changes_nothing():
         copy_adapter(3, "default", "same")
     with pytest.raises(ValueError, match="source must be one of"):
         copy_adapter(base(), "default", "same")
+
+
+# ------------------------------------------------------------------------------------------------- a forgotten schedule
+
+
+@pytest.mark.parametrize("method", [name for name in CONFIGS if name != "surm"])
+def test_a_compiled_model_warns_that_nothing_schedules_it(method):
+    """Compiled forwards are not counted: the first one warns, unless a schedule has set the state before it."""
+    torch.compiler.reset()
+    model = adapted(method).train()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.warns(UserWarning, match="because no schedule sets it"):
+        compiled(input_ids=IDS)
+    torch.compiler.reset()
+    model = adapted(method).train()
+    compiled = torch.compile(model, backend="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*because no schedule sets it")
+        for step in range(3):
+            on_step(model, step=step, total_steps=TOTAL, optimizer=optimizer_of(model))
+            compiled(input_ids=IDS)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_copies_made_in_inference_mode_compute_the_same(method):
+    model = train(adapted(method), 5)
+    expected = logits(model)
+    with torch.inference_mode():
+        assert torch.equal(copy.deepcopy(model)(input_ids=IDS).logits, expected)

@@ -114,16 +114,6 @@ class _FusedForward:
             y = lowrank(x, A, B, add=y, scale=scale, dropout_p=p)
         return y
 
-    def merge(self, *args, **kwargs) -> None:
-        """As PEFT's, of the weight as it was before bitsandbytes packed it for inference on a CPU."""
-        unpack(self.get_base_layer())
-        super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        """As PEFT's; see `merge`."""
-        unpack(self.get_base_layer())
-        super().unmerge()
-
     def _active_operands(self, x: torch.Tensor):
         """[(A, B, bias of B, scale, dropout probability)] of the active adapters, in order.
 
@@ -257,6 +247,25 @@ def _add_adapter(y, x, A, B, extra, scale, p) -> torch.Tensor:
     return out.to(y.dtype)
 
 
+class _QuantisedForward(_FusedForward):
+    """The same beside a quantised base, which bitsandbytes may have packed for inference on a CPU."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if x.requires_grad:
+            unpack(self.get_base_layer())
+        return super().forward(x, *args, **kwargs)
+
+    def merge(self, *args, **kwargs) -> None:
+        """As PEFT's, of the weight as it was before it was packed."""
+        unpack(self.get_base_layer())
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """As PEFT's; see `merge`."""
+        unpack(self.get_base_layer())
+        super().unmerge()
+
+
 class FusedLoraLinear(_FusedForward, Linear):
     """PEFT's `lora.Linear` with a fused forward. Made by `accelerate`, unmade by `restore`, never constructed."""
 
@@ -285,7 +294,9 @@ def __getattr__(name: str) -> type[_FusedForward]:
     module, class_name = _QUANTISED[name]
     peft_class = getattr(importlib.import_module(module), class_name)
     doc = f"PEFT's `{class_name}` with a fused adapter; its base layer is called as a module."
-    fused = type(name, (_FusedForward, peft_class), {"__module__": __name__, "__doc__": doc, "peft_class": peft_class})
+    fused = type(
+        name, (_QuantisedForward, peft_class), {"__module__": __name__, "__doc__": doc, "peft_class": peft_class}
+    )
     globals()[name] = fused
     return fused
 

@@ -29,7 +29,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         if name not in configs:
             raise ValueError(f"{argument} must be one of the model's adapters {sorted(configs)}, got {name!r}")
     ours, theirs = (configs[name].to_dict() for name in (source, target))
-    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k not in _MAY_DIFFER)
+    may_differ = {*_MAY_DIFFER, *_FOLLOWS}
+    different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k not in may_differ)
     if different:
         raise ValueError(f"target {target!r} must be configured as {source!r} is, but {', '.join(different)} differs")
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
@@ -43,6 +44,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             raise ValueError(f"copy_adapter: unmerge {sorted(merged)} first")
     for layer in layers:
         layer.copy_adapter(source, target)
+    for name in _FOLLOWS & ours.keys():
+        setattr(configs[target], name, ours[name])
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and source in getattr(module, "modules_to_save", ()):
             module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())
@@ -50,3 +53,5 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 
 # Where an adapter comes from, and whether it trains.
 _MAY_DIFFER = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
+# What is set in an adapter's config after it was made.
+_FOLLOWS = {"eval_rank"}

@@ -8,7 +8,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...layers.checks import check_alpha, check_dropout, check_rank
-from ...layers.dylora import RankMember, RankPolicy, RankState
+from ...layers.dylora import RankMember, RankPolicy, RankState, use_ranks
 from ...ops import lowrank, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
@@ -22,8 +22,9 @@ class DyLoraConfig(FusedConfig):
 
     The rank b is drawn per step by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, and set for evaluation,
     merging and export by `peft_fused.set_rank`. Fields beside those of LoraConfig: r_min, rank_distribution,
-    geometric_p, resample, frozen, strict_frozen, seed; see `peft_fused.layers.RankPolicy`. With rank_pattern a layer
-    uses at most its own r. Raises TypeError or ValueError naming the field, the value and what is allowed.
+    geometric_p, resample, frozen, strict_frozen, seed, for which see `peft_fused.layers.RankPolicy`, and eval_rank.
+    With rank_pattern a layer uses at most its own r. Raises TypeError or ValueError naming the field, the value and
+    what is allowed.
     """
 
     fused_type: ClassVar = FusedPeftType.DYLORA
@@ -50,6 +51,9 @@ class DyLoraConfig(FusedConfig):
         default=False, metadata={"help": "Keep untrained rows from moving by momentum or weight decay."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the ranks drawn."})
+    eval_rank: int | None = field(
+        default=None, metadata={"help": "Rank in evaluation, as `peft_fused.set_rank` sets it; None: all of r."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -58,6 +62,8 @@ class DyLoraConfig(FusedConfig):
         check_dropout("lora_dropout", self.lora_dropout)
         self.rank_pattern = check_pattern("rank_pattern", self.rank_pattern, check_rank)
         self.alpha_pattern = check_pattern("alpha_pattern", self.alpha_pattern, check_alpha)
+        if self.eval_rank is not None:
+            check_rank("eval_rank", self.eval_rank, max([self.r, *self.rank_pattern.values()]))
         self.policy().check_r(min([self.r, *self.rank_pattern.values()]))
 
     def policy(self) -> RankPolicy:
@@ -90,6 +96,7 @@ class DyLoraLinear(FusedLayer):
         dropout: float,
         init_weights: bool,
         policy: RankPolicy,
+        eval_rank: int | None,
         inference_mode: bool,
     ) -> None:
         # torch.nn.Linear starts as kaiming_uniform(a=sqrt(5)), which is DyLoRA's choice for A.
@@ -97,7 +104,9 @@ class DyLoraLinear(FusedLayer):
         self.dylora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
         if init_weights:
             nn.init.zeros_(self.dylora_B[adapter_name].weight)
-        self.dylora_ranks[adapter_name] = RankState(r, alpha, policy, group=adapter_name)
+        self.dylora_ranks[adapter_name] = state = RankState(r, alpha, policy, group=adapter_name)
+        if eval_rank is not None:
+            use_ranks([state], [min(eval_rank, r)])
         self.dylora_dropout[adapter_name] = nn.Dropout(dropout)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -166,6 +175,7 @@ class DyLoraModel(FusedTuner):
             # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
             init_weights=config.init_weights or awaits_checkpoint(config),
             policy=config.policy(),
+            eval_rank=config.eval_rank,
             inference_mode=config.inference_mode,
         )
 

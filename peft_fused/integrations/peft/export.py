@@ -57,6 +57,8 @@ def export_lora(
     check_module("model", model)
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be a str or os.PathLike, got {type(path).__name__}")
+    if not os.fspath(path):
+        raise ValueError("path must name a folder, got ''")
     if adapter_name is not None and not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name must be a str or None, got {type(adapter_name).__name__}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedLayer)}

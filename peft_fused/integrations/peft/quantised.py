@@ -7,9 +7,9 @@ def is_packed(base: nn.Module) -> bool:
     """Whether bitsandbytes has packed a layer's 4-bit weight for inference on a CPU.
 
     It does so in the first forward pass in evaluation. PEFT takes the packed weight for the quantised one: what it
-    dequantises for merging is then noise.
+    dequantises for merging is then noise. And the layer returns no gradient for its input until it is unpacked.
     """
-    return getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)
+    return getattr(getattr(base._parameters.get("weight"), "quant_state", None), "packing_format_for_cpu", False)
 
 
 def unpack(base: nn.Module) -> None:

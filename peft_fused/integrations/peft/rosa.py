@@ -6,7 +6,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import onload_layer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.autograd.graph import increment_version
@@ -21,7 +21,6 @@ from ...layers.rosa import (
     check_subspace_rank,
     check_writable,
     draw_factors,
-    span,
     subspace_rank,
 )
 from ...layers.sharded import is_sharded, whole
@@ -30,6 +29,7 @@ from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
 from .loading import Snapshot, awaits_checkpoint
+from .sharing import HeldMemory
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, has_accelerate_hook, register
 
 
@@ -108,7 +108,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             self.keep_pretrained()
         wide = torch.promote_types(weight.dtype, torch.float32)
         # A change of nothing, until `start` or a checkpoint.
-        where = dict(dtype=wide, device=weight.device)
+        where = dict(dtype=wide, device=self._get_base_layer_device_and_dtype(self.get_base_layer())[0])
         self.rosa_A[adapter_name] = SubspaceFactor(r, self.in_features, **where)
         self.rosa_B[adapter_name] = SubspaceFactor(self.out_features, r, **where)
         self.rosa_state[adapter_name] = RosaState(
@@ -194,16 +194,18 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
         safe_merge: ValueError, and an unchanged weight, if that is not finite. ValueError for more than one adapter.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rosa_A]
+        names = self.to_merge(adapter_names)
         if not names:
             return
         self.check_single([*self.merged_adapters, *names])
         if safe_merge:
-            merged = self._pretrained.plus(self.base_weight(), self._in_layout(self._total_change(names[0])))
-            if not torch.isfinite(merged).all():
-                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; this layer was not merged")
+            self.check_finite_merge(names)
         self.merged_adapters.extend(names)
         self.refresh()
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> torch.Tensor:
+        return self._pretrained.plus(self.base_weight(), self._in_layout(self._total_change(names[0])))
 
     def unmerge(self) -> None:
         """Puts back, bit for bit, what `merge` replaced; the pretrained weight if the adapter is not the active one."""
@@ -319,31 +321,18 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         return self._total_change(name).to(self.rosa_state[name].dtype)
 
 
-def memory_of(tensor: torch.Tensor | None) -> tuple[torch.device, int, int] | None:
-    """(device, first byte, end) of a tensor's memory; None if it has none, or is not plain."""
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if not plain or tensor.is_meta or tensor.numel() == 0:
-        return None
-    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + span(tensor) * tensor.element_size()
-
-
 class RosaModel(FusedTuner):
     """The ROSA tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "rosa_"
     tuner_layer_cls = RosaPeftLinear
-    # (device, first byte, end, name of the module) of all parameters and buffers, while an adapter is added.
-    _memory: list[tuple[torch.device, int, int, str]] | None = None
+    # While an adapter is added.
+    _memory: HeldMemory | None = None
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         """As the base class's; no weight is changed before all layers have their factors, or if one cannot."""
         before = Snapshot(model)
-        self._memory = [
-            (*memory, name)
-            for name, module in model.named_modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if (memory := memory_of(tensor)) is not None
-        ]
+        self._memory = HeldMemory(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -382,21 +371,12 @@ class RosaModel(FusedTuner):
                 f"({found}); ROSA changes the base weight in place, which only fp32, fp16, bf16 or fp64 can hold"
             )
         check_writable(f"target module {key!r}", base)
-        others = sorted(self._holders(weight) - {key})
-        if others:
+        if others := self._memory.other_holders(base):
             raise ValueError(
                 f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight "
                 "in place, which would change both. Exclude it with exclude_modules, or untie the weights first."
             )
         return cls
-
-    def _holders(self, weight: torch.Tensor) -> set[str]:
-        """Names of the modules with a parameter or buffer that lies where the weight does."""
-        memory = memory_of(weight)
-        if memory is None:
-            return set()
-        device, first, end = memory
-        return {name for where, a, b, name in self._memory if where == device and a < end and first < b}
 
     def layer_options(self, config: RosaConfig, key: str) -> dict:
         return dict(

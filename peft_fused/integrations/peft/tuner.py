@@ -16,7 +16,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     PeftType,
@@ -27,7 +27,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.scheduled import ScheduleState
+from ...layers.checks import COMPUTED, MAKE_PERMANENT, is_computed
+from ...layers.replaced import ReplacedWeight
+from ...layers.scheduled import EXTRA_STATE, ScheduleState
 from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
@@ -43,6 +45,7 @@ from .loading import (
     undo_injection,
 )
 from .quantised import is_packed, unpack
+from .sharing import HeldMemory
 
 
 class FusedPeftType(str, Enum):
@@ -74,8 +77,6 @@ def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> Non
     PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
 
 
-# What torch calls the value of get_extra_state in a state dict.
-EXTRA_STATE = "_extra_state"
 NOT_ADDITIVE = f"is of kind 'adapter' and cannot be merged: {NO_DELTA}"
 
 
@@ -195,7 +196,10 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         if isinstance(base_layer, nn.Dropout):
             device, dtype = self._made_for
             return next((p.device for p in self.parameters()), device), dtype
-        return super()._get_base_layer_device_and_dtype(base_layer)
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is not None and device.type == "meta" and has_accelerate_hook(base_layer):
+            device = torch.device(base_layer._hf_hook.execution_device)  # where the weight is when it is used
+        return device, dtype
 
     def on_output(self, adapter_name: str) -> bool:
         """Whether an adapter works on the layer's output: not linear in the weight, it cannot be merged."""
@@ -250,6 +254,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             self._modules[container][adapter_name].train(self.training)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.quantization_backend is not None and x.requires_grad:
+            unpack(self.get_base_layer())
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -327,25 +333,23 @@ class FusedLayer(nn.Module, BaseTunerLayer):
 
         What `unmerge` puts back is kept: the weight, on the host, or for a quantised layer the whole layer. safe_merge:
         ValueError, and an unchanged weight, if the result is not finite. adapter_names: None means the active ones.
+        Raises ValueError for an adapter that no weight can express.
         """
-        here = self.adapters_here()
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
+        names = self.to_merge(adapter_names)
         if not names:
             return
         for name in names:
             self._check_additive(name)
+        if safe_merge:
+            self.check_finite_merge(names)
         with torch.no_grad():
-            weight = self.get_base_weight()
-            with torch.autocast(weight.device.type, enabled=False):
-                delta = sum(self.dense_delta(name) for name in names)
-            merged = weight.to(delta.dtype) + (delta.t() if self.transposed else delta)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"safe_merge: the weight merged with {names} is not finite; this layer was not merged")
-            merged = merged.to(weight.dtype)
+            merged = self.merged_weight(names)
             if self.quantization_backend is None:
+                weight = self.get_base_layer().weight
                 if self._unmerged is None:
-                    self._unmerged = weight.to("cpu", copy=True)
-                self.get_base_layer().weight.data.copy_(merged)
+                    self._unmerged = ReplacedWeight(weight)
+                weight.data.copy_(merged)
+                self._unmerged.note(weight)
             else:
                 # Quantising again would not give back the old layer, so a copy is merged and the original is put aside.
                 if self._unmerged is None:
@@ -354,14 +358,52 @@ class FusedLayer(nn.Module, BaseTunerLayer):
                 self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of some adapters, or of the active ones, that this layer has and that are not merged."""
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters_here()]
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> torch.Tensor:
+        """The base weight with these adapters, in its layout and dtype."""
+        weight = self.get_base_weight()
+        with torch.autocast(weight.device.type, enabled=False):
+            delta = sum(self.dense_delta(name) for name in names)
+        return (weight.to(delta.dtype) + (delta.t() if self.transposed else delta)).to(weight.dtype)
+
+    def check_finite_merge(self, names: list[str]) -> None:
+        """ValueError if the weight with these adapters is not finite."""
+        if not torch.isfinite(self.merged_weight(names)).all():
+            raise ValueError(
+                f"safe_merge: the weight of {self.module_name!r} merged with {names} is not finite; nothing was merged"
+            )
+
+    def check_merge(self, memory: HeldMemory) -> None:
+        """ValueError if merging would also change another module, or be undone by what computes the weight."""
+        base = self.get_base_layer()
+        if self.quantization_backend is not None:
+            return
+        if is_computed(base):
+            raise ValueError(
+                f"cannot merge into {self.module_name!r}: the weight of this {type(base).__name__} {COMPUTED}. "
+                f"{MAKE_PERMANENT}"
+            )
+        if others := memory.other_holders(base):
+            raise ValueError(
+                f"cannot merge into {self.module_name!r}, which shares its weight with {', '.join(map(repr, others))}: "
+                "merging would change both. Untie them first: give one a copy of the weight as a new "
+                "torch.nn.Parameter, and set tie_word_embeddings=False in the model's config where that tied them"
+            )
+
     def unmerge(self) -> None:
-        """Puts back, bit for bit, what `merge` replaced, whatever became of the adapters or their ranks since."""
+        """Puts back, bit for bit, what `merge` replaced, whatever became of the adapters or their ranks since.
+
+        RuntimeError if something else has written to the weight since: see `ReplacedWeight`.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.quantization_backend is None:
-            with torch.no_grad():
-                self.get_base_layer().weight.data.copy_(self._unmerged)
+            self._unmerged.put_back(self.get_base_layer().weight.data, repr(self.module_name))
         else:
             self.base_layer = self._unmerged[0]
         self._unmerged = None
@@ -500,13 +542,32 @@ class FusedTuner(BaseTuner):
         return self.tuner_layer_cls
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_additive(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
-            self._check_additive(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """ValueError naming the layer, before any is merged, if one cannot be, or for safe_merge not finitely."""
+        self._check_additive(adapter_names)
+        memory = HeldMemory(self.model)
+        for layer in self.model.modules():
+            if isinstance(layer, FusedLayer) and (names := layer.to_merge(adapter_names)):
+                layer.check_merge(memory)
+                if safe_merge:
+                    with onload_layer(layer):
+                        layer.check_finite_merge(names)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode:
+            # Packed in evaluation, they would return no gradient to what comes before them; adapted or not.
+            for module in self.modules():
+                unpack(module)
+        return self
 
     def _check_additive(self, adapter_names: list[str] | None) -> None:
         """ValueError, before any layer is merged, if an adapter to merge is of a kind that no weight can express."""
@@ -555,9 +616,10 @@ class FusedTuner(BaseTuner):
 
     def _replace_module(self, parent, child_name, new_module, child):
         # PEFT's gives the module what the replaced one has as its weight: of a module in modules_to_save that is none,
-        # where it is made of several, or the original's, where the adapters are disabled.
-        # And a dropout has none.
-        if isinstance(child, AuxiliaryTrainingWrapper) or nn.Dropout in map(type, (child, new_module)):
+        # where it is made of several, or the original's, where the adapters are disabled. A dropout has none. And
+        # PEFT's moves the adapters to the device of the weight, which under accelerate's hooks may be none (meta).
+        weightless = isinstance(child, AuxiliaryTrainingWrapper) or nn.Dropout in map(type, (child, new_module))
+        if weightless or has_accelerate_hook(child):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
