@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import check_linear, is_conv1d
-from .replaced import ReplacedWeight
+from .replaced import ReplacedWeight, kept_through
 
 
 class AdaptedLinear(nn.Module):
@@ -65,8 +65,13 @@ class AdaptedLinear(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge: this layer is not merged")
-        self._unmerged_weight.put_back(self.weight, f"this {type(self).__name__}")
+        self._unmerged_weight.check(self.weight, f"this {type(self).__name__}")
+        self.weight.copy_(self._unmerged_weight.values)
         self._unmerged_weight = None
+
+    def _apply(self, fn, recurse=True):
+        with kept_through(self._unmerged_weight, lambda: self.weight):
+            return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] in the base weight's dtype. Returns [..., N]."""

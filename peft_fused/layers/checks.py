@@ -18,10 +18,8 @@ MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, 
 
 def is_computed(module: nn.Module) -> bool:
     """Whether a module's weight is computed from other parameters, so that writing to it would be undone."""
-    of = module._parameters
-    return "weight" not in of and (
-        parametrize.is_parametrized(module, "weight") or any(k.startswith("weight_") for k in of)
-    )
+    sources = {"weight_orig", "weight_g"}.intersection(module._parameters)  # of pruning and spectral_norm, weight_norm
+    return "weight" not in module._parameters and (bool(sources) or parametrize.is_parametrized(module, "weight"))
 
 
 def check_module(name: str, value) -> nn.Module:

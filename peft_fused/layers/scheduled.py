@@ -36,7 +36,9 @@ class ScheduleState(nn.Module):
         self.scheduled = other.scheduled
 
     def count_forward(self) -> None:
-        """Warns, once per model, with the second training forward that no schedule preceded, or the first compiled."""
+        """Warns, once per model, with the second training forward that no schedule preceded. Where forwards are
+        compiled, with the first, and once per layer, of which Python shows one.
+        """
         if torch.compiler.is_compiling():
             self._traced()
             return

@@ -5,6 +5,7 @@ alpha / b (eq. 5-7), in training and in evaluation alike. A draw is a function o
 read it from tensors that are set here, outside their forward pass, so that a recomputed forward sees the same rank.
 """
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from .. import draws
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, use_ranks, write_ranks
-from .stepping import METHODS, Method, Step, members_of, unwrap_model
+from .stepping import METHODS, Method, Step, members_of
 from .strict import Kept, check_guarded
 
 
@@ -99,9 +100,16 @@ def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = N
     if rank is not None:
         check_rank("rank", rank, max(state.r for state in states))
     use_ranks(states, [state.r if rank is None else min(rank, state.r) for state in states])
-    configs = getattr(unwrap_model(model, "peft_config"), "peft_config", {})
-    for name in {state.group for state in states} & configs.keys():
-        configs[name].eval_rank = rank
+    most: dict[str, int] = {}
+    for state in states:
+        most[state.group] = max(state.r, most.get(state.group, 0))
+    for module in model.modules():
+        configs = module.__dict__.get("peft_config", {})
+        for name in configs.keys() & most.keys():
+            if hasattr(configs[name], "eval_rank"):
+                # The config itself may be the user's, for other adapters and models as well.
+                configs[name] = copy.copy(configs[name])
+                configs[name].eval_rank = None if rank is None else min(rank, most[name])
 
 
 def evaluate_ranks(
@@ -134,6 +142,7 @@ def evaluate_ranks(
             use_ranks(states, [min(rank, state.r) for state in states])
             results[rank] = fn(model)
     finally:
+        model.train(modes[0][1])  # what a model does besides when its mode changes
         for module, training in modes:
             module.training = training
         train, evaluation, used = zip(*before, strict=True)

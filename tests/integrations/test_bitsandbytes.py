@@ -2,6 +2,8 @@
 inference, in which bitsandbytes packs 4-bit weights where the CPU multiplies in bf16.
 """
 
+import contextlib
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -178,3 +180,31 @@ def test_gradients_are_the_same_after_an_evaluation(method, kind):
             assert (after is None) == (before is None)
             assert before is None or error(after.float(), before.float()) < 0.05
         assert any(grad is not None and grad.any() for grad in grads[0])
+
+
+@pytest.mark.parametrize("method", METHODS | ADAPTERS)
+@pytest.mark.parametrize("disabled", [False, True])
+def test_adapted_layers_pass_gradients_on_in_evaluation_too(method, disabled):
+    model = adapted(method, "4bit").eval()
+    x, grads = batch(), []
+    for evaluated in (False, True):
+        if evaluated:
+            infer(model)
+        leaf = x.clone().requires_grad_()
+        with model.disable_adapter() if disabled else contextlib.nullcontext():
+            model(leaf).float().square().sum().backward()
+        grads.append(leaf.grad.float())
+    assert grads[0].any() and error(grads[1], grads[0]) < 0.05
+
+
+def test_evaluating_every_rank_in_training_leaves_no_layer_packed():
+    torch.manual_seed(1)
+    model = get_peft_model(base("4bit"), peft_fused.DyLoraConfig(r=2, target_modules=["0"], init_weights=False)).train()
+    peft_fused.evaluate_ranks(model, infer)
+    assert model.training and not is_packed(model.base_model.model[2])
+
+
+def test_a_scripted_module_may_stand_beside_quantised_ones():
+    model = base("4bit")
+    model[1] = torch.jit.script(nn.Tanh())
+    get_peft_model(model, METHODS["dylora"]()).train().eval().merge_adapter()

@@ -21,6 +21,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from peft_fused import copy_adapter
 from peft_fused.integrations.peft import DyLoraConfig, tuner
 from peft_fused.integrations.peft.dylora import DyLoraLinear, DyLoraModel
 from peft_fused.integrations.peft.tuner import FusedPeftType, register
@@ -178,6 +179,25 @@ def test_a_saved_adapter_evaluates_at_the_rank_that_was_set(tmp_path):
     torch.testing.assert_close(logits(loaded), full)
     loaded.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), full)
+
+
+def test_the_rank_in_a_config_is_each_adapters_own(tmp_path):
+    shared = config(r=4)
+    model = get_peft_model(llama(), shared)
+    model.add_adapter("same", shared)
+    model.add_adapter("less", config(r=2))
+    set_rank(nn.Sequential(model), 3)
+    assert [model.peft_config[name].eval_rank for name in ("default", "same", "less")] == [3, 3, 2]
+    set_rank(model, 1, adapter_name="default")
+    assert [model.peft_config[name].eval_rank for name in ("default", "same", "less")] == [1, 3, 2]
+    assert shared.eval_rank is None
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "less")
+    assert {state.dylora_ranks["default"].eval_value for state in layers(loaded).values()} == {2}
+    copy_adapter(model, "default", "same")
+    assert model.peft_config["same"].eval_rank == 1 and shared.eval_rank is None
+    with pytest.raises(ValueError, match=r"eval_rank must be in 1\.\.4, got 5"):
+        config(r=4, eval_rank=5)
 
 
 def test_several_adapters():

@@ -1,11 +1,15 @@
 """Merging where it cannot be right, or not be taken back: into weights that are shared, computed, or written to."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
+from torch.nn.utils import prune
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fused
 from peft_fused.layers import AFLoRALinear, LoRALinear
@@ -59,10 +63,60 @@ def test_a_weight_that_another_layer_shares_is_not_merged_into(method):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_computed_weight_is_not_merged_into(method):
+def test_a_layer_that_is_also_called_without_its_adapter_is_not_merged_into():
     base = Pair()
-    nn.utils.parametrizations.weight_norm(base.second)
+    base.other = base.second  # of which PEFT wraps the first
+    unchanged_by_refused_merges(
+        adapted("dylora", base), "cannot merge into 'second', which shares its weight with 'other'"
+    )
+
+
+def llama(tied):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize("offload", [lambda model: None, partial(cpu_offload, execution_device=torch.device("cpu"))])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_tied_head_is_not_merged_into(offload, first):
+    model = llama(tied=True)
+    if first:
+        offload(model)
+    model = get_peft_model(model, peft_fused.DyLoraConfig(r=4, target_modules=["lm_head"], init_weights=False)).eval()
+    if not first:
+        offload(model)
+    for merge in MERGES:
+        with pytest.raises(
+            ValueError, match=r"cannot merge into 'lm_head', which shares its weight with 'model\.embed"
+        ):
+            merge(model)
+    assert not model.lm_head.merged
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_a_head_whose_other_half_is_saved_whole_is_merged_into():
+    options = dict(target_modules=["lm_head"], modules_to_save=["embed_tokens"], init_weights=False)
+    model = get_peft_model(llama(tied=True), peft_fused.DyLoraConfig(r=4, **options)).eval()
+    ids = torch.arange(10).view(1, 10)
+    expected = model(input_ids=ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, lambda m: prune.identity(m, "weight")],
+)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_a_computed_weight_is_not_merged_into(method, compute):
+    base = Pair()
+    compute(base.second)
     unchanged_by_refused_merges(
         adapted(method, base), "cannot merge into 'second': the weight of this .* is no parameter"
     )
@@ -84,14 +138,19 @@ def test_a_layer_that_does_not_merge_finitely_keeps_the_others_unmerged(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_written_to_while_merged_is_not_overwritten(method):
     model = adapted(method, Pair())
+    model.add_adapter("more", METHODS[method]())
     expected = model(X)
     model.merge_adapter()
     model = copy.deepcopy(model)
     weight = model.base_model.model.second.get_base_layer().weight
     weight.data[3, 5] += 1
     changed = weight.clone()
-    with pytest.raises(RuntimeError, match="unmerge: the weight of 'second' has changed since it was merged"):
+    message = "unmerge: the weight of 'second' has changed since it was merged"
+    with pytest.raises(RuntimeError, match=message):
         model.unmerge_adapter()
+    assert torch.equal(weight, changed) and model.base_model.model.first.merged
+    with pytest.raises(RuntimeError, match=message):
+        model.base_model.model.second.merge(adapter_names=["more"])
     assert torch.equal(weight, changed)
     weight.data[3, 5] -= 1
     torch.testing.assert_close(model(X), expected)
@@ -99,12 +158,28 @@ def test_a_weight_written_to_while_merged_is_not_overwritten(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merged_model_may_change_type_and_be_unmerged(method):
-    model = adapted(method, Pair())
-    plain = model.base_model.model.second.get_base_layer().weight.clone()
+    for types in ([torch.bfloat16], [torch.float16, torch.float32]):
+        model = adapted(method, Pair())
+        plain = model.base_model.model.second.get_base_layer().weight.clone()
+        model.merge_adapter()
+        for dtype in types:
+            model.to(dtype)
+        model.unmerge_adapter()
+        assert torch.equal(model.base_model.model.second.get_base_layer().weight, plain.to(dtype))
+
+
+def test_adapters_around_adapters_are_unmerged_from_the_outside():
+    base = Pair()
+    before = {name: parameter.clone() for name, parameter in base.named_parameters()}
+    held = dict(base.named_parameters())
+    model = get_peft_model(adapted("dylora", base).base_model.model, METHODS["surm"]()).eval()
+    expected = model(X)
     model.merge_adapter()
-    model.to(torch.bfloat16)
+    assert not torch.equal(held["first.weight"], before["first.weight"])
+    torch.testing.assert_close(model(X), expected, atol=5e-6, rtol=1e-5)
     model.unmerge_adapter()
-    assert torch.equal(model.base_model.model.second.get_base_layer().weight, plain.to(torch.bfloat16))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in held.items())
+    assert torch.equal(model(X), expected)
 
 
 @pytest.mark.parametrize("cls", [LoRALinear, AFLoRALinear])

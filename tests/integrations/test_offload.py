@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -132,3 +133,24 @@ def test_a_second_rosa_adapter_is_loaded_beside_an_offloaded_one(tmp_path):
     for name in ("second", "default"):
         model.set_adapter(name)
         close(model, expected)
+
+
+def test_a_hook_of_several_hooks_says_where_a_module_runs():
+    base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+    cpu_offload(base, execution_device=CPU)
+    for module in (base[0], base[2]):
+        add_hook_to_module(module, ModelHook(), append=True)
+    model = get_peft_model(base, METHODS["dylora"]()).eval()
+    assert {p.device for p in model.parameters() if p.requires_grad} == {CPU}
+    assert model(X).isfinite().all()
+
+
+@pytest.mark.parametrize("method", [name for name in ADDITIVE if name != "lora"])
+def test_disabling_merged_adapters_of_an_offloaded_model(method):
+    model = adapted(method)
+    with torch.no_grad(), model.disable_adapter():
+        without = model(X)
+    cpu_offload(model, execution_device=CPU)
+    model.merge_adapter()
+    with model.disable_adapter():
+        close(model, without)

@@ -280,6 +280,9 @@ def test_a_compiled_model_warns_that_nothing_schedules_it(method):
     compiled = torch.compile(model, backend="eager")
     with pytest.warns(UserWarning, match="because no schedule sets it"):
         compiled(input_ids=IDS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*because no schedule sets it")
+        compiled(input_ids=IDS[:, :5])  # compiled anew, but said already
     torch.compiler.reset()
     model = adapted(method).train()
     compiled = torch.compile(model, backend="eager")

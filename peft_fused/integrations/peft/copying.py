@@ -1,5 +1,7 @@
 """Making one adapter of a model what another is, with the state that its parameters alone do not have."""
 
+import copy
+
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -44,8 +46,10 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             raise ValueError(f"copy_adapter: unmerge {sorted(merged)} first")
     for layer in layers:
         layer.copy_adapter(source, target)
-    for name in _FOLLOWS & ours.keys():
-        setattr(configs[target], name, ours[name])
+    if follows := _FOLLOWS & ours.keys():
+        configs[target] = copy.copy(configs[target])
+        for name in follows:
+            setattr(configs[target], name, ours[name])
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and source in getattr(module, "modules_to_save", ()):
             module.modules_to_save[target].load_state_dict(module.modules_to_save[source].state_dict())

@@ -7,9 +7,11 @@ def is_packed(base: nn.Module) -> bool:
     """Whether bitsandbytes has packed a layer's 4-bit weight for inference on a CPU.
 
     It does so in the first forward pass in evaluation. PEFT takes the packed weight for the quantised one: what it
-    dequantises for merging is then noise. And the layer returns no gradient for its input until it is unpacked.
+    dequantises for merging is then noise. And until it is unpacked the layer returns no gradient for its input, or,
+    with a bias, cannot compute where one is wanted.
     """
-    return getattr(getattr(base._parameters.get("weight"), "quant_state", None), "packing_format_for_cpu", False)
+    weight = base._parameters["weight"] if "weight" in base._parameters else None  # noqa: SIM401, of a ScriptModule
+    return getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False)
 
 
 def unpack(base: nn.Module) -> None:

@@ -199,7 +199,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             return
         self.check_single([*self.merged_adapters, *names])
         if safe_merge:
-            self.check_finite_merge(names)
+            self.check_finite(self.merged_weight(names), names)
         self.merged_adapters.extend(names)
         self.refresh()
 
@@ -371,7 +371,7 @@ class RosaModel(FusedTuner):
                 f"({found}); ROSA changes the base weight in place, which only fp32, fp16, bf16 or fp64 can hold"
             )
         check_writable(f"target module {key!r}", base)
-        if others := self._memory.other_holders(base):
+        if others := self._memory.other_holders(base, key):
             raise ValueError(
                 f"target module {key!r} shares its weight with {', '.join(map(repr, others))}: ROSA changes the weight "
                 "in place, which would change both. Exclude it with exclude_modules, or untie the weights first."

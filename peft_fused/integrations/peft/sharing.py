@@ -1,38 +1,88 @@
 """Which modules of a model hold the same memory, as tied ones do."""
 
+import contextlib
+from bisect import bisect_left
+from collections import defaultdict
+from itertools import accumulate
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...layers.rosa import span
+from ...layers.sharded import is_sharded, local
 
 
 class HeldMemory:
-    """Where the parameters and buffers of all modules of a model lie."""
+    """Where the parameters and buffers of all modules of a model lie, but those that modules_to_save has replaced."""
 
     def __init__(self, model: nn.Module):
-        self._places = [
-            (*place, name, module)
-            for name, module in model.named_modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if (place := _place_of(tensor)) is not None
-        ]
-
-    def other_holders(self, base: nn.Module) -> list[str]:
-        """Names of the other modules with a parameter or buffer that lies, in part, where a module's weight does."""
-        place = _place_of(base.weight)
-        if place is None:
-            return []
-        device, first, end = place
-        found = {
-            name for where, a, b, name, module in self._places
-            if where == device and a < end and first < b and module is not base
+        modules = list(model.named_modules())
+        replaced = {
+            id(inner) for _, m in modules if isinstance(m, AuxiliaryTrainingWrapper)
+            for inner in getattr(m, "original_module", nn.Identity()).modules()
         }  # fmt: skip
+        # Of each module, under which names it stands where it is not what an adapter wraps.
+        self._names = defaultdict(list)
+        places = defaultdict(list)
+        for name, module in modules:
+            if not isinstance(module, BaseTunerLayer):
+                for child, inner in module._modules.items():
+                    self._names[id(inner)].append(f"{name}.{child}".lstrip("."))
+            if id(module) in replaced:
+                continue
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if (place := _place_of(tensor)) is not None:
+                    device, *ends = place
+                    places[device].append((*ends, name, module))
+        # In order of their first bytes, and beside each the last byte of all up to it.
+        self._places = {device: sorted(found, key=lambda place: place[:2]) for device, found in places.items()}
+        self._ends = {
+            device: list(accumulate((last for _, last, *_ in found), max)) for device, found in self._places.items()
+        }
+        self._tied = _tied_embeddings(model)
+
+    def other_holders(self, base: nn.Module, name: str | None = None) -> list[str]:
+        """Names of the other modules with a parameter or buffer that lies, in part, where a module's weight does; and
+        others of its own than this one, under which it is called without an adapter.
+        """
+        found = set(self._names[id(base)]) - {name}
+        if base in self._tied:
+            found.update(other for module, other in self._tied.items() if module is not base)
+        if (place := _place_of(base.weight)) is not None:
+            device, first, last = place
+            places, ends = self._places.get(device, []), self._ends.get(device, [])
+            index = bisect_left(places, (last,), key=lambda place: place[:1])
+            while index and ends[index - 1] > first:
+                index -= 1
+                _, end, other, module = places[index]
+                if end > first and module is not base:
+                    found.add(other)
         return sorted(found)
+
+
+def _tied_embeddings(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules whose weights a transformers model ties, with their names, if it does."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return {}
+    found = {}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        module = None
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            module = getattr(model, name)()
+        if module is not None and not isinstance(module, AuxiliaryTrainingWrapper):  # which has a copy in its place
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            found[base] = next((n for n, m in model.named_modules() if m is base), name)
+    return found if len(found) == 2 else {}
 
 
 def _place_of(tensor: torch.Tensor | None) -> tuple[torch.device, int, int] | None:
     """(device, first byte, end) of a tensor's memory; None if it has none, or is not plain."""
-    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout == torch.strided
-    if not plain or tensor.is_meta or tensor.numel() == 0:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter)
+    if tensor is None or not (plain or is_sharded(tensor)):
+        return None
+    tensor = local(tensor)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() == 0:
         return None
     return tensor.device, tensor.data_ptr(), tensor.data_ptr() + span(tensor) * tensor.element_size()

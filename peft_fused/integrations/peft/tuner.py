@@ -28,7 +28,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.checks import COMPUTED, MAKE_PERMANENT, is_computed
-from ...layers.replaced import ReplacedWeight
+from ...layers.replaced import ReplacedWeight, kept_through
 from ...layers.scheduled import EXTRA_STATE, ScheduleState
 from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
@@ -119,6 +119,15 @@ def has_accelerate_hook(module: nn.Module) -> bool:
     return "_hf_hook" in module.__dict__
 
 
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook puts a module's parameters when it is called; None if it does not say."""
+    hook = module._hf_hook
+    for each in getattr(hook, "hooks", [hook]):
+        if (device := getattr(each, "execution_device", None)) is not None:
+            return torch.device(device)
+    return None
+
+
 def is_hooked(module: nn.Module):
     """Truthy if calling the module may do something that its class's forward does not."""
     # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
@@ -198,7 +207,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             return next((p.device for p in self.parameters()), device), dtype
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if device is not None and device.type == "meta" and has_accelerate_hook(base_layer):
-            device = torch.device(base_layer._hf_hook.execution_device)  # where the weight is when it is used
+            device = execution_device(base_layer) or device
         return device, dtype
 
     def on_output(self, adapter_name: str) -> bool:
@@ -258,7 +267,8 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             unpack(self.get_base_layer())
         if self.disable_adapters:
             if self.merged:
-                self.unmerge()
+                with onload_layer(self):
+                    self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         names = [] if self.merged else self.adapters_in_use()
         if not names:
@@ -340,14 +350,16 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             return
         for name in names:
             self._check_additive(name)
-        if safe_merge:
-            self.check_finite_merge(names)
         with torch.no_grad():
             merged = self.merged_weight(names)
+            if safe_merge:
+                self.check_finite(merged, names)
             if self.quantization_backend is None:
                 weight = self.get_base_layer().weight
                 if self._unmerged is None:
                     self._unmerged = ReplacedWeight(weight)
+                else:
+                    self.check_unmerge()
                 weight.data.copy_(merged)
                 self._unmerged.note(weight)
             else:
@@ -370,9 +382,9 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             delta = sum(self.dense_delta(name) for name in names)
         return (weight.to(delta.dtype) + (delta.t() if self.transposed else delta)).to(weight.dtype)
 
-    def check_finite_merge(self, names: list[str]) -> None:
+    def check_finite(self, merged: torch.Tensor, names: list[str]) -> None:
         """ValueError if the weight with these adapters is not finite."""
-        if not torch.isfinite(self.merged_weight(names)).all():
+        if not torch.isfinite(merged).all():
             raise ValueError(
                 f"safe_merge: the weight of {self.module_name!r} merged with {names} is not finite; nothing was merged"
             )
@@ -403,11 +415,23 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.quantization_backend is None:
-            self._unmerged.put_back(self.get_base_layer().weight.data, repr(self.module_name))
+            self.check_unmerge()
+            with torch.no_grad():
+                self.get_base_layer().weight.data.copy_(self._unmerged.values)
         else:
             self.base_layer = self._unmerged[0]
         self._unmerged = None
         self.merged_adapters = []
+
+    def check_unmerge(self) -> None:
+        """RuntimeError if something else has written to the merged weight."""
+        if isinstance(self._unmerged, ReplacedWeight):
+            self._unmerged.check(self.get_base_layer().weight, repr(self.module_name))
+
+    def _apply(self, fn, recurse=True):
+        replaced = self._unmerged if isinstance(self._unmerged, ReplacedWeight) else None
+        with kept_through(replaced, lambda: self.get_base_layer().weight):
+            return super()._apply(fn, recurse)
 
     def _check_additive(self, name: str) -> None:
         if self.on_output(name):
@@ -543,12 +567,26 @@ class FusedTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=False)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's, but in the reverse order of merging, and not at all if one layer cannot be."""
+        layers = [module for module in reversed(list(self.model.modules())) if isinstance(module, BaseTunerLayer)]
+        last = {}  # of several around one weight the one merged last
+        for layer in layers:
+            if isinstance(layer, FusedLayer) and layer.merged:
+                last.setdefault(id(layer.get_base_layer()), layer)
+        for layer in last.values():
+            with onload_layer(layer):
+                layer.check_unmerge()
+        for layer in layers:
+            with onload_layer(layer):
+                layer.unmerge()
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """ValueError naming the layer, before any is merged, if one cannot be, or for safe_merge not finitely."""
@@ -559,11 +597,11 @@ class FusedTuner(BaseTuner):
                 layer.check_merge(memory)
                 if safe_merge:
                     with onload_layer(layer):
-                        layer.check_finite_merge(names)
+                        layer.check_finite(layer.merged_weight(names), names)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if mode:
+        if mode and getattr(self.model, "is_loaded_in_4bit", False):
             # Packed in evaluation, they would return no gradient to what comes before them; adapted or not.
             for module in self.modules():
                 unpack(module)
