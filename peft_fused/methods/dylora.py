@@ -139,6 +139,7 @@ def evaluate_ranks(
     try:
         model.eval()
         for rank in ranks:
+            states = _states(model, adapter_name, "evaluate_ranks")  # looked up again: fn may have merged them
             use_ranks(states, [min(rank, state.r) for state in states])
             results[rank] = fn(model)
     finally:

@@ -200,6 +200,13 @@ def test_the_rank_in_a_config_is_each_adapters_own(tmp_path):
         config(r=4, eval_rank=5)
 
 
+def test_ranks_are_not_evaluated_of_what_was_merged_meanwhile():
+    model = adapted()
+    with pytest.raises(ValueError, match="evaluate_ranks: the adapter is merged"):
+        evaluate_ranks(model, lambda model: model.merge_adapter())
+    assert {state.dylora_ranks["default"].eval_value for state in layers(model).values()} == {R}
+
+
 def test_several_adapters():
     model = adapted()
     first = logits(model)

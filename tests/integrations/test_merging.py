@@ -1,12 +1,13 @@
 """Merging where it cannot be right, or not be taken back: into weights that are shared, computed, or written to."""
 
 import copy
+import warnings
 from functools import partial
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -135,6 +136,30 @@ def test_a_layer_that_does_not_merge_finitely_keeps_the_others_unmerged(method):
         assert not model.base_model.model.first.merged
 
 
+def test_layers_of_peft_within_are_merged_safely_too():
+    base = get_peft_model(Pair(), LoraConfig(r=4, target_modules=["first"], init_lora_weights=False)).base_model.model
+    model = get_peft_model(base, peft_fused.DyLoraConfig(r=4, target_modules=["second"], init_weights=False)).eval()
+    with torch.no_grad():
+        base.first.lora_A["default"].weight.fill_(torch.inf)
+    before = base.first.get_base_layer().weight.clone()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+            merge(safe_merge=True)
+        assert torch.equal(base.first.get_base_layer().weight, before)
+
+
+def test_embeddings_that_are_tied_no_more_are_merged_into():
+    net = llama(tied=True)
+    net.lm_head.weight = nn.Parameter(net.lm_head.weight.detach().clone())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT goes by the model's config
+        model = get_peft_model(net, peft_fused.DyLoraConfig(r=4, target_modules=["lm_head"], init_weights=False)).eval()
+    ids = torch.arange(10).view(1, 10)
+    expected = model(input_ids=ids).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_weight_written_to_while_merged_is_not_overwritten(method):
     model = adapted(method, Pair())
@@ -190,7 +215,8 @@ def test_layers_that_share_a_weight_are_unmerged_in_reverse(cls):
     first, second = cls.from_linear(base, r=4), cls.from_linear(base, r=4)
     for layer in (first, second):
         nn.init.normal_(layer.lora_B)
-        nn.init.normal_(layer.lora_b) if cls is AFLoRALinear else None
+        if cls is AFLoRALinear:
+            nn.init.normal_(layer.lora_b)
         layer.merge()
     merged = base.weight.detach().clone()
     with pytest.raises(RuntimeError, match=f"the weight of this {cls.__name__} has changed since it was merged"):

@@ -116,7 +116,7 @@ def test_an_adapter_made_for_an_offloaded_model_is_the_one_of_the_model_at_hand(
         close(model.eval().merge_and_unload(), expected.eval()(X).detach())
 
 
-def test_rosa_says_that_an_offloaded_weight_has_no_values(tmp_path):
+def test_rosa_says_that_an_offloaded_weight_has_no_values():
     base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
     cpu_offload(base, execution_device=CPU)
     with pytest.raises(ValueError, match=r"target module '0': the weight has no values .*offloaded"):

@@ -31,7 +31,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         if name not in configs:
             raise ValueError(f"{argument} must be one of the model's adapters {sorted(configs)}, got {name!r}")
     ours, theirs = (configs[name].to_dict() for name in (source, target))
-    may_differ = {*_MAY_DIFFER, *_FOLLOWS}
+    may_differ = _MAY_DIFFER | _FOLLOWS
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k not in may_differ)
     if different:
         raise ValueError(f"target {target!r} must be configured as {source!r} is, but {', '.join(different)} differs")

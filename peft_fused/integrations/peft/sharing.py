@@ -1,6 +1,5 @@
 """Which modules of a model hold the same memory, as tied ones do."""
 
-import contextlib
 from bisect import bisect_left
 from collections import defaultdict
 from itertools import accumulate
@@ -9,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...layers.rosa import span
 from ...layers.sharded import is_sharded, local
@@ -21,7 +21,7 @@ class HeldMemory:
         modules = list(model.named_modules())
         replaced = {
             id(inner) for _, m in modules if isinstance(m, AuxiliaryTrainingWrapper)
-            for inner in getattr(m, "original_module", nn.Identity()).modules()
+            for inner in m.original_module.modules()
         }  # fmt: skip
         # Of each module, under which names it stands where it is not what an adapter wraps.
         self._names = defaultdict(list)
@@ -47,34 +47,35 @@ class HeldMemory:
         """Names of the other modules with a parameter or buffer that lies, in part, where a module's weight does; and
         others of its own than this one, under which it is called without an adapter.
         """
-        found = set(self._names[id(base)]) - {name}
-        if base in self._tied:
-            found.update(other for module, other in self._tied.items() if module is not base)
-        if (place := _place_of(base.weight)) is not None:
-            device, first, last = place
-            places, ends = self._places.get(device, []), self._ends.get(device, [])
-            index = bisect_left(places, (last,), key=lambda place: place[:1])
-            while index and ends[index - 1] > first:
-                index -= 1
-                _, end, other, module = places[index]
-                if end > first and module is not base:
-                    found.add(other)
+        found = set(self._names.get(id(base), ())) - {name}
+        place = _place_of(base.weight)
+        if place is None:
+            # Offloaded: that two weights are one cannot be seen from their memory.
+            found.update(other for module, other in self._tied.items() if base in self._tied and module is not base)
+            return sorted(found)
+        device, first, last = place
+        places, ends = self._places.get(device, []), self._ends.get(device, [])
+        index = bisect_left(places, (last,), key=lambda place: place[:1])
+        while index and ends[index - 1] > first:
+            index -= 1
+            _, end, other, module = places[index]
+            if end > first and module is not base:
+                found.add(other)
         return sorted(found)
 
 
 def _tied_embeddings(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules whose weights a transformers model ties, with their names, if it does."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+    """The two modules whose weights a transformers model ties, with their names, if it does."""
+    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "tie_word_embeddings", False):
         return {}
-    found = {}
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        module = None
-        with contextlib.suppress(AttributeError, NotImplementedError):
-            module = getattr(model, name)()
-        if module is not None and not isinstance(module, AuxiliaryTrainingWrapper):  # which has a copy in its place
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            found[base] = next((n for n, m in model.named_modules() if m is base), name)
-    return found if len(found) == 2 else {}
+    try:
+        pair = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # how models without embeddings answer
+        return {}
+    if any(module is None or isinstance(module, AuxiliaryTrainingWrapper) for module in pair):
+        return {}  # there is no second one, or a copy that is saved whole stands in its place
+    pair = [module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in pair]
+    return {module: name for name, module in model.named_modules() if module in pair}
 
 
 def _place_of(tensor: torch.Tensor | None) -> tuple[torch.device, int, int] | None:

@@ -567,12 +567,12 @@ class FusedTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge=False)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def unmerge_adapter(self) -> None:
         """As PEFT's, but in the reverse order of merging, and not at all if one layer cannot be."""
