@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_fused.layers import AFLoRALinear, LoRALinear
+from peft_fused.layers import AfLoraLinear, LoraLinear
 
 from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of
 from .shapes import Shape
@@ -21,7 +21,7 @@ FROZEN = {"aflora": "", "aflora_A": "A", "aflora_B": "B", "aflora_AB": "AB"}
 STEP_LAYERS = 4
 
 
-def lines(layer: AFLoRALinear) -> Callable:
+def lines(layer: AfLoraLinear) -> Callable:
     """The obvious lines of plain PyTorch."""
 
     def call(x):
@@ -32,8 +32,8 @@ def lines(layer: AFLoRALinear) -> Callable:
     return call
 
 
-def _aflora(base: nn.Linear, shape: Shape, frozen: str) -> AFLoRALinear:
-    layer = AFLoRALinear.from_linear(base, r=shape.r, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype)
+def _aflora(base: nn.Linear, shape: Shape, frozen: str) -> AfLoraLinear:
+    layer = AfLoraLinear.from_linear(base, r=shape.r, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         layer.lora_A.copy_(torch.randn(shape.r, shape.k, generator=generator) * shape.k**-0.5)
@@ -47,8 +47,8 @@ def _aflora(base: nn.Linear, shape: Shape, frozen: str) -> AFLoRALinear:
     return layer
 
 
-def _lora(base: nn.Linear, shape: Shape) -> LoRALinear:
-    layer = LoRALinear.from_linear(base, r=shape.r, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype)
+def _lora(base: nn.Linear, shape: Shape) -> LoraLinear:
+    layer = LoraLinear.from_linear(base, r=shape.r, alpha=ALPHA_OVER_R * shape.r, dtype=shape.adapter_dtype)
     nn.init.normal_(layer.lora_B, std=1 / (ALPHA_OVER_R * shape.r**0.5))
     return layer
 
@@ -68,7 +68,7 @@ def kept_bytes(variant: Layer) -> int:
     return sum(size for pointer, size in kept.items() if pointer not in parameters)
 
 
-def verify(variants: dict[str, Layer], truth: AFLoRALinear, shape: Shape) -> dict[str, float]:
+def verify(variants: dict[str, Layer], truth: AfLoraLinear, shape: Shape) -> dict[str, float]:
     """Relative RMS errors of the layer with nothing frozen against the lines in float64; WrongResult beyond the
     tolerance, or if freezing changes any of the other gradients by more.
     """

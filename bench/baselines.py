@@ -185,7 +185,7 @@ def _add_dylora(case: Case, base, A, B) -> None:
         member.A.copy_(A)
         member.B.copy_(B)
     peft_fused.on_step(model, step=0)  # a layer without a schedule warns; the rank drawn is replaced at once
-    peft_fused.set_rank(model, rank)
+    peft_fused.set_dylora_rank(model, rank)
     A, B = copy.deepcopy(A), copy.deepcopy(B)
     parameters, scale = (A, B, *base.parameters()), ALPHA_OVER_R * shape.r / rank
     case.variants["dylora"] = Layer(layer, x, dy, layer.parameters(), path_of(model, shape))

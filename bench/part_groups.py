@@ -11,7 +11,7 @@ import torch
 from peft_fused.triton_kernels import fft_plan
 from peft_fused.triton_kernels import plan as plans
 
-from peft_fused.ops import bottleneck, bottleneck_torch, cases, dispatch, lowrank, lowrank_linear
+from peft_fused.ops import bottleneck_adapter, bottleneck_torch, cases, dispatch, lowrank_adapter, lowrank_linear
 from peft_fused.ops import structured as maps
 from peft_fused.ops.bottleneck import NAMES
 from peft_fused.ops.bottleneck import problem_of as bottleneck_problem
@@ -283,7 +283,7 @@ def _shrink(shape: Shape, device: torch.device) -> dict:
     for backend in ("torch", "triton", "cuda"):
         against = None if backend == "torch" else "thin op, torch"
         entries[f"thin op, {backend}"] = _why_not(backend, t.problem) or _kernel(
-            partial(lowrank, x, A, narrow), work, against=against, equals=against, settings=_on(backend)
+            partial(lowrank_adapter, x, A, narrow), work, against=against, equals=against, settings=_on(backend)
         )
     return entries
 
@@ -402,7 +402,7 @@ def _dropout(shape: Shape, device: torch.device) -> dict:
         (plain, {}, {}),
         (f"{plain}, dropout", dict(dropout_p=0.1, seed=seed), dict(against=plain, equals="y")),
     ):
-        call = partial(lowrank, x, A, narrow, **more)
+        call = partial(lowrank_adapter, x, A, narrow, **more)
         entries[name] = why or _kernel(call, one, settings=_on("cuda"), **other)
     return entries
 
@@ -497,7 +497,7 @@ def _structured(shape: StructuredShape, device: torch.device) -> dict:
 
     lines = "lines"
     found = {lines: entry(structured.CHAIN[op], (0, 0), shape.dtype)}
-    ours, same = getattr(maps, op), dict(against=lines, equals=lines)
+    ours, same = getattr(maps, f"{op}_matmul"), dict(against=lines, equals=lines)
     for backend, flops, rate in (("triton", _triton_flops, FP16), ("cuda", _cuda_flops, FP32)):
         rate = shape.dtype if op == "kronecker" else rate  # its products are of x's type
         found[backend] = _why_not(backend, problem) or entry(ours, flops(problem), rate, settings=_on(backend), **same)
@@ -617,7 +617,7 @@ def _adapters(shape: Shape, device: torch.device) -> dict:
         ("1 expert", 1, index), (f"{EXPERTS} experts", EXPERTS, index), ("8 groups of rows", EXPERTS, groups),
     ):  # fmt: skip
         down, up = _stack(t.A, experts), _stack(t.B, experts)
-        call = lambda x, down=down, up=up, e=expert: bottleneck(x, down, None, up, None, expert=e)  # noqa: E731
+        call = lambda x, down=down, up=up, e=expert: bottleneck_adapter(x, down, None, up, None, expert=e)  # noqa: E731
         note = dispatch.path_of(bottleneck_problem(t.x, down, up, "gelu", expert))
         against = None if experts == 1 else "1 expert"
         entries[name] = Entry(Layer(call, t.x, t.dy, (down, up)), work, against=against, note=note)

@@ -22,8 +22,8 @@ _HOMES = {
     ".": ("layers", "methods", "ops"),
     ".ops.dispatch": ("explain", "use_backend"),
     ".methods": (
-        "adamix_loss", "check_sync", "consistency_loss", "decay_groups", "evaluate_ranks", "freezing_history",
-        "on_step", "set_pass", "set_rank", "set_routing",
+        "adamix_loss", "check_sync", "consistency_loss", "decay_groups", "evaluate_dylora_ranks", "freezing_history",
+        "on_step", "set_adamix_pass", "set_dylora_rank", "set_adamix_routing",
     ),
     ".integrations.peft": (
         "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
@@ -44,12 +44,12 @@ if not _OWN_COMMAND:
         check_sync,
         consistency_loss,
         decay_groups,
-        evaluate_ranks,
+        evaluate_dylora_ranks,
         freezing_history,
         on_step,
-        set_pass,
-        set_rank,
-        set_routing,
+        set_adamix_pass,
+        set_adamix_routing,
+        set_dylora_rank,
     )
     from .ops.dispatch import explain, use_backend
 
@@ -89,7 +89,7 @@ __all__ = [
     "consistency_loss",
     "copy_adapter",
     "decay_groups",
-    "evaluate_ranks",
+    "evaluate_dylora_ranks",
     "explain",
     "export_lora",
     "freezing_history",
@@ -99,9 +99,9 @@ __all__ = [
     "on_step",
     "ops",
     "restore",
-    "set_pass",
-    "set_rank",
-    "set_routing",
+    "set_adamix_pass",
+    "set_adamix_routing",
+    "set_dylora_rank",
     "use_backend",
 ]
 

@@ -56,7 +56,7 @@ def test_blocks(namespace, capsys):
     with torch.no_grad():
         torch.testing.assert_close(exported.eval()(ids).logits, namespace["model"].eval()(ids).logits)
 
-    peft_fused.set_rank(namespace["model"], 8)  # as a loaded one
+    peft_fused.set_dylora_rank(namespace["model"], 8)  # as a loaded one
     namespace["model"].save_pretrained(namespace["folder"])
     expected, namespace["base"] = namespace["model"], tiny()
     namespace["base"].load_state_dict(base)

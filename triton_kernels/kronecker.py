@@ -22,7 +22,7 @@ from .lowrank import _control, _gpu, _name, _precision
 from .plan import cdiv
 
 
-def kronecker(x, A, B, *, add=None, scale=1.0, threshold=0, seed=None, mask_output=False, out_dtype=None):
+def kronecker_fwd(x, A, B, *, add=None, scale=1.0, threshold=0, seed=None, mask_output=False, out_dtype=None):
     """y [M, b1 a1] = add + scale * flatten(B X A^T), in out_dtype or x's type. threshold: see dropout_threshold."""
     y = x.new_empty(x.shape[0], B.shape[0] * A.shape[0], dtype=out_dtype or x.dtype)
     if x.shape[0] == 0:
@@ -50,7 +50,7 @@ def kronecker_bwd(dy, x, A, B, *, scale=1.0, threshold=0, seed=None, needs=froze
     grads = {}
     for group, launch in backward_passes(problem, frozenset(needs)):
         if launch is None:
-            grads["x"] = kronecker(dy, A.t(), B.t(), scale=scale, threshold=threshold, seed=seed, mask_output=True)
+            grads["x"] = kronecker_fwd(dy, A.t(), B.t(), scale=scale, threshold=threshold, seed=seed, mask_output=True)
         else:
             grads |= _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group)
     return {name: grads[name] for name in needs}

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_fused.ops.structured import circulant, toeplitz_tail
+from peft_fused.ops.structured import circulant_matmul, toeplitz_tail
 
 from . import files
 
@@ -61,7 +61,7 @@ class Circulant(Square):
         super().__init__(n, c=(n,))
 
     def product(self, x):
-        return circulant(x, self.c)
+        return circulant_matmul(x, self.c)
 
 
 class Toeplitz(Square):

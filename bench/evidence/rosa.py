@@ -23,7 +23,7 @@ from torch import nn
 
 import peft_fused
 from peft_fused.cli import demo_train
-from peft_fused.layers import LoRALinear, RosaLinear
+from peft_fused.layers import LoraLinear, RosaLinear
 
 from . import files
 
@@ -69,7 +69,7 @@ def adapt(method: str, rank: int, start: nn.Linear, seed: int) -> nn.Module:
     layer.load_state_dict(start.state_dict())
     if method == "ROSA":
         return RosaLinear.from_linear(layer, r=rank, seed=seed)
-    return LoRALinear.from_linear(layer, r=rank, alpha=rank) if method == "LoRA" else layer
+    return LoraLinear.from_linear(layer, r=rank, alpha=rank) if method == "LoRA" else layer
 
 
 def train(model: nn.Module, data: tuple[torch.Tensor, ...], epochs: int, seed: int, schedule: str) -> float:

@@ -9,13 +9,13 @@ import torch
 import typer
 
 from peft_fused.ops import (
-    bottleneck,
-    bottleneck_reference,
+    bottleneck_adapter,
+    bottleneck_adapter_reference,
     dispatch,
-    lowrank,
+    lowrank_adapter,
+    lowrank_adapter_reference,
     lowrank_linear,
     lowrank_linear_reference,
-    lowrank_reference,
     native,
     structured,
 )
@@ -90,7 +90,7 @@ def _structured_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype,
 
 
 def _structured_check(op: str) -> OpCheck:
-    fn, reference = (getattr(structured, name) for name in (op, f"{op}_reference"))
+    fn, reference = (getattr(structured, name) for name in (f"{op}_matmul", f"{op}_matmul_reference"))
     return OpCheck(fn, reference, structured_cases, _structured_control, _structured_problem)
 
 
@@ -111,8 +111,10 @@ OPS = {
     "lowrank_linear": OpCheck(
         lowrank_linear, lowrank_linear_reference, _lowrank_cases, _lowrank_control, _lowrank_problem
     ),
-    "lowrank": OpCheck(lowrank, lowrank_reference, _lowrank_cases, _lowrank_control, _lowrank_problem),
-    "bottleneck": OpCheck(bottleneck, bottleneck_reference, bottleneck_cases, _bottleneck_control, _bottleneck_problem),
+    "lowrank": OpCheck(lowrank_adapter, lowrank_adapter_reference, _lowrank_cases, _lowrank_control, _lowrank_problem),
+    "bottleneck": OpCheck(
+        bottleneck_adapter, bottleneck_adapter_reference, bottleneck_cases, _bottleneck_control, _bottleneck_problem
+    ),
     **{op: _structured_check(op) for op in STRUCTURES},
 }
 

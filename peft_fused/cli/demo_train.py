@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 import peft_fused
 from peft_fused.bench.timing import Times, order, ratio
-from peft_fused.methods.dylora import evaluate_ranks
+from peft_fused.methods.dylora import evaluate_dylora_ranks
 from peft_fused.methods.stepping import members_of
 from peft_fused.ops import dispatch
 
@@ -316,7 +316,7 @@ def rank_accuracies(models: dict[str, torch.nn.Module], batches: list[dict], ran
     for b in range(1, rank + 1):
         with truncated(models["peft"], b):
             cut = accuracy(models["peft"], batches)
-        dylora = evaluate_ranks(models["dylora"], lambda model: accuracy(model, batches), [b])[b]
+        dylora = evaluate_dylora_ranks(models["dylora"], lambda model: accuracy(model, batches), [b])[b]
         found.append({"rank": b, "dylora": dylora, "lora_truncated": cut})
         advance()
     return found
@@ -326,9 +326,9 @@ def random_route_accuracies(model: torch.nn.Module, batches: list[dict]) -> list
     """Accuracies of an AdaMix model by RANDOM_ROUTES draws of its experts, in place of their average."""
     found = []
     for index in range(RANDOM_ROUTES):
-        peft_fused.set_routing(model, "random", index=index)
+        peft_fused.set_adamix_routing(model, "random", index=index)
         found.append(accuracy(model, batches))
-    peft_fused.set_routing(model, "merged")
+    peft_fused.set_adamix_routing(model, "merged")
     return found
 
 

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..layers.adamix import PASSES
-from ..methods import on_step, set_pass
+from ..methods import on_step, set_adamix_pass
 from ..methods.adamix import can_double, double, pass_divergence, predicts_tokens, second_pass, with_decoder_input
 from ..methods.aflora import NEEDS_UNUSED
 from ..methods.stepping import members_of
@@ -147,11 +147,11 @@ class AdaMixTrainerMixin:
         doubled = self.consistency_doubled and self.consistency_weight != 0 and can_double(model, labels)
         inputs = with_decoder_input(model, inputs)
         taken = double(inputs, labels.shape[0]) if doubled else dict(inputs)
-        set_pass(model, None if doubled else 0, sequences=PASSES * labels.shape[0] if doubled else None)
+        set_adamix_pass(model, None if doubled else 0, sequences=PASSES * labels.shape[0] if doubled else None)
         try:
             loss, outputs = super().compute_loss(model, taken, True, items, **kwargs)
         finally:
-            set_pass(model, 0)
+            set_adamix_pass(model, 0)
         first = outputs["logits"]
         if doubled:
             first, second = first.split(labels.shape[0])

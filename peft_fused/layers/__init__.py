@@ -1,28 +1,28 @@
 """Adapter layers: modules that own parameters, bind an op to a base layer, and know the dense weight change."""
 
 from .adamix import AdaMixAdapter, AdaMixDelta, AdaMixLinear, RoutePolicy
-from .aflora import AFLoRALinear, FreezingPolicy
-from .dylora import DyLoRALinear, RankPolicy
-from .lora import LoRALinear
+from .aflora import AfLoraLinear, FreezingPolicy
+from .dylora import DyLoraLinear, RankPolicy
+from .lora import LoraLinear
 from .rosa import RosaLinear, SubspacePolicy
-from .structured import CirculantLinear, KroneckerLinear, LDRLinear, ToeplitzLinear
-from .structured_maps import CirculantMap, KroneckerMap, LDRMap, MapSpec, SymmetricToeplitzMap, ToeplitzMap
+from .structured import CirculantLinear, KroneckerLinear, LdrLinear, ToeplitzLinear
+from .structured_maps import CirculantMap, KroneckerMap, LdrMap, MapSpec, SymmetricToeplitzMap, ToeplitzMap
 from .surm_adapter import SurmAdapter, SurmAdapterLinear
 
 __all__ = [
-    "AFLoRALinear",
     "AdaMixAdapter",
     "AdaMixDelta",
     "AdaMixLinear",
+    "AfLoraLinear",
     "CirculantLinear",
     "CirculantMap",
-    "DyLoRALinear",
+    "DyLoraLinear",
     "FreezingPolicy",
     "KroneckerLinear",
     "KroneckerMap",
-    "LDRLinear",
-    "LDRMap",
-    "LoRALinear",
+    "LdrLinear",
+    "LdrMap",
+    "LoraLinear",
     "MapSpec",
     "RankPolicy",
     "RosaLinear",

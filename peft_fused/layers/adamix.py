@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import bottleneck, lowrank_linear
+from ..ops import bottleneck_adapter, lowrank_linear
 from ..ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ..ops.bottleneck import problem_of as bottleneck_problem
 from ..ops.dispatch import Problem, problem_of
@@ -410,7 +410,7 @@ class AdaMixDelta(RoutedBlock):
         A, _, B, _, expert = self._operands(x)
         residual = x.new_zeros(*x.shape[:-1], self.out_features) if add is None else add
         x = F.dropout(x, self.dropout_p)
-        return bottleneck(x, A, None, B, None, "identity", residual=residual, scale=self.scale, expert=expert)
+        return bottleneck_adapter(x, A, None, B, None, "identity", residual=residual, scale=self.scale, expert=expert)
 
     def delta(self) -> torch.Tensor:
         """The dense change of the weight by the averaged experts, [N, K], in fp32 (fp64 for fp64)."""
@@ -454,7 +454,7 @@ class AdaMixAdapter(RoutedBlock):
         if self.dropout.training and self.dropout.p > 0:
             residual = h if residual is None else residual
             h = F.dropout(h, self.dropout.p)
-        return bottleneck(h, down, down_bias, up, up_bias, self.activation, residual=residual, expert=expert)
+        return bottleneck_adapter(h, down, down_bias, up, up_bias, self.activation, residual=residual, expert=expert)
 
     def problem(self, h: torch.Tensor) -> BottleneckProblem:
         """What a forward pass on h [rows, n] gives the op."""
@@ -465,8 +465,8 @@ class AdaMixLinear(AdaptedLinear):
     """A linear map with W and bias frozen, and `AdaMixDelta` beside it or `AdaMixAdapter` on its output.
 
     In training one expert of each side works per forward pass, drawn by `peft_fused.on_step`; in evaluation their
-    average, unless `peft_fused.set_routing` asks for random ones. `merge` folds the average of the LoRA form into W,
-    and raises ValueError for the adapter form. Made by `from_linear`.
+    average, unless `peft_fused.set_adamix_routing` asks for random ones. `merge` folds the average of the LoRA form
+    into W, and raises ValueError for the adapter form. Made by `from_linear`.
     """
 
     def __init__(self, base: nn.Module, block: RoutedBlock):

@@ -216,7 +216,7 @@ def dense_delta(A, B, d, b, scale: float) -> torch.Tensor:
     return scale * ((b.unsqueeze(1) * B * d) @ A)
 
 
-class AFLoRALinear(LowRankLinear):
+class AfLoraLinear(LowRankLinear):
     """y = x W^T + bias + scale * b . (B (d . (A drop(x)))) in one fused op.
 
     Source: AFLoRA, Liu et al. 2024. The vectors lora_d [r] and lora_b [N] always train; lora_A [r, K] and lora_B [N, r]
@@ -257,7 +257,7 @@ class AFLoRALinear(LowRankLinear):
         beta1: float = 0.85,
         beta2: float = 0.95,
         window: int = 10,
-    ) -> "AFLoRALinear":
+    ) -> "AfLoraLinear":
         """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
 
         base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. r: 1..256. alpha: the scale
@@ -300,5 +300,5 @@ class AFLoRALinear(LowRankLinear):
         )  # fmt: skip
 
 
-def _after_load(layer: AFLoRALinear, incompatible_keys) -> None:
+def _after_load(layer: AfLoraLinear, incompatible_keys) -> None:
     keep_frozen(layer.freezing, layer.lora_A, layer.lora_B, layer.lora_b.requires_grad)

@@ -143,12 +143,12 @@ class RankMember:
         return (self.state.group, self.state.policy, self.state.train_value)
 
 
-class DyLoRALinear(LowRankLinear):
+class DyLoraLinear(LowRankLinear):
     """y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x) in one fused op, with b set from outside.
 
     Source: DyLoRA, Valipour et al. 2023, eq. 5-7. In training mode b is what `peft_fused.on_step` drew for this step (r
-    until it is called), in evaluation mode what `peft_fused.set_rank` asked for (r by default). Made by `from_linear`;
-    `merge`, `unmerge` and `delta` work at the evaluation rank.
+    until it is called), in evaluation mode what `peft_fused.set_dylora_rank` asked for (r by default). Made by
+    `from_linear`; `merge`, `unmerge` and `delta` work at the evaluation rank.
     """
 
     def __init__(self, base, r, alpha, dropout, use_rslora, dtype, policy: RankPolicy):
@@ -173,7 +173,7 @@ class DyLoRALinear(LowRankLinear):
         frozen: bool = False,
         strict_frozen: bool = False,
         seed: int = 0,
-    ) -> "DyLoRALinear":
+    ) -> "DyLoraLinear":
         """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
 
         base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. r: 1..256, the largest rank.

@@ -10,7 +10,7 @@ from .checks import check_flag
 from .lowrank import LowRankLinear
 
 
-class LoRALinear(LowRankLinear):
+class LoraLinear(LowRankLinear):
     """y = x W^T + bias + (alpha / r) B A drop(x) in one fused op.
 
     Sources: LoRA, Hu et al. 2021, eq. 3; rank-stabilised scale alpha / sqrt(r), Kalajdzievski 2023. Made by
@@ -27,7 +27,7 @@ class LoRALinear(LowRankLinear):
         dropout: float = 0.0,
         use_rslora: bool = False,
         dtype=None,
-    ) -> "LoRALinear":
+    ) -> "LoraLinear":
         """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
 
         base: torch.nn.Linear or transformers' Conv1D, weight in fp32, fp16, bf16 or fp64. r: 1..256. dropout: in [0,

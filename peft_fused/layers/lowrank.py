@@ -11,7 +11,7 @@ from .checks import check_adapter_dtype, check_alpha, check_dropout, check_linea
 
 
 class LowRankLinear(AdaptedLinear):
-    """y = x W^T + bias + scale * B (A drop(x)) with W and bias frozen. Base class: see LoRALinear and DyLoRALinear.
+    """y = x W^T + bias + scale * B (A drop(x)) with W and bias frozen. Base class: see LoraLinear and DyLoraLinear.
 
     lora_A: [r, K], lora_B: [N, r].
     """

@@ -141,13 +141,13 @@ class KroneckerLinear(StructuredLinear):
         return cls(base, MapSpec("kronecker", r=r), alpha, dropout, dtype)
 
 
-class LDRLinear(StructuredLinear):
-    """y = x W^T + bias + alpha sum_i C(g_i) S(h_i) drop(x), square only. Made by `from_linear`; see `LDRMap`."""
+class LdrLinear(StructuredLinear):
+    """y = x W^T + bias + alpha sum_i C(g_i) S(h_i) drop(x), square only. Made by `from_linear`; see `LdrMap`."""
 
     @classmethod
     def from_linear(
         cls, base: nn.Module, *, q: int = 1, alpha: float | None = None, dropout: float = 0.0, dtype=None
-    ) -> "LDRLinear":
+    ) -> "LdrLinear":
         """An adapted layer that shares, and freezes, the weight and bias Parameters of `base`.
 
         q: number of terms. The rest: see `CirculantLinear.from_linear`.

@@ -13,12 +13,12 @@ from torch import nn
 
 from ..ops.structured import (
     StructuredProblem,
-    circulant,
+    circulant_matmul,
     dense,
-    kronecker,
-    ldr,
+    kronecker_matmul,
+    ldr_matmul,
     problem_of,
-    toeplitz_product,
+    toeplitz_product_matmul,
     toeplitz_tail,
 )
 from .checks import check_choice, check_flag, check_size
@@ -171,7 +171,9 @@ class CirculantMap(StructuredMap):
         return (self.a, self.b) if self.product else (self.c, None)
 
     def op(self, x, c, factor=None, **options):
-        return circulant(x, c, factor=factor, out_features=None if self.has_blocks else self.out_features, **options)
+        return circulant_matmul(
+            x, c, factor=factor, out_features=None if self.has_blocks else self.out_features, **options
+        )
 
 
 class ToeplitzMap(StructuredMap):
@@ -212,7 +214,7 @@ class SymmetricToeplitzMap(StructuredMap):
         return self.s, self.t
 
     def op(self, x, s, t, **options):
-        return toeplitz_product(x, s, t, **options)
+        return toeplitz_product_matmul(x, s, t, **options)
 
 
 class KroneckerMap(StructuredMap):
@@ -255,7 +257,7 @@ class KroneckerMap(StructuredMap):
         return self.A, self.B
 
     def op(self, x, A, B, **options):
-        return kronecker(x, A, B, **options)
+        return kronecker_matmul(x, A, B, **options)
 
     def scale(self, alpha):
         """alpha / r, as the authors have it; 1 for None."""
@@ -272,7 +274,7 @@ def best_kronecker_r(k: int, n: int) -> int:
     return max(divisors, key=lambda r: (min(r, k // r) * min(n // r, r), -r))
 
 
-class LDRMap(StructuredMap):
+class LdrMap(StructuredMap):
     """M = sum_i C(g_i) S(h_i), i = 1..q: circulant times skew-circulant, of displacement rank q. Square only.
 
     G, H: [q, n]. H ~ N(0, 0.02^2), G = 0.
@@ -296,10 +298,10 @@ class LDRMap(StructuredMap):
         return self.G, self.H
 
     def op(self, x, G, H, **options):
-        return ldr(x, G, H, **options)
+        return ldr_matmul(x, G, H, **options)
 
 
-STRUCTURES = {cls.structure: cls for cls in (CirculantMap, ToeplitzMap, SymmetricToeplitzMap, KroneckerMap, LDRMap)}
+STRUCTURES = {cls.structure: cls for cls in (CirculantMap, ToeplitzMap, SymmetricToeplitzMap, KroneckerMap, LdrMap)}
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[tup
     return [(layer, state) for layer, state in found if adapter_name in (None, state.group)]
 
 
-def set_pass(
+def set_adamix_pass(
     model: nn.Module, index: int | None, *, sequences: int | None = None, adapter_name: str | None = None
 ) -> None:
     """Says which of a micro-batch's routes the following training forwards use.
@@ -123,11 +123,11 @@ def set_pass(
         raise ValueError(f"index must be in 0..{PASSES - 1} or None, got {index}")
     if sequences is not None:
         check_int("sequences", sequences, 1)
-    for _, state in _states(model, adapter_name, "set_pass"):
+    for _, state in _states(model, adapter_name, "set_adamix_pass"):
         state.begin_pass(index, sequences)
 
 
-def set_routing(model: nn.Module, routing: str, *, index: int = 0, adapter_name: str | None = None) -> None:
+def set_adamix_routing(model: nn.Module, routing: str, *, index: int = 0, adapter_name: str | None = None) -> None:
     """Sets what the model's AdaMix layers evaluate with: routing="merged", the default, or "random" experts.
 
     index: number of the random draw, for as many different ones as wanted. Raises TypeError or ValueError naming the
@@ -135,7 +135,7 @@ def set_routing(model: nn.Module, routing: str, *, index: int = 0, adapter_name:
     """
     check_choice("routing", routing, EVAL_ROUTINGS)
     check_int("index", index)
-    found = _states(model, adapter_name, "set_routing")
+    found = _states(model, adapter_name, "set_adamix_routing")
     values = [
         None
         if routing == "merged"
@@ -269,7 +269,7 @@ def adamix_loss(
     labels = inputs.get("labels")
     if not isinstance(labels, torch.Tensor):
         raise ValueError(f"inputs must have a tensor 'labels', got {_shown(labels)}")
-    set_pass(model, 0)
+    set_adamix_pass(model, 0)
     inputs = with_decoder_input(model, inputs)
     if doubled and can_double(model, labels):
         return _doubled(model, inputs, weight, detach)
@@ -284,11 +284,11 @@ def adamix_loss(
 
 def second_pass(model: nn.Module, inputs: dict[str, Any]):
     """The model's outputs with the routes of pass 1, without labels and so without a loss of their own."""
-    set_pass(model, 1)
+    set_adamix_pass(model, 1)
     try:
         return model(**{name: value for name, value in inputs.items() if name != "labels"})
     finally:
-        set_pass(model, 0)
+        set_adamix_pass(model, 0)
 
 
 def with_decoder_input(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -319,11 +319,11 @@ def double(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
 def _doubled(model, inputs, weight, detach):
     labels = inputs["labels"]
     batch = labels.shape[0]
-    set_pass(model, None, sequences=PASSES * batch)
+    set_adamix_pass(model, None, sequences=PASSES * batch)
     try:
         outputs = model(**double(inputs, batch))
     finally:
-        set_pass(model, 0)
+        set_adamix_pass(model, 0)
     first, second = outputs["logits"].split(batch)
     outputs["logits"] = first
     loss = outputs["loss"]

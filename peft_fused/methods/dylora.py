@@ -88,7 +88,7 @@ def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[Ran
     return [member.state for member in members]
 
 
-def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = None) -> None:
+def set_dylora_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = None) -> None:
     """Sets the rank at which the model's DyLoRA layers evaluate, and train until the schedule's next step.
 
     rank: 1..r, where r is the largest of the layers; a layer with a smaller r (`rank_pattern`) uses all of its own.
@@ -96,7 +96,7 @@ def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = N
     PEFT adapter is saved with all its ranks, and with this one as its config's `eval_rank`. Recompiles nothing. Raises
     TypeError or ValueError for a bad rank, a model without DyLoRA layers, or merged adapters.
     """
-    states = _states(model, adapter_name, "set_rank")
+    states = _states(model, adapter_name, "set_dylora_rank")
     if rank is not None:
         check_rank("rank", rank, max(state.r for state in states))
     use_ranks(states, [state.r if rank is None else min(rank, state.r) for state in states])
@@ -112,7 +112,7 @@ def set_rank(model: nn.Module, rank: int | None, *, adapter_name: str | None = N
                 configs[name].eval_rank = None if rank is None else min(rank, most[name])
 
 
-def evaluate_ranks(
+def evaluate_dylora_ranks(
     model: nn.Module,
     fn: Callable[[nn.Module], Any],
     ranks: Iterable[int] | None = None,
@@ -122,13 +122,13 @@ def evaluate_ranks(
     """{rank: fn(model)} with the model set to each rank; by default every rank from 1 to the largest r.
 
     The ranks before, of training and of evaluation, are restored even if fn raises. The model is put into evaluation
-    mode for the calls and returned to the mode it was in. Raises as `set_rank`.
+    mode for the calls and returned to the mode it was in. Raises as `set_dylora_rank`.
     """
     if not callable(fn):
         raise TypeError(f"fn must be callable, got {type(fn).__name__}")
     if isinstance(ranks, torch.Tensor) or not (ranks is None or isinstance(ranks, Iterable)):
         raise TypeError(f"ranks must be an iterable of ints or None, got {type(ranks).__name__}")
-    states = _states(model, adapter_name, "evaluate_ranks")
+    states = _states(model, adapter_name, "evaluate_dylora_ranks")
     most = max(state.r for state in states)
     ranks = range(1, most + 1) if ranks is None else list(ranks)
     for rank in ranks:
@@ -139,7 +139,7 @@ def evaluate_ranks(
     try:
         model.eval()
         for rank in ranks:
-            states = _states(model, adapter_name, "evaluate_ranks")  # looked up again: fn may have merged them
+            states = _states(model, adapter_name, "evaluate_dylora_ranks")  # looked up again: fn may have merged them
             use_ranks(states, [min(rank, state.r) for state in states])
             results[rank] = fn(model)
     finally:

@@ -1,16 +1,16 @@
 """Mathematical functions with one signature and several interchangeable implementations. Stateless."""
 
 from . import dispatch, native
-from .bottleneck import bottleneck, bottleneck_reference
-from .lowrank import lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference
+from .bottleneck import bottleneck_adapter, bottleneck_adapter_reference
+from .lowrank import lowrank_adapter, lowrank_adapter_reference, lowrank_linear, lowrank_linear_reference
 
 __all__ = [
-    "bottleneck",
-    "bottleneck_reference",
+    "bottleneck_adapter",
+    "bottleneck_adapter_reference",
     "dispatch",
-    "lowrank",
+    "lowrank_adapter",
+    "lowrank_adapter_reference",
     "lowrank_linear",
     "lowrank_linear_reference",
-    "lowrank_reference",
     "native",
 ]

@@ -43,10 +43,10 @@ from .bottleneck_torch import Controls, Likeness
 from .lowrank_torch import rows, unflatten
 
 
-def bottleneck_reference(
+def bottleneck_adapter_reference(
     h, down, down_bias, up, up_bias, activation="gelu", *, residual=None, scale=1.0, expert=None
 ):  # fmt: skip
-    """`bottleneck` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    """`bottleneck_adapter` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     expert_d, expert_u = expert if isinstance(expert, tuple | list) else (expert, expert)
     act = bottleneck_torch.ACTIVATIONS[activation]
     a = act(_linear_reference(h.to(down.dtype), down, down_bias, expert_d))
@@ -66,7 +66,7 @@ def _linear_reference(x, weight, bias, index):
     return out.reshape(*x.shape[:-1], weight.shape[-2])
 
 
-def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=None, scale=1.0, expert=None):
+def bottleneck_adapter(h, down, down_bias, up, up_bias, activation="gelu", *, residual=None, scale=1.0, expert=None):
     """residual + scale * (act(h D[i]^T + b[i]) U[j]^T + c[j]), differentiable in every tensor but scale and expert.
 
     h: [..., K], any strides; fp32, fp16, bf16, or fp64 on the torch and reference backends.
@@ -98,7 +98,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
         h, residual = (_autocast(t, dtype, keep_fp32=False) for t in (h, residual))
         down, down_bias, up, up_bias = (_autocast(t, dtype, keep_fp32=True) for t in (down, down_bias, up, up_bias))
         with torch.autocast(h.device.type, enabled=False):
-            return bottleneck(
+            return bottleneck_adapter(
                 h, down, down_bias, up, up_bias, activation, residual=residual, scale=scale, expert=expert
             )  # fmt: skip
     pair = tuple(expert) if isinstance(expert, tuple | list) else (expert, expert)
@@ -107,7 +107,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
         h, down, down_bias, up, up_bias, residual, scale = map(
             resolved, (h, down, down_bias, up, up_bias, residual, scale)
         )
-        return bottleneck(
+        return bottleneck_adapter(
             h, down, down_bias, up, up_bias, activation, residual=residual, scale=scale,
             expert=tuple(map(resolved, pair)),
         )  # fmt: skip
@@ -121,7 +121,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
     else:
         backend = dispatch.choose(problem_of(h, down, up, activation, (expert_d, expert_u)))
     if backend == "reference":
-        return bottleneck_reference(
+        return bottleneck_adapter_reference(
             h, down, down_bias, up, up_bias, activation, residual=residual, scale=scale, expert=(expert_d, expert_u)
         )  # fmt: skip
     flat = (activation, *split(scale, float), *split(expert_d, int), *split(expert_u, int), backend)
@@ -134,7 +134,7 @@ def bottleneck(h, down, down_bias, up, up_bias, activation="gelu", *, residual=N
 
 
 def problem_of(h, down, up, activation: str, expert=None) -> BottleneckProblem:
-    """Description of `bottleneck` on these tensors."""
+    """Description of `bottleneck_adapter` on these tensors."""
     gpu, sm_count = dispatch.gpu_of(h)
     pair = expert if isinstance(expert, tuple | list) else (expert, expert)
     groups = math.lcm(*(len(e) for e, t in zip(pair, (down, up), strict=True) if t.dim() == 3 and _per_group(e)))

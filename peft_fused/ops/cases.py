@@ -77,7 +77,7 @@ def make_case(
     wrt: tuple[str, ...] | None = None,
     **options,
 ) -> Case:
-    """A case of `lowrank_linear` or `lowrank`.
+    """A case of `lowrank_linear` or `lowrank_adapter`.
 
     experts: stack sizes of A and B, None for a plain factor. base=False leaves the delta alone: a zero weight, no bias,
     nothing to add. strided: every second row of a larger x. wrt: default all tensors there are but the base weight.
@@ -253,7 +253,7 @@ def make_bottleneck(
     wrt: tuple[str, ...] | None = None,
     **options,
 ) -> Case:
-    """A case of `bottleneck`.
+    """A case of `bottleneck_adapter`.
 
     experts: stack sizes of down and up, None for a plain weight. residual: "zeros" leaves the delta alone, "h" is h
     itself, "other" a tensor of its own. strided: every second row of a larger h. wrt: default all tensors there are but

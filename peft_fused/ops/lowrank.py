@@ -49,16 +49,16 @@ def lowrank_linear_reference(
     x, weight, bias, A, B, *, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
 ):
     """`lowrank_linear` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    return lowrank_reference(
+    return lowrank_adapter_reference(
         x, A, B, add=F.linear(x, weight, bias), scale=scale, rank=rank, expert=expert, u=u, v=v, dropout_p=dropout_p,
         seed=seed, frozen=frozen,
     )  # fmt: skip
 
 
-def lowrank_reference(
+def lowrank_adapter_reference(
     x, A, B, *, add=None, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
 ):
-    """`lowrank` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    """`lowrank_adapter` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     expert_a, expert_b = expert if isinstance(expert, tuple | list) else (expert, expert)
     expert_a, expert_b = (0 if e is None else resolved(e) for e in (expert_a, expert_b))  # torch indexes by the memory
     A = A if A.dim() == 2 else A[expert_a]
@@ -113,7 +113,7 @@ def lowrank_linear(
     return _run(x, weight, None, bias, A, B, scale, rank, expert, u, v, dropout_p, seed, frozen)
 
 
-def lowrank(
+def lowrank_adapter(
     x, A, B, *, add=None, scale=1.0, rank=None, expert=None, u=None, v=None, dropout_p=0.0, seed=None, frozen=False
 ):
     """add + scale * v . (B[e] (u . keep_rank(A[e] drop(x)))): the adapter beside a base layer that runs as a module.
@@ -159,7 +159,7 @@ def _run(x, weight, add, bias, A, B, scale, rank, expert, u, v, dropout_p, seed,
         options = dict(scale=scale, rank=rank, expert=pair, u=u, v=v, dropout_p=dropout_p, seed=seed, frozen=frozen)
         if weight is not None:
             return lowrank_linear_reference(x, weight, bias, A, B, **options)
-        return lowrank_reference(x, A, B, add=add, **options)
+        return lowrank_adapter_reference(x, A, B, add=add, **options)
     if backend == "cuda" and dispatch.forced() is None:
         # The node was asked first and left this call to Python: a tensor of a subclass that only it minds, for one.
         backend = dispatch.preferred(_problem(x, weight, A, B, u, v, threshold), traced=True)

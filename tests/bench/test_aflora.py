@@ -34,5 +34,5 @@ def test_a_wrong_layer_is_refused():
     def wrong(self, x):
         return aflora.lines(self)(x) * 1.02
 
-    with mock.patch.object(aflora.AFLoRALinear, "adapted", wrong), pytest.raises(WrongResult, match="delta"):
+    with mock.patch.object(aflora.AfLoraLinear, "adapted", wrong), pytest.raises(WrongResult, match="delta"):
         aflora.run_case(Shape(64, 32, 32, 4), CPU, seconds=0.01)

@@ -44,10 +44,10 @@ def test_approximations_are_in_their_families(drawn):
     assert torch.linalg.matrix_rank(psd.low_rank(drawn)) == 1
     col = psd.toeplitz(drawn)[:, 0]
     eye = torch.eye(16, dtype=torch.float64)
-    torch.testing.assert_close(structured.toeplitz(eye, col, col).T, psd.toeplitz(drawn))
-    torch.testing.assert_close(structured.circulant(eye, psd.circulant(drawn)[:, 0]).T, psd.circulant(drawn))
+    torch.testing.assert_close(structured.toeplitz_matmul(eye, col, col).T, psd.toeplitz(drawn))
+    torch.testing.assert_close(structured.circulant_matmul(eye, psd.circulant(drawn)[:, 0]).T, psd.circulant(drawn))
     A, B = torch.randn(2, 4, 4, dtype=torch.float64)
-    product = structured.kronecker(eye, A, B).T
+    product = structured.kronecker_matmul(eye, A, B).T
     torch.testing.assert_close(psd.kronecker(product), product)
 
 

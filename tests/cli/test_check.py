@@ -128,7 +128,7 @@ def test_a_wrong_op_is_caught(cli, small, monkeypatch, fn, reason):
 
 def test_a_structured_map_off_by_one_entry_is_caught(cli, small, monkeypatch):
     def rolled(x, c, **options):
-        return structured.circulant(x, c.roll(1), **options)
+        return structured.circulant_matmul(x, c.roll(1), **options)
 
     monkeypatch.setitem(check.OPS, "circulant", replace(check.OPS["circulant"], fn=rolled))
     rows = [row for row in cli.json("check", code=1)["rows"] if row["status"] == "wrong"]

@@ -245,7 +245,7 @@ def strays_are_caught(what: str) -> str:
         parameter = next(p for n, p in model.named_parameters() if "dylora_B" in n)
         parameter.data.view(-1)[3] += 1e-12
     elif what == "rank":
-        peft_fused.set_rank(model, 2 if stray else 3)
+        peft_fused.set_dylora_rank(model, 2 if stray else 3)
     elif what == "layers" and stray:
         next(p for n, p in model.named_parameters() if "dylora_B" in n).requires_grad_(False)
     try:

@@ -145,21 +145,21 @@ ROSA = peft_fused.RosaConfig(r=4, target_modules=["q"])
 CLASSIFIER = get_peft_model(Classifier(), ADAMIX).train()
 CONFIGS = ("AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig")
 LAYERS = (
-    "AFLoRALinear", "AdaMixLinear", "CirculantLinear", "DyLoRALinear", "KroneckerLinear", "LDRLinear", "LoRALinear",
+    "AfLoraLinear", "AdaMixLinear", "CirculantLinear", "DyLoraLinear", "KroneckerLinear", "LdrLinear", "LoraLinear",
     "RosaLinear", "SurmAdapterLinear", "ToeplitzLinear",
 )  # fmt: skip
 POLICIES = ("FreezingPolicy", "MapSpec", "RankPolicy", "RoutePolicy", "SubspacePolicy")
-MAPS = ("CirculantMap", "KroneckerMap", "LDRMap", "SymmetricToeplitzMap", "ToeplitzMap")
+MAPS = ("CirculantMap", "KroneckerMap", "LdrMap", "SymmetricToeplitzMap", "ToeplitzMap")
 
 TARGETS = {
     **{name: lambda folder, name=name: configuration(getattr(peft_fused, name)) for name in CONFIGS},
     **{name: lambda folder, name=name: layer(getattr(layers, name)) for name in LAYERS},
     **{name: lambda folder, name=name: policy(getattr(layers, name)) for name in POLICIES},
     **{name: lambda folder, name=name: structured(getattr(layers, name)) for name in MAPS},
-    "set_rank": lambda folder: function(peft_fused.set_rank, adapted(DYLORA), rank=2),
-    "evaluate_ranks": lambda folder: function(peft_fused.evaluate_ranks, adapted(DYLORA), fn=str),
-    "set_routing": lambda folder: function(peft_fused.set_routing, adapted(ADAMIX), routing="merged"),
-    "set_pass": lambda folder: function(peft_fused.set_pass, adapted(ADAMIX), index=0),
+    "set_dylora_rank": lambda folder: function(peft_fused.set_dylora_rank, adapted(DYLORA), rank=2),
+    "evaluate_dylora_ranks": lambda folder: function(peft_fused.evaluate_dylora_ranks, adapted(DYLORA), fn=str),
+    "set_adamix_routing": lambda folder: function(peft_fused.set_adamix_routing, adapted(ADAMIX), routing="merged"),
+    "set_adamix_pass": lambda folder: function(peft_fused.set_adamix_pass, adapted(ADAMIX), index=0),
     "freezing_history": lambda folder: function(peft_fused.freezing_history, adapted(AFLORA)),
     "on_step": lambda folder: function(peft_fused.on_step, adapted(ROSA), step=0, epoch=0),
     "check_sync": lambda folder: function(peft_fused.check_sync, adapted(DYLORA)),

@@ -27,7 +27,7 @@ from transformers import (
 
 import peft_fused
 from peft_fused.integrations.peft.accelerate import FusedLoraLinear, accelerate, restore
-from peft_fused.layers import LoRALinear
+from peft_fused.layers import LoraLinear
 from peft_fused.ops import dispatch, lowrank_linear_reference, native
 
 # The package may export a function of the same name, which `import ... as` would find first.
@@ -1097,7 +1097,7 @@ def test_layers_of_our_own_are_already_fused():
         "swap"
     )
     assert warning.filename == __file__
-    plain = torch.nn.Sequential(LoRALinear.from_linear(torch.nn.Linear(4, 4)), pair()[0])
+    plain = torch.nn.Sequential(LoraLinear.from_linear(torch.nn.Linear(4, 4)), pair()[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "1 layers of peft_fused's own methods [0] are already fused" in str(accelerate(plain))

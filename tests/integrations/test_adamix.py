@@ -364,7 +364,7 @@ def test_accumulation_averages_the_divergence_over_the_step(tmp_path, kind, doub
         peft_fused.on_step(net, step=0, micro=micro)
         plain = {name: value for name, value in batch.items() if name != "labels"}
         first = net(**plain).logits
-        peft_fused.set_pass(net, 1)
+        peft_fused.set_adamix_pass(net, 1)
         second = net(**plain).logits
         if kind == "tokens":
             kept = batch["labels"][:, 1:] != -100

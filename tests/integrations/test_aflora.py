@@ -27,7 +27,7 @@ from transformers import (
 
 import peft_fused
 from peft_fused.integrations.peft import AfLoraConfig, DyLoraConfig
-from peft_fused.integrations.peft.aflora import ATTENTION, TARGETS, AfLoraLinear, AfLoraModel
+from peft_fused.integrations.peft.aflora import ATTENTION, TARGETS, AfLoraModel, AfLoraPeftLinear
 from peft_fused.integrations.peft.tuner import FusedPeftType, register
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.methods import freezing_history, on_step
@@ -78,7 +78,7 @@ def logits(model):
 
 
 def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, AfLoraLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, AfLoraPeftLinear)}
 
 
 def trainable(model):

@@ -200,7 +200,7 @@ def test_adapted_layers_pass_gradients_on_in_evaluation_too(method, disabled):
 def test_evaluating_every_rank_in_training_leaves_no_layer_packed():
     torch.manual_seed(1)
     model = get_peft_model(base("4bit"), peft_fused.DyLoraConfig(r=2, target_modules=["0"], init_weights=False)).train()
-    peft_fused.evaluate_ranks(model, infer)
+    peft_fused.evaluate_dylora_ranks(model, infer)
     assert model.training and not is_packed(model.base_model.model[2])
 
 

@@ -23,9 +23,9 @@ from transformers import (
 
 from peft_fused import copy_adapter
 from peft_fused.integrations.peft import DyLoraConfig, tuner
-from peft_fused.integrations.peft.dylora import DyLoraLinear, DyLoraModel
+from peft_fused.integrations.peft.dylora import DyLoraModel, DyLoraPeftLinear
 from peft_fused.integrations.peft.tuner import FusedPeftType, register
-from peft_fused.methods import evaluate_ranks, on_step, set_rank
+from peft_fused.methods import evaluate_dylora_ranks, on_step, set_dylora_rank
 from peft_fused.ops.dispatch import explain
 
 R, ALPHA = 4, 6.0
@@ -63,7 +63,7 @@ def logits(model):
 
 
 def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, DyLoraLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, DyLoraPeftLinear)}
 
 
 def by_hand(base, model, b, adapter="default"):
@@ -81,7 +81,7 @@ def by_hand(base, model, b, adapter="default"):
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_forward_equals_the_dense_formula(make, b):
     model = adapted(make(), target_modules=["c_attn", "c_proj"] if make is gpt2 else ["q_proj", "down_proj"])
-    set_rank(model, b)
+    set_dylora_rank(model, b)
     expected = by_hand(make(), model, b)
     torch.testing.assert_close(logits(model), logits(expected))
     assert (logits(model) - logits(make())).abs().max() > 1e-2
@@ -122,7 +122,7 @@ def drawn(model):
 
 def test_frozen_trains_one_row():
     model = adapted(frozen=True).train()
-    set_rank(model, 3)
+    set_dylora_rank(model, 3)
     model(IDS, labels=IDS).loss.backward()
     for layer in layers(model).values():
         assert layer.dylora_A["default"].weight.grad.any(dim=1).tolist() == [False, False, True, False]
@@ -135,7 +135,7 @@ def test_merge_at_the_evaluation_rank_and_exact_unmerge(make, dtype):
     targets = ["c_attn"] if make is gpt2 else ["q_proj", "down_proj"]
     model = adapted(make().to(dtype), target_modules=targets)
     assert all(layer.dylora_A["default"].weight.dtype == torch.float32 for layer in layers(model).values())
-    set_rank(model, 2)
+    set_dylora_rank(model, 2)
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     model.merge_adapter(safe_merge=True)
     for name, layer in layers(model).items():
@@ -143,7 +143,7 @@ def test_merge_at_the_evaluation_rank_and_exact_unmerge(make, dtype):
         assert torch.equal(layer.weight, (base.float() + layer.get_delta_weight("default")).to(dtype))
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
     with pytest.raises(ValueError, match="unmerge it first"):
-        set_rank(model, 1)
+        set_dylora_rank(model, 1)
     model.unmerge_adapter()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), before)
@@ -167,15 +167,15 @@ def test_safe_merge_refuses_what_is_not_finite():
 def test_a_saved_adapter_evaluates_at_the_rank_that_was_set(tmp_path):
     model = adapted()
     full = logits(model)
-    set_rank(model, 2)
+    set_dylora_rank(model, 2)
     expected = logits(model)
     assert (full - expected).abs().max() > 1e-3
     model.save_pretrained(tmp_path)
-    evaluate_ranks(model, logits)
+    evaluate_dylora_ranks(model, logits)
     assert model.peft_config["default"].eval_rank == 2
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), expected)
-    set_rank(loaded, None)
+    set_dylora_rank(loaded, None)
     torch.testing.assert_close(logits(loaded), full)
     loaded.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path).eval()), full)
@@ -186,9 +186,9 @@ def test_the_rank_in_a_config_is_each_adapters_own(tmp_path):
     model = get_peft_model(llama(), shared)
     model.add_adapter("same", shared)
     model.add_adapter("less", config(r=2))
-    set_rank(nn.Sequential(model), 3)
+    set_dylora_rank(nn.Sequential(model), 3)
     assert [model.peft_config[name].eval_rank for name in ("default", "same", "less")] == [3, 3, 2]
-    set_rank(model, 1, adapter_name="default")
+    set_dylora_rank(model, 1, adapter_name="default")
     assert [model.peft_config[name].eval_rank for name in ("default", "same", "less")] == [1, 3, 2]
     assert shared.eval_rank is None
     model.save_pretrained(tmp_path)
@@ -202,8 +202,8 @@ def test_the_rank_in_a_config_is_each_adapters_own(tmp_path):
 
 def test_ranks_are_not_evaluated_of_what_was_merged_meanwhile():
     model = adapted()
-    with pytest.raises(ValueError, match="evaluate_ranks: the adapter is merged"):
-        evaluate_ranks(model, lambda model: model.merge_adapter())
+    with pytest.raises(ValueError, match="evaluate_dylora_ranks: the adapter is merged"):
+        evaluate_dylora_ranks(model, lambda model: model.merge_adapter())
     assert {state.dylora_ranks["default"].eval_value for state in layers(model).values()} == {R}
 
 
@@ -224,20 +224,20 @@ def test_several_adapters():
     torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
     model.unmerge_adapter()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    set_rank(model, 1, adapter_name="second")
+    set_dylora_rank(model, 1, adapter_name="second")
     ranks = {(n, s.eval_value) for layer in layers(model).values() for n, s in layer.dylora_ranks.items()}
     assert ranks == {("default", R), ("second", 1)}
     model.set_adapter("default")
     assert torch.equal(logits(model), first)
     model.delete_adapter("default")
     assert model.active_adapters == ["second"] and not any("default" in name for name, _ in model.named_modules())
-    set_rank(model, None)
+    set_dylora_rank(model, None)
     torch.testing.assert_close(logits(model), second)
 
 
 def test_convert_to_lora_takes_the_evaluation_rank():
     model = adapted()
-    set_rank(model, 2)
+    set_dylora_rank(model, 2)
     lora_config, state = convert_to_lora(model, 2)
     lora = get_peft_model(llama(), lora_config).eval()
     set_peft_model_state_dict(lora, state)
@@ -247,10 +247,10 @@ def test_convert_to_lora_takes_the_evaluation_rank():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_equal_and_independent(copied):
     model = adapted()
-    set_rank(model, 2)
+    set_dylora_rank(model, 2)
     other = copied(model)
     assert torch.equal(logits(other), logits(model))
-    set_rank(other, 1)
+    set_dylora_rank(other, 1)
     assert not torch.equal(logits(other), logits(model))
 
 
@@ -349,7 +349,7 @@ def test_autocast(base_dtype):
 
 def test_sequence_classification_and_ranks_of_a_whole_model():
     model = adapted(llama(LlamaForSequenceClassification), task_type=TaskType.SEQ_CLS)
-    results = evaluate_ranks(model, lambda m: logits(m))
+    results = evaluate_dylora_ranks(model, lambda m: logits(m))
     assert list(results) == [1, 2, 3, 4] and not torch.equal(results[1], results[4])
     assert torch.equal(logits(model), results[4])
 

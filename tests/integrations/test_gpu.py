@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import peft_fused
-from peft_fused.layers import AdaMixLinear, DyLoRALinear, SurmAdapterLinear
+from peft_fused.layers import AdaMixLinear, DyLoraLinear, SurmAdapterLinear
 from peft_fused.methods.stepping import members_of
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
@@ -165,7 +165,7 @@ def test_checkpointed_gradients_are_the_same_to_the_bit(variant, reentrant):
     assert not all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-@pytest.mark.parametrize("make", [DyLoRALinear, AdaMixLinear, SurmAdapterLinear], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [DyLoraLinear, AdaMixLinear, SurmAdapterLinear], ids=lambda make: make.__name__)
 def test_layers_compile_into_one_graph_for_all_choices(make):
     layer = make.from_linear(nn.Linear(96, 80)).to(DEVICE)
     for parameter in trained(layer):

@@ -29,8 +29,8 @@ from peft_fused.integrations.peft import (
     export,
     export_lora,
 )
-from peft_fused.integrations.peft.dylora import DyLoraLinear
-from peft_fused.methods import on_step, set_rank
+from peft_fused.integrations.peft.dylora import DyLoraPeftLinear
+from peft_fused.methods import on_step, set_dylora_rank
 
 R, ALPHA = 4, 6.0
 LLAMA = LlamaConfig(
@@ -58,7 +58,7 @@ def logits(model):
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, DyLoraLinear)]
+    return [module for module in model.modules() if isinstance(module, DyLoraPeftLinear)]
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,8 @@ def test_save_and_load_are_bit_equal(tmp_path, low_cpu_mem_usage):
         model.peft_config["default"].policy(), {"down_proj": 2},
     )  # fmt: skip
     for b in range(1, R + 1):
-        set_rank(model, b)
-        set_rank(loaded, b)
+        set_dylora_rank(model, b)
+        set_dylora_rank(loaded, b)
         assert torch.equal(logits(loaded), logits(model))
 
 
@@ -145,7 +145,7 @@ def test_transformers_and_auto_classes_load_it(tmp_path):
     native = llama()
     native.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(native), expected)
-    set_rank(native, 1)
+    set_dylora_rank(native, 1)
     assert not torch.equal(logits(native), expected) and on_step(native, step=0) == 4
     export_lora(native, tmp_path / "lora")
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(native))
@@ -185,7 +185,7 @@ def test_exported_lora_needs_only_peft(tmp_path):
     subprocess.run([sys.executable, "-c", LOAD_IN_PLAIN_PEFT, str(tmp_path)], check=True, cwd=tmp_path)
     stored = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (stored["peft_type"], stored["r"], stored["lora_alpha"]) == ("LORA", 3, ALPHA)
-    set_rank(model, 3)
+    set_dylora_rank(model, 3)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model), rtol=0, atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_export_of_ranks_above_r(tmp_path):
     model = adapted(rank_pattern={"q_proj": 8})
     for b in (3, 4, 6, 8):
         export_lora(model, tmp_path / str(b), rank=b)
-        set_rank(model, b)
+        set_dylora_rank(model, b)
         loaded = PeftModel.from_pretrained(llama(), tmp_path / str(b))
         torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
 

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fused
-from peft_fused.layers import AFLoRALinear, LoRALinear
+from peft_fused.layers import AfLoraLinear, LoraLinear
 
 TARGETS = dict(target_modules=["first", "second"], init_weights=False)
 METHODS = {
@@ -207,7 +207,7 @@ def test_adapters_around_adapters_are_unmerged_from_the_outside():
     assert torch.equal(model(X), expected)
 
 
-@pytest.mark.parametrize("cls", [LoRALinear, AFLoRALinear])
+@pytest.mark.parametrize("cls", [LoraLinear, AfLoraLinear])
 def test_layers_that_share_a_weight_are_unmerged_in_reverse(cls):
     torch.manual_seed(0)
     base = nn.Linear(16, 16)
@@ -215,7 +215,7 @@ def test_layers_that_share_a_weight_are_unmerged_in_reverse(cls):
     first, second = cls.from_linear(base, r=4), cls.from_linear(base, r=4)
     for layer in (first, second):
         nn.init.normal_(layer.lora_B)
-        if cls is AFLoRALinear:
+        if cls is AfLoraLinear:
             nn.init.normal_(layer.lora_b)
         layer.merge()
     merged = base.weight.detach().clone()

@@ -223,7 +223,7 @@ def test_a_copied_adapter_computes_and_trains_as_its_source(method):
     model = adapted(method, modules_to_save=["lm_head"])
     train(model, 5)
     if method == "dylora":
-        peft_fused.set_rank(model, 2, adapter_name="default")
+        peft_fused.set_dylora_rank(model, 2, adapter_name="default")
     expected = logits(model)
     model.add_adapter("ref", CONFIGS[method](modules_to_save=["lm_head"]))
     copy_adapter(model, "default", "ref")

@@ -33,7 +33,7 @@ from transformers import (
 
 import peft_fused
 from peft_fused.integrations.peft import SurmConfig, export_lora, tuner
-from peft_fused.integrations.peft.surm import SurmLinear
+from peft_fused.integrations.peft.surm import SurmPeftLinear
 from peft_fused.ops.dispatch import explain
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -90,7 +90,7 @@ def logits(model):
 
 
 def layers(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, SurmLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, SurmPeftLinear)}
 
 
 def by_hand(base, model, *names):

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from peft_fused.integrations.peft import DyLoraConfig
-from peft_fused.integrations.peft.dylora import DyLoraLinear
+from peft_fused.integrations.peft.dylora import DyLoraPeftLinear
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.methods import draw_rank
 
@@ -45,7 +45,7 @@ class Recorder(PeftFusedCallback):
         ranks = {
             (m.dylora_ranks["default"].train_rank.item(), m.dylora_ranks["default"].eval_rank.item())
             for m in model.modules()
-            if isinstance(m, DyLoraLinear)
+            if isinstance(m, DyLoraPeftLinear)
         }
         (pair,) = ranks
         self.seen.append((state.global_step, self.micro, *pair))

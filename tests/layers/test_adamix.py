@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from peft_fused.layers import AdaMixAdapter, AdaMixLinear, RoutePolicy
 from peft_fused.layers.adamix import write_eval_routes, write_routes
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
-from peft_fused.methods import on_step, set_pass, set_routing
+from peft_fused.methods import on_step, set_adamix_pass, set_adamix_routing
 
 K, N, R, E = 12, 9, 4, 3
 CPU = torch.device("cpu")
@@ -107,9 +107,9 @@ def test_a_doubled_batch_is_two_passes(kind, routing):
     on_step(layer, step=4)
     passes = []
     for index in (0, 1):
-        set_pass(layer, index)
+        set_adamix_pass(layer, index)
         passes.append(layer(x))
-    set_pass(layer, None)
+    set_adamix_pass(layer, None)
     torch.testing.assert_close(layer(torch.cat([x, x])), torch.cat(passes))
     assert (passes[0] - passes[1]).abs().max() > 0.01
     with pytest.raises(ValueError, match="divisible by 2"):
@@ -167,9 +167,9 @@ def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, r
     def gradients(run):
         on_step(net, step=2)
         first = run(x)
-        set_pass(net, 1)
+        set_adamix_pass(net, 1)
         second = run(x)
-        set_pass(net, 0)
+        set_adamix_pass(net, 0)
         net.zero_grad()
         loss = (2 * first + second.sin()).sum()
         # In another thread, as backward runs on a GPU: autograd numbers the nodes of each thread for itself.
@@ -223,12 +223,12 @@ def test_random_evaluation_uses_the_draw_asked_for():
     x = torch.randn(3, K, dtype=torch.float64)
     merged, seen = layer(x), set()
     for index in range(8):
-        set_routing(layer, "random", index=index)
+        set_adamix_routing(layer, "random", index=index)
         values = layer.block.routes.eval_values
         torch.testing.assert_close(layer(x), formula(layer, x, *values))
         seen.add(values)
     assert len(seen) > 2
-    set_routing(layer, "merged")
+    set_adamix_routing(layer, "merged")
     torch.testing.assert_close(layer(x), merged)
 
 
@@ -303,7 +303,7 @@ def test_explains_itself(kind):
     layer = make(kind, dtype=torch.float32)
     text = str(explain(layer))
     assert ("lowrank_linear" if kind == "lora" else "F.linear, then bottleneck") in text
-    set_pass(layer, None)
+    set_adamix_pass(layer, None)
     assert "bottleneck" in str(explain(layer)) and "2 groups" in explain(layer).lines[0][1] + str(
         layer.op_problem(8).describe()
     )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_fused.layers import AFLoRALinear, FreezingPolicy
+from peft_fused.layers import AfLoraLinear, FreezingPolicy
 from peft_fused.layers.aflora import NOT_FROZEN, AfLoraState
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import on_step
@@ -21,7 +21,7 @@ PARAMETERS = ("lora_A", "lora_B", "lora_d", "lora_b")
 def make(base=None, dtype=torch.float32, random=True, **options):
     torch.manual_seed(0)
     base = nn.Linear(K, N).to(dtype) if base is None else base
-    layer = AFLoRALinear.from_linear(base, r=R, **options)
+    layer = AfLoraLinear.from_linear(base, r=R, **options)
     if random:
         nn.init.normal_(layer.lora_d)
         nn.init.normal_(layer.lora_b)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_fused.layers import DyLoRALinear, RankPolicy
+from peft_fused.layers import DyLoraLinear, RankPolicy
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
-from peft_fused.methods import on_step, set_rank
+from peft_fused.methods import on_step, set_dylora_rank
 from peft_fused.ops.dispatch import use_backend
 
 R, ALPHA = 5, 7.0
@@ -16,7 +16,7 @@ R, ALPHA = 5, 7.0
 
 def make(**options):
     torch.manual_seed(0)
-    layer = DyLoRALinear.from_linear(nn.Linear(12, 9), r=R, alpha=ALPHA, **options)
+    layer = DyLoraLinear.from_linear(nn.Linear(12, 9), r=R, alpha=ALPHA, **options)
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -30,7 +30,7 @@ def dense(layer, x, b, scale=None):
 @pytest.mark.parametrize("b", range(1, R + 1))
 def test_forward_delta_and_merge_at_each_rank(b, training):
     layer = make().train(training)
-    set_rank(layer, b)
+    set_dylora_rank(layer, b)
     x = torch.randn(3, 12)
     torch.testing.assert_close(layer(x), dense(layer, x, b))
     torch.testing.assert_close(layer.delta(), ALPHA / b * layer.lora_B[:, :b] @ layer.lora_A[:b])
@@ -41,7 +41,7 @@ def test_forward_delta_and_merge_at_each_rank(b, training):
 
 def test_rslora_scale():
     layer = make(use_rslora=True)
-    set_rank(layer, 4)
+    set_dylora_rank(layer, 4)
     x = torch.randn(3, 12)
     torch.testing.assert_close(layer(x), dense(layer, x, 4, ALPHA / 2))
 
@@ -50,7 +50,7 @@ def test_rslora_scale():
 @pytest.mark.parametrize("b", range(1, R + 1))
 def test_gradients_are_those_of_the_truncated_formula(b, frozen):
     layer = make(frozen=frozen)
-    set_rank(layer, b)
+    set_dylora_rank(layer, b)
     x = torch.randn(3, 12, requires_grad=True)
     layer(x).square().sum().backward()
     got = layer.lora_A.grad, layer.lora_B.grad, x.grad
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_truncated_formula(b, frozen):
 
 def test_evaluation_does_not_run_at_the_training_rank():
     layer = make()
-    set_rank(layer, 3)
+    set_dylora_rank(layer, 3)
     x = torch.randn(3, 12)
     step = next(s for s in range(100) if on_step(layer, step=s) and layer.ranks.train_value != 3)
     on_step(layer, step=step)
@@ -76,7 +76,7 @@ def test_evaluation_does_not_run_at_the_training_rank():
 
 def test_ranks_survive_casts_copies_and_pickles():
     layer = make()
-    set_rank(layer, 3)
+    set_dylora_rank(layer, 3)
     for other in (
         copy.deepcopy(layer),
         pickle.loads(pickle.dumps(layer)),
@@ -93,12 +93,12 @@ def test_ranks_survive_casts_copies_and_pickles():
 def test_ranks_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
     """As FSDP and DataParallel do, which move parameters and buffers by themselves."""
     layer, x = make(), torch.randn(4, 12)
-    set_rank(layer, 2)
+    set_dylora_rank(layer, 2)
     expected = layer(x)
     layer.ranks.train_rank, layer.ranks.train_scale = (t.to("meta") for t in layer.ranks.controls(True, x))
     with torch.inference_mode():
         assert torch.equal(layer(x), expected)
-    set_rank(layer, 3)
+    set_dylora_rank(layer, 3)
     assert layer.ranks.train_rank.item() == 3
 
 
@@ -109,7 +109,7 @@ def test_ranks_are_written_in_place_and_stay_out_of_checkpoints():
         return [tensor.data_ptr() for tensor in (*layer.ranks.controls(True, x), *layer.ranks.controls(False, x))]
 
     before = pointers()
-    set_rank(layer, 2)
+    set_dylora_rank(layer, 2)
     on_step(layer, step=1)
     assert before == pointers()
     assert not list(layer.ranks.buffers()), "DDP would write them between a forward pass and its backward"
@@ -141,7 +141,7 @@ def test_a_rank_changed_before_backward_never_gives_a_wrong_gradient(native):
     layer.lora_A.grad = None
     with use_backend(None, native=native):
         y = layer(x).sum()
-        set_rank(layer, 2)
+        set_dylora_rank(layer, 2)
         try:
             y.backward()
         except RuntimeError as error:
@@ -161,13 +161,13 @@ def test_compiles_once_for_all_ranks():
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     x = torch.randn(3, 12)
     for b in range(1, R + 1):
-        set_rank(layer, b)
+        set_dylora_rank(layer, b)
         torch.testing.assert_close(compiled(x), dense(layer, x, b))
     assert len(compilations) == 1
 
 
 def test_training_without_a_schedule_warns_once_per_model():
-    models = [nn.Sequential(make(), DyLoRALinear.from_linear(nn.Linear(9, 4), r=2)) for _ in range(2)]
+    models = [nn.Sequential(make(), DyLoraLinear.from_linear(nn.Linear(9, 4), r=2)) for _ in range(2)]
     x = torch.randn(1, 12)
     for model in models:
         with pytest.warns(UserWarning) as caught:
@@ -213,9 +213,9 @@ def test_policy_defaults_are_the_papers():
 
 @pytest.mark.parametrize("b", (1, 2, 3, 4))
 def test_the_scale_is_as_exact_as_the_layer(b):
-    layer = DyLoRALinear.from_linear(nn.Linear(16, 8).double(), r=4, alpha=16, dtype=torch.float64).eval()
+    layer = DyLoraLinear.from_linear(nn.Linear(16, 8).double(), r=4, alpha=16, dtype=torch.float64).eval()
     nn.init.normal_(layer.lora_B)
     x = torch.randn(5, 16, dtype=torch.float64)
-    set_rank(layer, b)
+    set_dylora_rank(layer, b)
     expected = layer.base(x) + 16 / b * (x @ layer.lora_A[:b].T @ layer.lora_B[:, :b].T)
     torch.testing.assert_close(layer(x), expected, rtol=1e-14, atol=1e-14)

@@ -8,19 +8,19 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_fused.layers import (
     AdaMixLinear,
-    AFLoRALinear,
+    AfLoraLinear,
     CirculantLinear,
-    DyLoRALinear,
+    DyLoraLinear,
     KroneckerLinear,
-    LDRLinear,
-    LoRALinear,
+    LdrLinear,
+    LoraLinear,
     RosaLinear,
     SurmAdapterLinear,
     ToeplitzLinear,
 )
 
 CLASSES = (
-    AdaMixLinear, AFLoRALinear, CirculantLinear, DyLoRALinear, KroneckerLinear, LDRLinear, LoRALinear, RosaLinear,
+    AdaMixLinear, AfLoraLinear, CirculantLinear, DyLoraLinear, KroneckerLinear, LdrLinear, LoraLinear, RosaLinear,
     SurmAdapterLinear, ToeplitzLinear,
 )  # fmt: skip
 HUGE = 10**400
@@ -98,13 +98,13 @@ SCALED = [dict(alpha=HUGE), dict(alpha=-HUGE), dict(alpha=1e39), dict(alpha=floa
 RANKED = [dict(r=0), dict(r=257), dict(r=HUGE), dict(r=2.5), dict(r=True), dict(r="4")]
 SURM = [*SHARED, *DROPPED, *SCALED]
 WRONG = {
-    LoRALinear: [*SHARED, *DROPPED, *SCALED, *RANKED, dict(use_rslora=1), dict(alpha=None)],
-    DyLoRALinear: [
+    LoraLinear: [*SHARED, *DROPPED, *SCALED, *RANKED, dict(use_rslora=1), dict(alpha=None)],
+    DyLoraLinear: [
         *SHARED, *DROPPED, *SCALED, *RANKED, dict(r=2, r_min=4), dict(r_min=0), dict(r_min="1"), dict(resample="never"),
         dict(rank_distribution=3), dict(geometric_p=1.0), dict(geometric_p=HUGE), dict(frozen=None),
         dict(strict_frozen="yes"), dict(seed=1.5),
     ],
-    AFLoRALinear: [
+    AfLoraLinear: [
         *SHARED, *DROPPED, *SCALED, *RANKED, dict(d_initial=HUGE), dict(d_initial=1e39), dict(d_initial="0"),
         dict(frozen=1), dict(t_i=-1), dict(t_i=HUGE), dict(t_i=0.6, t_f=0.6), dict(ramp="linear"), dict(rule=None),
         dict(beta1=1.0), dict(beta2="0.9"), dict(window=0),
@@ -124,7 +124,7 @@ WRONG = {
     ],
     ToeplitzLinear: [*SURM, dict(structure="toeplitz"), dict(structure=None)],
     KroneckerLinear: [*SURM, dict(r=3), dict(r=0), dict(r=2.0)],
-    LDRLinear: [*SURM, dict(q=0), dict(q=None)],
+    LdrLinear: [*SURM, dict(q=0), dict(q=None)],
     SurmAdapterLinear: [
         *SURM, dict(structure="dense"), dict(q=2), dict(activation="step"), dict(activation=3),
         dict(activation=nn.ReLU()), dict(activation="sigmoid"), dict(allow_nonidentity=1),
@@ -151,7 +151,7 @@ def test_refused_arguments_leave_the_base_as_it_was(cls, make):
 
 
 def test_structures_of_square_layers_leave_others_as_they_were():
-    for cls in (ToeplitzLinear, LDRLinear):
+    for cls in (ToeplitzLinear, LdrLinear):
         base = nn.Linear(8, 4)
         with pytest.raises(ValueError, match="square"):
             cls.from_linear(base)

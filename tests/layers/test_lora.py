@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_fused.layers import DyLoRALinear, LoRALinear
+from peft_fused.layers import DyLoraLinear, LoraLinear
 
-LAYERS = [LoRALinear, DyLoRALinear]
+LAYERS = [LoraLinear, DyLoraLinear]
 
 
 def random_b(layer):
@@ -24,7 +24,7 @@ def linear(dtype=torch.float32, bias=True):
 @pytest.mark.parametrize("rslora", [True, False])
 def test_forward_is_the_formula(bias, rslora):
     base = linear(bias=bias)
-    layer = random_b(LoRALinear.from_linear(base, r=4, alpha=6, use_rslora=rslora))
+    layer = random_b(LoraLinear.from_linear(base, r=4, alpha=6, use_rslora=rslora))
     x = torch.randn(2, 5, 12)
     scale = 6 / math.sqrt(4) if rslora else 6 / 4
     expected = base(x) + scale * (x @ layer.lora_A.T) @ layer.lora_B.T
@@ -118,21 +118,21 @@ def test_bad_arguments_are_named(cls, arguments, error, message):
         cls.from_linear(linear(), **arguments)
 
 
-@pytest.mark.parametrize("base", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), "layer", LoRALinear.from_linear(linear())])
+@pytest.mark.parametrize("base", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), "layer", LoraLinear.from_linear(linear())])
 def test_other_bases_are_refused(base):
     with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Linear"):
-        LoRALinear.from_linear(base)
+        LoraLinear.from_linear(base)
 
 
 def test_quantised_weight_is_refused():
     base = linear()
     base.weight = nn.Parameter(torch.zeros(9, 12, dtype=torch.int8), requires_grad=False)
     with pytest.raises(TypeError, match=r"int8.*PEFT integration"):
-        LoRALinear.from_linear(base)
+        LoraLinear.from_linear(base)
 
 
 def test_explain_path_follows_the_state():
-    layer = LoRALinear.from_linear(linear())
+    layer = LoraLinear.from_linear(linear())
     assert layer.explain_path() == ("lowrank_linear", [])
     layer.merge()
     path, reasons = layer.explain_path()

@@ -13,17 +13,16 @@ from peft_fused.layers import (
     CirculantMap,
     KroneckerLinear,
     KroneckerMap,
-    LDRLinear,
-    LDRMap,
-    LoRALinear,
+    LdrLinear,
+    LdrMap,
+    LoraLinear,
     MapSpec,
     SymmetricToeplitzMap,
     ToeplitzLinear,
     ToeplitzMap,
 )
 from peft_fused.ops.dispatch import explain
-from peft_fused.ops.structured import toeplitz as toeplitz_op
-from peft_fused.ops.structured import toeplitz_tail
+from peft_fused.ops.structured import toeplitz_matmul, toeplitz_tail
 
 
 def circulant(c):
@@ -69,7 +68,7 @@ FORMS = {
     "symmetric toeplitz": (ToeplitzLinear, {}, True),
     "kronecker": (KroneckerLinear, {}, False),
     "kronecker, r = 3": (KroneckerLinear, {"r": 3}, False),
-    "ldr": (LDRLinear, {"q": 2}, True),
+    "ldr": (LdrLinear, {"q": 2}, True),
 }
 SHAPES = [(12, 12), (12, 9), (9, 12)]
 CASES = [(form, shape) for form in FORMS for shape in SHAPES if shape == (12, 12) or not FORMS[form][2]]
@@ -333,7 +332,7 @@ def test_bad_arguments_are_named_and_change_nothing(form, options, error, messag
     assert base.weight.requires_grad and base.bias.requires_grad
 
 
-@pytest.mark.parametrize("base", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), LoRALinear.from_linear(nn.Linear(4, 4))])
+@pytest.mark.parametrize("base", [nn.Conv2d(3, 3, 1), nn.Embedding(4, 4), LoraLinear.from_linear(nn.Linear(4, 4))])
 def test_other_bases_are_refused(base):
     with pytest.raises(TypeError, match=r"base must be a torch\.nn\.Linear"):
         CirculantLinear.from_linear(base)
@@ -356,7 +355,7 @@ def test_options_of_another_structure_are_refused_not_ignored(options, message):
 
 def test_toeplitz_tail_is_toeplitz_without_the_second_corner():
     col, row, x, y = torch.randn(5), torch.randn(7), torch.randn(3, 7), torch.randn(3, 5)
-    torch.testing.assert_close(toeplitz_tail(x, col, row[1:]), toeplitz_op(x, col, row))
+    torch.testing.assert_close(toeplitz_tail(x, col, row[1:]), toeplitz_matmul(x, col, row))
     transposed = toeplitz_tail(y, col, row[1:], add=x, scale=2.0, transposed=True)
     torch.testing.assert_close(transposed, x + 2 * y @ toeplitz(col, row[1:]))
     for wrong, error, message in (
@@ -369,7 +368,7 @@ def test_toeplitz_tail_is_toeplitz_without_the_second_corner():
 
 
 def test_sizes_are_checked():
-    for cls in (CirculantMap, ToeplitzMap, SymmetricToeplitzMap, KroneckerMap, LDRMap):
+    for cls in (CirculantMap, ToeplitzMap, SymmetricToeplitzMap, KroneckerMap, LdrMap):
         with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
             cls(0, 4)
         with pytest.raises(TypeError, match="out_features must be an int"):

@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import peft_fused
 from peft_fused.layers import AdaMixLinear, RoutePolicy
-from peft_fused.methods import adamix_loss, consistency_loss, draw_route, on_step, set_pass, set_routing
+from peft_fused.methods import adamix_loss, consistency_loss, draw_route, on_step, set_adamix_pass, set_adamix_routing
 from peft_fused.methods.adamix import double, members_of
 
 E = 4
@@ -170,9 +170,9 @@ def test_two_passes_and_a_doubled_batch_are_the_formula(kind, routing):
     on_step(model, step=1)
     plain = {name: value for name, value in inputs.items() if name != "labels"}
     first = model(**plain).logits
-    set_pass(model, 1)
+    set_adamix_pass(model, 1)
     second = model(**plain).logits
-    set_pass(model, 0)
+    set_adamix_pass(model, 0)
     divergence = consistency_loss(first, second)
     assert divergence > 1e-6
     expected = F.cross_entropy(first, inputs["labels"]) + 3.0 * divergence
@@ -192,9 +192,9 @@ def test_a_causal_model_compares_the_predictions_of_real_tokens(doubled):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     on_step(model, step=1)
     first = model(**inputs).logits
-    set_pass(model, 1)
+    set_adamix_pass(model, 1)
     second = model(**inputs).logits
-    set_pass(model, 0)
+    set_adamix_pass(model, 0)
     kept = labels[:, 1:] != -100
     expected = F.cross_entropy(first[:, :-1][kept], labels[:, 1:][kept])
     expected = expected + 100 * consistency_loss(first[:, :-1][kept], second[:, :-1][kept])
@@ -251,15 +251,18 @@ def test_activation_checkpointing_changes_nothing(reentrant, doubled):
 
 def test_only_models_with_adamix_layers_are_taken():
     plain = nn.Linear(2, 2)
-    for call in (lambda: set_pass(plain, 0), lambda: set_routing(plain, "merged")):
+    for call in (lambda: set_adamix_pass(plain, 0), lambda: set_adamix_routing(plain, "merged")):
         with pytest.raises(ValueError, match="no AdaMix layers"):
             call()
     layer = AdaMixLinear.from_linear(nn.Linear(4, 4))
     for call, message in (
-        (lambda: set_pass(layer, 2), r"index must be in 0\.\.1 or None, got 2"),
-        (lambda: set_routing(layer, "mixed"), "routing must be one of 'merged', 'random', got 'mixed'"),
-        (lambda: set_routing(layer, "random", index=-1), "index must be at least 0"),
-        (lambda: set_pass(layer, 0, adapter_name="other"), r"adapter_name must be one of \['default'\], got 'other'"),
+        (lambda: set_adamix_pass(layer, 2), r"index must be in 0\.\.1 or None, got 2"),
+        (lambda: set_adamix_routing(layer, "mixed"), "routing must be one of 'merged', 'random', got 'mixed'"),
+        (lambda: set_adamix_routing(layer, "random", index=-1), "index must be at least 0"),
+        (
+            lambda: set_adamix_pass(layer, 0, adapter_name="other"),
+            r"adapter_name must be one of \['default'\], got 'other'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -311,9 +314,9 @@ def test_nested_checkpoints_are_repeated_with_their_own_routes(outer, inner):
     for net.nested in (False, True):
         on_step(net, step=1)
         first = net(x)
-        set_pass(net, 1)
+        set_adamix_pass(net, 1)
         second = net(x)
-        set_pass(net, 0)
+        set_adamix_pass(net, 0)
         found.append(gradients(net, (first + 2 * second.sin()).sum()))
     values = net.first.block.routes.values
     assert values[0][0] != values[0][1]
@@ -356,9 +359,9 @@ def test_gpt2_predicts_the_next_token_too(doubled):
     labels[:, :3] = -100
     on_step(model, step=1)
     first = model(**inputs).logits
-    set_pass(model, 1)
+    set_adamix_pass(model, 1)
     second = model(**inputs).logits
-    set_pass(model, 0)
+    set_adamix_pass(model, 0)
     kept = labels[:, 1:] != -100
     expected = F.cross_entropy(first[:, :-1][kept], labels[:, 1:][kept])
     expected = expected + 100 * consistency_loss(first[:, :-1][kept], second[:, :-1][kept])
@@ -394,18 +397,18 @@ def test_what_is_masked_gets_no_gradient_whatever_it_holds():
 
 def test_a_first_dimension_that_is_not_the_batch_is_not_halved():
     layer = AdaMixLinear.from_linear(nn.Linear(4, 4), share_up=False)
-    set_pass(layer, None, sequences=8)
+    set_adamix_pass(layer, None, sequences=8)
     layer(torch.randn(8, 6, 4))
     with pytest.raises(ValueError, match=r"have 8 sequences in the first dimension .* got 6"):
         layer(torch.randn(6, 8, 4))
 
 
 def test_two_strict_methods_on_one_optimizer():
-    from peft_fused.layers import DyLoRALinear
+    from peft_fused.layers import DyLoraLinear
 
     torch.manual_seed(0)
     net = nn.Sequential(
-        DyLoRALinear.from_linear(nn.Linear(6, 6), r=4, frozen=True, strict_frozen=True),
+        DyLoraLinear.from_linear(nn.Linear(6, 6), r=4, frozen=True, strict_frozen=True),
         AdaMixLinear.from_linear(nn.Linear(6, 6), r=2, strict_experts=True),
     )
     nn.init.normal_(net[0].lora_B)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_fused.layers import AFLoRALinear, DyLoRALinear, FreezingPolicy
+from peft_fused.layers import AfLoraLinear, DyLoraLinear, FreezingPolicy
 from peft_fused.methods import freezing_fraction, freezing_history, on_step
 
 SIZES = ((6, 5), (5, 7), (7, 6))
@@ -16,7 +16,7 @@ R = 2
 def model(sizes=SIZES, **options):
     torch.manual_seed(0)
     defaults = dict(t_i=2, t_f=0.25, window=4)
-    layers = [AFLoRALinear.from_linear(nn.Linear(*size), r=R, **{**defaults, **options}) for size in sizes]
+    layers = [AfLoraLinear.from_linear(nn.Linear(*size), r=R, **{**defaults, **options}) for size in sizes]
     for layer in layers:
         nn.init.normal_(layer.lora_b)
     return nn.Sequential(*layers)
@@ -389,7 +389,7 @@ def test_a_resumed_run_equals_the_straight_one(at, rule):
 
 
 def test_half_precision_adapters_have_statistics_in_fp32():
-    net = nn.Sequential(AFLoRALinear.from_linear(nn.Linear(6, 5).bfloat16(), dtype=torch.bfloat16, t_i=99, t_f=0))
+    net = nn.Sequential(AfLoraLinear.from_linear(nn.Linear(6, 5).bfloat16(), dtype=torch.bfloat16, t_i=99, t_f=0))
     assert net[0].lora_A.dtype == torch.bfloat16
     drive(net, 200, 3, grad=lambda step, i, m, shape: torch.full(shape, [256.0, 1.0, 1.0][step]).bfloat16())
     assert net[0].freezing.kept["A"][0].eq(258.0).all()  # in bf16 it stays 256
@@ -480,7 +480,7 @@ def test_history():
     with pytest.raises(ValueError, match=r"adapter_name must be one of \['default'\], got 'other'"):
         freezing_history(net, adapter_name="other")
     with pytest.raises(ValueError, match="no AFLoRA layers"):
-        freezing_history(DyLoRALinear.from_linear(nn.Linear(4, 4)))
+        freezing_history(DyLoraLinear.from_linear(nn.Linear(4, 4)))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn.Module, got str"):
         freezing_history("model")
 

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from peft_fused.integrations.peft import SurmConfig
-from peft_fused.layers import CirculantLinear, KroneckerLinear, LoRALinear, SurmAdapter
+from peft_fused.layers import CirculantLinear, KroneckerLinear, LoraLinear, SurmAdapter
 from peft_fused.methods import decay_groups
 
 
@@ -38,7 +38,7 @@ def test_structured_parameters_biases_and_norms_are_not_decayed(kind):
 
 def test_plain_layers_and_other_methods():
     model = nn.ModuleDict({
-        "lora": LoRALinear.from_linear(nn.Linear(4, 4)),
+        "lora": LoraLinear.from_linear(nn.Linear(4, 4)),
         "circulant": CirculantLinear.from_linear(nn.Linear(4, 4)),
         "kronecker": KroneckerLinear.from_linear(nn.Linear(4, 4)),
         "adapter": SurmAdapter(4),

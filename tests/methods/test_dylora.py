@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from peft_fused.layers import DyLoRALinear, LoRALinear, RankPolicy
-from peft_fused.methods import draw_rank, evaluate_ranks, on_step, set_rank
+from peft_fused.layers import DyLoraLinear, LoraLinear, RankPolicy
+from peft_fused.methods import draw_rank, evaluate_dylora_ranks, on_step, set_dylora_rank
 
 
 def model(r=(6, 6), **options):
     torch.manual_seed(0)
-    layers = [DyLoRALinear.from_linear(nn.Linear(8, 8), r=rank, **options) for rank in r]
+    layers = [DyLoraLinear.from_linear(nn.Linear(8, 8), r=rank, **options) for rank in r]
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     return nn.Sequential(*layers)
@@ -71,62 +71,62 @@ def test_smaller_layers_are_clipped():
         drawn.add(first)
         assert second == min(first, 2)
     assert drawn == set(range(1, 7))
-    set_rank(net, 5)
+    set_dylora_rank(net, 5)
     assert eval_ranks(net) == [5, 2]
 
 
 def test_set_rank_sets_both_and_the_schedule_overrides_training_only():
     net = model()
-    set_rank(net, 4)
+    set_dylora_rank(net, 4)
     assert train_ranks(net) == eval_ranks(net) == [4, 4]
     step = next(s for s in range(100) if draw_rank(RankPolicy(), 6, s) != 4)
     on_step(net, step=step)
     assert eval_ranks(net) == [4, 4] and train_ranks(net) == [draw_rank(RankPolicy(), 6, step)] * 2
-    set_rank(net, None)
+    set_dylora_rank(net, None)
     assert train_ranks(net) == eval_ranks(net) == [6, 6]
 
 
 def test_evaluate_ranks_evaluates_each_and_restores():
     net = model()
-    set_rank(net, 3)
+    set_dylora_rank(net, 3)
     on_step(net, step=5)
     before = train_ranks(net), eval_ranks(net), [layer.ranks.used for layer in net]
     net[1].eval()
     x = torch.randn(2, 8)
-    results = evaluate_ranks(net, lambda m: (m.training, m(x)))
+    results = evaluate_dylora_ranks(net, lambda m: (m.training, m(x)))
     assert list(results) == list(range(1, 7))
     for b, (training, y) in results.items():
-        set_rank(net, b)
+        set_dylora_rank(net, b)
         assert not training and torch.equal(y, net(x))
-        set_rank(net, 3)
+        set_dylora_rank(net, 3)
         on_step(net, step=5)
     assert (net[0].training, net[1].training) == (True, False)
     with pytest.raises(ZeroDivisionError):
-        evaluate_ranks(net, lambda m: 1 / 0, [2])
+        evaluate_dylora_ranks(net, lambda m: 1 / 0, [2])
     assert (train_ranks(net), eval_ranks(net)) == before[:2]
-    assert list(evaluate_ranks(net, lambda m: None, [5, 1])) == [5, 1]
+    assert list(evaluate_dylora_ranks(net, lambda m: None, [5, 1])) == [5, 1]
 
 
 def test_bad_ranks_and_models_are_named():
     net = model()
     for rank in (0, 7):
         with pytest.raises(ValueError, match=rf"rank must be in 1\.\.6, got {rank}"):
-            set_rank(net, rank)
+            set_dylora_rank(net, rank)
     with pytest.raises(TypeError, match="rank must be an int"):
-        set_rank(net, 2.0)
+        set_dylora_rank(net, 2.0)
     with pytest.raises(ValueError, match=r"ranks must be in 1\.\.6"):
-        evaluate_ranks(net, lambda m: None, [1, 9])
+        evaluate_dylora_ranks(net, lambda m: None, [1, 9])
     with pytest.raises(ValueError, match="no DyLoRA layers"):
-        set_rank(nn.Linear(2, 2), 1)
+        set_dylora_rank(nn.Linear(2, 2), 1)
     with pytest.raises(ValueError, match="adapter_name must be one of"):
-        set_rank(net, 1, adapter_name="other")
+        set_dylora_rank(net, 1, adapter_name="other")
     net[0].merge()
     with pytest.raises(ValueError, match="unmerge it first"):
-        set_rank(net, 1)
+        set_dylora_rank(net, 1)
 
 
 def test_on_step_counts_members_and_checks_its_arguments():
-    assert on_step(nn.Sequential(LoRALinear.from_linear(nn.Linear(2, 2), r=1)), step=0) == 0
+    assert on_step(nn.Sequential(LoraLinear.from_linear(nn.Linear(2, 2), r=1)), step=0) == 0
     with pytest.raises(ValueError, match="step must be at least 0"):
         on_step(model(), step=-1)
     with pytest.raises(TypeError, match="micro must be an int"):

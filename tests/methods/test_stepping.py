@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 import peft_fused
-from peft_fused.layers import AdaMixLinear, DyLoRALinear
+from peft_fused.layers import AdaMixLinear, DyLoraLinear
 from peft_fused.methods import check_sync, on_step
 from peft_fused.methods.stepping import METHODS, Method
 
@@ -111,7 +111,7 @@ def partitioned(model: nn.Module) -> nn.Module:
 
 
 def test_zero3_is_refused_and_the_model_left_alone():
-    layer = partitioned(DyLoRALinear.from_linear(nn.Linear(4, 4), r=2))
+    layer = partitioned(DyLoraLinear.from_linear(nn.Linear(4, 4), r=2))
     with pytest.raises(NotImplementedError, match="DeepSpeed ZeRO-3 is not supported"):
         on_step(layer, step=0)
     model = partitioned(nn.Sequential(nn.Linear(4, 4)))
@@ -128,7 +128,7 @@ def test_zero3_is_refused_and_the_model_left_alone():
 
 
 def test_check_sync_of_a_single_process_says_nothing():
-    check_sync(DyLoRALinear.from_linear(nn.Linear(4, 4), r=2))
+    check_sync(DyLoraLinear.from_linear(nn.Linear(4, 4), r=2))
     check_sync(nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         check_sync("model")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_fused
-from peft_fused.ops import bottleneck, bottleneck_reference, bottleneck_torch, dispatch, native
+from peft_fused.ops import bottleneck_adapter, bottleneck_adapter_reference, bottleneck_torch, dispatch, native
 from peft_fused.ops.accuracy import SHOWS_IN, compare, compare_mutated
 from peft_fused.ops.bottleneck import ACTIVATIONS, NAMES, problem_of
 from peft_fused.ops.cases import bottleneck_cases, make_bottleneck
@@ -93,7 +93,7 @@ def test_reference_is_the_formula_row_by_row(form, residual):
     start = t["h"] if residual == "h" else t["residual"]
     parameters = (t["down"], t["down_bias"], t["up"], t["up_bias"])
     want = by_rows(t["h"], *parameters, act, start, 2.0, *(expanded(e, 12) for e in pair))
-    torch.testing.assert_close(case.call(bottleneck_reference), want)
+    torch.testing.assert_close(case.call(bottleneck_adapter_reference), want)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,12 @@ def test_activations_are_their_formulas(activation, formula):
     case = make_bottleneck(9, 5, 4, 3, dtype=F64, activation=activation)
     t = case.tensors
     a = formula(t["h"] @ t["down"].mT + t["down_bias"])
-    torch.testing.assert_close(case.call(bottleneck_reference), 2.0 * (a @ t["up"].mT + t["up_bias"]))
+    torch.testing.assert_close(case.call(bottleneck_adapter_reference), 2.0 * (a @ t["up"].mT + t["up_bias"]))
 
 
-@pytest.mark.parametrize("function", [bottleneck_reference, "cpp", "python"], ids=["reference", "cpp", "python"])
+@pytest.mark.parametrize(
+    "function", [bottleneck_adapter_reference, "cpp", "python"], ids=["reference", "cpp", "python"]
+)
 @every_form
 @every_activation
 def test_gradcheck(activation, form, function):
@@ -123,7 +125,7 @@ def test_gradcheck(activation, form, function):
         if function == "cpp" and native.module is None:
             pytest.skip(native.why_missing)
         with peft_fused.use_backend("torch", native=function == "cpp"):
-            assert torch.autograd.gradcheck(call_of(bottleneck, case), leaves(case))
+            assert torch.autograd.gradcheck(call_of(bottleneck_adapter, case), leaves(case))
     else:
         assert torch.autograd.gradcheck(call_of(function, case), leaves(case))
 
@@ -132,7 +134,7 @@ def test_gradcheck(activation, form, function):
 def test_relu_has_no_slope_at_zero(cpp):
     h = torch.zeros(2, 3, requires_grad=True)
     with peft_fused.use_backend("torch", native=cpp):
-        y = bottleneck(h, torch.ones(1, 3), None, torch.ones(3, 1), None, "relu")
+        y = bottleneck_adapter(h, torch.ones(1, 3), None, torch.ones(3, 1), None, "relu")
     y.sum().backward()
     assert torch.equal(h.grad, torch.ones(2, 3))
 
@@ -157,7 +159,7 @@ def test_the_cpp_node_takes_every_case(types):
 def test_error_is_at_most_twice_pytorchs(types, cpp, poisoned):
     for case in bottleneck_cases("bottleneck", *types):
         with peft_fused.use_backend("torch", native=cpp):
-            assert not failures(compare(bottleneck, bottleneck_reference, case)), case.name
+            assert not failures(compare(bottleneck_adapter, bottleneck_adapter_reference, case)), case.name
 
 
 @both_nodes
@@ -166,7 +168,7 @@ def test_defects_do_not_pass(types, cpp):
     seen = set()
     for case in bottleneck_cases("bottleneck", *types):
         with peft_fused.use_backend("torch", native=cpp):
-            for defect, verdicts in compare_mutated(bottleneck, bottleneck_reference, case).items():
+            for defect, verdicts in compare_mutated(bottleneck_adapter, bottleneck_adapter_reference, case).items():
                 seen.add(defect)
                 shown = next(v for v in verdicts if v.name == SHOWS_IN.get(defect, "y"))
                 assert not shown.ok, f"{defect} passed on {case.name}"
@@ -185,7 +187,7 @@ def test_large_enough_for_onednn_and_row_blocks(types, expert, cpp, poisoned):
         2100, 640, 512, 24, dtype=types[0], adapter_dtype=types[1], experts=experts, expert=expert, residual="other"
     )
     with peft_fused.use_backend("torch", native=cpp):
-        assert not failures(compare(bottleneck, bottleneck_reference, case))
+        assert not failures(compare(bottleneck_adapter, bottleneck_adapter_reference, case))
 
 
 @pytest.mark.parametrize("types", TYPES, ids=TYPE_IDS)
@@ -200,7 +202,7 @@ def test_indices_that_stay_on_a_device(types, form, block, monkeypatch, poisoned
     for residual in ("h", "zeros"):
         case = form_case(form, 48, 20, 20, 6, dtype=types[0], adapter_dtype=types[1], residual=residual, scale=scale)
         with peft_fused.use_backend("torch", native=False):
-            assert not failures(compare(bottleneck, bottleneck_reference, case)), residual
+            assert not failures(compare(bottleneck_adapter, bottleneck_adapter_reference, case)), residual
 
 
 @both_nodes
@@ -209,12 +211,14 @@ def test_any_subset_may_be_frozen(cpp, poisoned):
     options = dict(dtype=F64, residual="other", experts=(3, 3), expert=torch.tensor([2, 0]))
     full = make_bottleneck(12, 7, 5, 3, **options)
     dy = torch.randn(12, 5, dtype=F64)
-    truth = dict(zip(every, torch.autograd.grad(full.call(bottleneck_reference), leaves(full), dy), strict=True))
+    truth = dict(
+        zip(every, torch.autograd.grad(full.call(bottleneck_adapter_reference), leaves(full), dy), strict=True)
+    )
     for size in range(1, len(every) + 1):
         for wrt in itertools.combinations(every, size):
             part = make_bottleneck(12, 7, 5, 3, wrt=wrt, **options)
             with peft_fused.use_backend("torch", native=cpp):
-                part.call(bottleneck).backward(dy)
+                part.call(bottleneck_adapter).backward(dy)
             for name in every:
                 if name in wrt:
                     torch.testing.assert_close(part.tensors[name].grad, truth[name])
@@ -231,11 +235,11 @@ def test_leading_dimensions_and_no_tokens(shape, form, cpp):
     h = torch.randn(*shape, 5, dtype=F64, requires_grad=True)
     options = {**case.tensors, "h": h, **case.options}
     with peft_fused.use_backend("torch", native=cpp):
-        y = bottleneck(**options)
+        y = bottleneck_adapter(**options)
     assert y.shape == (*shape, 5)
     y.square().sum().backward()
     names = ("h", *NAMES[1:])
-    want = torch.autograd.grad(bottleneck_reference(**options).square().sum(), [options[n] for n in names])
+    want = torch.autograd.grad(bottleneck_adapter_reference(**options).square().sum(), [options[n] for n in names])
     for name, grad in zip(names, want, strict=True):
         torch.testing.assert_close(options[name].grad, grad)
 
@@ -245,7 +249,7 @@ def test_leading_dimensions_and_no_tokens(shape, form, cpp):
 def test_numbers_of_rows(rows, cpp):
     case = make_bottleneck(rows, 9, 9, 4, dtype=F64, residual="h")
     with peft_fused.use_backend("torch", native=cpp):
-        torch.testing.assert_close(case.call(bottleneck), case.call(bottleneck_reference))
+        torch.testing.assert_close(case.call(bottleneck_adapter), case.call(bottleneck_adapter_reference))
 
 
 @both_nodes
@@ -253,7 +257,7 @@ def test_one_row_as_a_vector(cpp):
     case = make_bottleneck(1, 6, 6, 2, dtype=F64, residual="h")
     options = {**case.tensors, "h": torch.randn(6, dtype=F64), **case.options}
     with peft_fused.use_backend("torch", native=cpp):
-        torch.testing.assert_close(bottleneck(**options), bottleneck_reference(**options))
+        torch.testing.assert_close(bottleneck_adapter(**options), bottleneck_adapter_reference(**options))
 
 
 @both_nodes
@@ -269,7 +273,7 @@ def test_strides_of_any_kind(expert, cpp):
     if expert is not None:
         expert = expert.repeat_interleave(2)[::2]
     tensors, grads = [h, down, down_bias, up, up_bias], []
-    for function in (bottleneck, bottleneck_reference):
+    for function in (bottleneck_adapter, bottleneck_adapter_reference):
         with peft_fused.use_backend("torch", native=cpp):
             y = function(*tensors, expert=expert)
         grads.append(torch.autograd.grad(y.sum(), tensors))
@@ -283,9 +287,9 @@ def test_inputs_and_outputs_keep_to_themselves(form, residual, cpp):
     """Neither inputs nor saved tensors are written to, and the output may be changed in place by the next layer."""
     case = form_case(form, residual=residual, activation="identity")
     before = {name: t.detach().clone() for name, t in case.tensors.items() if t is not None}
-    want = torch.autograd.grad(case.call(bottleneck_reference).sum(), leaves(case))
+    want = torch.autograd.grad(case.call(bottleneck_adapter_reference).sum(), leaves(case))
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(bottleneck)
+        y = case.call(bottleneck_adapter)
     y.add_(1.0)
     y.sum().backward()
     for name, value in before.items():
@@ -301,10 +305,10 @@ def test_a_route_is_the_same_as_one_call_per_group(form, cpp):
     pair = expert if isinstance(expert, tuple) else (expert, expert)
     of_rows = [expanded(e, 12) for e in pair]
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(bottleneck)
+        y = case.call(bottleneck_adapter)
         for i in range(12):
             one = {**case.tensors, "h": case.tensors["h"][i : i + 1]}
-            alone = bottleneck(**one, scale=2.0, expert=(of_rows[0][i], of_rows[1][i]))
+            alone = bottleneck_adapter(**one, scale=2.0, expert=(of_rows[0][i], of_rows[1][i]))
             torch.testing.assert_close(y[i : i + 1], alone)
 
 
@@ -324,7 +328,7 @@ def test_frozen_parameters_save_nothing(cpp):
     def kept(wrt, **options):
         case = make_bottleneck(50, 40, 30, 4, wrt=wrt, **options)
         with peft_fused.use_backend("torch", native=cpp):
-            tensors = saved_tensors(lambda: case.call(bottleneck))
+            tensors = saved_tensors(lambda: case.call(bottleneck_adapter))
         known = {t.data_ptr(): name for name, t in case.tensors.items() if t is not None}
         return sorted(known.get(t.data_ptr(), str(tuple(t.shape))) for t in tensors)
 
@@ -349,7 +353,7 @@ def test_two_runs_are_bitwise_equal(types, cpp):
             700, 600, 600, 16, dtype=types[0], adapter_dtype=types[1], experts=(4, 4), expert=expert, residual="h"
         )
         with peft_fused.use_backend("torch", native=cpp):
-            y = case.call(bottleneck)
+            y = case.call(bottleneck_adapter)
         return [y, *torch.autograd.grad(y, leaves(case), torch.ones_like(y))]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -362,7 +366,7 @@ def test_checkpointing_gives_the_plain_gradients(use_reentrant, cpp):
 
     def run(wrapped):
         with peft_fused.use_backend("torch", native=cpp):
-            y = wrapped(lambda h: bottleneck(**{**case.tensors, "h": h}, **case.options), case.tensors["h"])
+            y = wrapped(lambda h: bottleneck_adapter(**{**case.tensors, "h": h}, **case.options), case.tensors["h"])
             y.square().sum().backward()
         grads = [leaf.grad for leaf in leaves(case)]
         for leaf in leaves(case):
@@ -384,7 +388,7 @@ def test_selective_checkpointing_gives_the_plain_gradients(saved, cpp):
 
     case = form_case("groups", residual="h")
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    block = lambda h: bottleneck(**{**case.tensors, "h": h}, **case.options).sin()  # noqa: E731
+    block = lambda h: bottleneck_adapter(**{**case.tensors, "h": h}, **case.options).sin()  # noqa: E731
     with peft_fused.use_backend("torch", native=cpp):
         plain = torch.autograd.grad(block(case.tensors["h"]).sum(), leaves(case))
         y = checkpoint(block, case.tensors["h"], use_reentrant=False, context_fn=contexts)
@@ -395,7 +399,7 @@ def test_selective_checkpointing_gives_the_plain_gradients(saved, cpp):
 def test_a_scale_beyond_the_range_of_fp16_overflows_as_in_the_reference(cpp):
     case = make_bottleneck(7, 12, 10, 4, dtype=torch.float16, scale=1e30)
     with peft_fused.use_backend("torch", native=cpp):
-        got, want = case.call(bottleneck), case.call(bottleneck_reference)
+        got, want = case.call(bottleneck_adapter), case.call(bottleneck_adapter_reference)
     assert torch.isinf(want).any() and torch.equal(got.isinf(), want.isinf())
 
 
@@ -406,7 +410,7 @@ def test_a_control_changed_before_backward_is_no_silent_error(control, cpp):
     values = {"expert": torch.tensor([0, 1]), "scale": torch.tensor(2.0)}
     case = make_bottleneck(20, 12, 10, 4, experts=(2, 2), **values)
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(bottleneck)
+        y = case.call(bottleneck_adapter)
         want = torch.autograd.grad(y.sum(), [case.tensors["down"]], retain_graph=True)[0]
         values[control].fill_(1)
         try:
@@ -421,9 +425,9 @@ def test_a_control_changed_before_backward_is_no_silent_error(control, cpp):
 def test_no_second_derivative_without_saying_so(cpp):
     case = make_bottleneck(4, 3, 2, 1)
     with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(case.call(bottleneck).sum(), [case.tensors["h"]], create_graph=True)
+        torch.autograd.grad(case.call(bottleneck_adapter).sum(), [case.tensors["h"]], create_graph=True)
     with peft_fused.use_backend("reference"):
-        torch.autograd.grad(case.call(bottleneck).sum(), [case.tensors["h"]], create_graph=True)
+        torch.autograd.grad(case.call(bottleneck_adapter).sum(), [case.tensors["h"]], create_graph=True)
 
 
 @both_nodes
@@ -438,7 +442,7 @@ def test_operations_are_counted_as_those_of_the_formula(wrt, cpp):
         return counter.get_total_flops()
 
     with peft_fused.use_backend("torch", native=cpp):
-        assert count(bottleneck) == count(bottleneck_reference) > 0
+        assert count(bottleneck_adapter) == count(bottleneck_adapter_reference) > 0
 
 
 def test_the_op_runs_without_importing_triton():
@@ -447,7 +451,7 @@ def test_the_op_runs_without_importing_triton():
         "import importlib.util, sys, torch; found = importlib.util.find_spec;"
         "importlib.util.find_spec = lambda name, package=None: None if name == 'peft' else found(name, package);"
         "import peft_fused;"
-        "peft_fused.ops.bottleneck(torch.ones(2, 3), torch.ones(1, 3), None, torch.ones(3, 1), None);"
+        "peft_fused.ops.bottleneck_adapter(torch.ones(2, 3), torch.ones(1, 3), None, torch.ones(3, 1), None);"
         "assert not {'peft', 'transformers', 'triton'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -460,7 +464,7 @@ def test_layers_without_inputs_or_outputs(sizes, cpp):
     shapes = dict(h=(3, 2, k), down=(4, k), down_bias=(4,), up=(n, 4), up_bias=(n,), residual=(3, 2, n))
     tensors = {name: torch.ones(shape, requires_grad=True) for name, shape in shapes.items()}
     with peft_fused.use_backend("torch", native=cpp):
-        y = bottleneck(**tensors, activation="relu")
+        y = bottleneck_adapter(**tensors, activation="relu")
         assert torch.equal(y, torch.full((3, 2, n), 6.0))
         y.sum().backward()
     assert all(tensor.grad.shape == shapes[name] for name, tensor in tensors.items())
@@ -471,7 +475,7 @@ def test_meta_tensors_have_the_shape_alone(cpp):
     case = make_bottleneck(6, 5, 4, 3, residual="other")
     tensors = {name: t.detach().to("meta") for name, t in case.tensors.items()}
     with peft_fused.use_backend(None, native=cpp):
-        y = bottleneck(**tensors)
+        y = bottleneck_adapter(**tensors)
     assert (y.shape, y.device.type) == ((6, 4), "meta")
 
 
@@ -483,13 +487,13 @@ def test_compile_is_one_graph_and_values_do_not_recompile():
     case = make_bottleneck(24, 16, 16, 4, experts=(3, 3), expert=expert, scale=scale, residual="h")
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda **k: bottleneck(**k), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda **k: bottleneck_adapter(**k), backend=counter, fullgraph=True)
     for step in range(4):
         expert[0].copy_(torch.tensor([step % 3, (step + 2) % 3]))
         expert[1].fill_(step % 3)
         scale.fill_(8.0 / (step + 1))
         got = torch.autograd.grad(compiled(**case.tensors, **case.options).square().sum(), leaves(case))
-        want = torch.autograd.grad(case.call(bottleneck_reference).square().sum(), leaves(case))
+        want = torch.autograd.grad(case.call(bottleneck_adapter_reference).square().sum(), leaves(case))
         for a, c in zip(got, want, strict=True):
             torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-3)
     assert counter.frame_count == 1
@@ -499,19 +503,19 @@ def test_compile_takes_any_number_of_rows():
     case = make_bottleneck(24, 16, 16, 4, experts=(3, 3), expert=torch.tensor([2, 0]), residual="h")
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda **k: bottleneck(**k), backend=counter, fullgraph=True)
+    compiled = torch.compile(lambda **k: bottleneck_adapter(**k), backend=counter, fullgraph=True)
     for rows in range(4, 20, 2):
         tensors = {**case.tensors, "h": case.tensors["h"].detach()[:1].expand(rows, -1)}
-        torch.testing.assert_close(compiled(**tensors, **case.options), bottleneck(**tensors, **case.options))
+        torch.testing.assert_close(compiled(**tensors, **case.options), bottleneck_adapter(**tensors, **case.options))
     assert counter.frame_count == 2, "one for the first number of rows, one for all others"
 
 
 def test_inductor():
     case = form_case("groups", residual="h")
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **k: bottleneck(**k) * 2, fullgraph=True)
+    compiled = torch.compile(lambda **k: bottleneck_adapter(**k) * 2, fullgraph=True)
     got = torch.autograd.grad(compiled(**case.tensors, **case.options).sum(), leaves(case))
-    want = torch.autograd.grad(case.call(bottleneck_reference).sum() * 2, leaves(case))
+    want = torch.autograd.grad(case.call(bottleneck_adapter_reference).sum() * 2, leaves(case))
     torch.testing.assert_close(got, want)
 
 
@@ -539,9 +543,9 @@ def test_opcheck(form, types):
 def test_autocast_is_that_of_linear(residual, cpp):
     case = make_bottleneck(32, 24, 24, 4, residual=residual)
     with peft_fused.use_backend("torch", native=cpp), torch.autocast("cpu", dtype=BF16):
-        y = case.call(bottleneck)
+        y = case.call(bottleneck_adapter)
     assert y.dtype == BF16
-    truth = case.to(F64).call(bottleneck_reference)
+    truth = case.to(F64).call(bottleneck_adapter_reference)
     assert (y.double() - truth).norm() / truth.norm() < 1e-2
     y.float().sum().backward()
     assert all(case.tensors[name].grad.dtype == F32 for name in case.wrt)
@@ -552,7 +556,7 @@ def test_autocast_is_that_of_linear(residual, cpp):
 def test_backward_inside_autocast_keeps_its_types(size, cpp):
     case = make_bottleneck(size, 200, 160, 4)
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(bottleneck)
+        y = case.call(bottleneck_adapter)
         want = torch.autograd.grad(y.sum(), leaves(case), retain_graph=True)
         with torch.autocast("cpu", dtype=BF16):
             got = torch.autograd.grad(y.sum(), leaves(case))
@@ -568,8 +572,10 @@ def test_the_scale_does_not_leave_the_range_of_half_units(scale, cpp):
     case.tensors["up"] = case.tensors["up"].detach() * (1e-3 if scale > 1 else 500.0)
     part = case.tensors | {"h": case.tensors["h"].detach()}
     with peft_fused.use_backend("torch", native=cpp):
-        y = bottleneck(**part, **case.options)
-    truth = bottleneck_reference(**{n: None if t is None else t.double() for n, t in part.items()}, **case.options)
+        y = bottleneck_adapter(**part, **case.options)
+    truth = bottleneck_adapter_reference(
+        **{n: None if t is None else t.double() for n, t in part.items()}, **case.options
+    )
     assert (y.double() - truth).norm() / truth.norm() < 2e-3
 
 
@@ -579,13 +585,13 @@ def test_the_scale_does_not_leave_the_range_of_half_units(scale, cpp):
 def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     case = make_bottleneck(4, 3, 2, 1, dtype=F64)
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        case.call(bottleneck)
+        case.call(bottleneck_adapter)
     assert "float64" in str(error.value) and "CUDA device" in str(error.value)
-    compiled = torch.compile(lambda **k: bottleneck(**k), backend="aot_eager")
+    compiled = torch.compile(lambda **k: bottleneck_adapter(**k), backend="aot_eager")
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="x is float64"):
         compiled(**case.tensors, **case.options)
     with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="bottleneck has no CUDA C"):
-        case.call(bottleneck)
+        case.call(bottleneck_adapter)
 
 
 def test_the_problem_of_a_call():
@@ -663,14 +669,14 @@ def test_bad_arguments_are_named(change, kind, message, cpp):
         residual=torch.ones(4, 5),
     )  # fmt: skip
     with peft_fused.use_backend(None, native=cpp):
-        bottleneck(**good)
+        bottleneck_adapter(**good)
         with pytest.raises(kind, match=message):
-            bottleneck(**{**good, **change})
+            bottleneck_adapter(**{**good, **change})
 
 
 def test_an_index_of_a_parameter_that_is_no_stack_is_not_used():
     tensors = (torch.ones(4, 6), torch.ones(3, 6), None, torch.ones(6, 3), None)
-    assert torch.equal(bottleneck(*tensors, expert=7), bottleneck(*tensors))
+    assert torch.equal(bottleneck_adapter(*tensors, expert=7), bottleneck_adapter(*tensors))
 
 
 def test_both_nodes_agree():
@@ -681,7 +687,7 @@ def test_both_nodes_agree():
     results = []
     for cpp in (True, False):
         with peft_fused.use_backend("torch", native=cpp):
-            y = case.call(bottleneck)
+            y = case.call(bottleneck_adapter)
             results.append((type(y.grad_fn).__name__, [y, *torch.autograd.grad(y.sum(), leaves(case))]))
     assert results[0][0] != results[1][0], "two nodes"
     torch.testing.assert_close(results[0][1], results[1][1])

@@ -13,7 +13,7 @@ from peft_fused.triton_kernels.plan import Problem
 
 import peft_fused
 from peft_fused.cli.check import OPS
-from peft_fused.layers import AFLoRALinear, LoRALinear
+from peft_fused.layers import AfLoraLinear, LoraLinear
 from peft_fused.ops import bottleneck_torch, dispatch, lowrank_linear, lowrank_linear_reference, lowrank_torch, native
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
 from peft_fused.ops.structured.plan import StructuredProblem
@@ -127,8 +127,8 @@ def test_what_the_cuda_node_declines_runs_elsewhere(monkeypatch):
 
 
 def test_equal_layers_are_explained_in_one_line():
-    layers = [LoRALinear.from_linear(torch.nn.Linear(8, 8)) for _ in range(40)]
-    text = str(peft_fused.explain(torch.nn.Sequential(*layers, LoRALinear.from_linear(torch.nn.Linear(8, 4)))))
+    layers = [LoraLinear.from_linear(torch.nn.Linear(8, 8)) for _ in range(40)]
+    text = str(peft_fused.explain(torch.nn.Sequential(*layers, LoraLinear.from_linear(torch.nn.Linear(8, 4)))))
     assert text.startswith("41 equal [0, 1, 2, ...]: lowrank_linear -> ") and text.count("lowrank_linear ->") == 1
 
 
@@ -163,8 +163,8 @@ class Recorder:
             "torch: Python autograd node, torch.fft of": ((fft, "forward"),),
             "triton: Python autograd node": ((kernels, "forward"),),
             "reference": (
-                (lowrank, "lowrank_reference"), (lowrank, "lowrank_linear_reference"),
-                (bottleneck, "bottleneck_reference"), (engine, "reference"),
+                (lowrank, "lowrank_adapter_reference"), (lowrank, "lowrank_linear_reference"),
+                (bottleneck, "bottleneck_adapter_reference"), (engine, "reference"),
             ),
         }  # fmt: skip
         if torch.cuda.is_available():
@@ -233,7 +233,7 @@ def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch, ever
 
 
 def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it():
-    layer = AFLoRALinear.from_linear(torch.nn.Linear(8, 8, dtype=torch.float16), r=2, dtype=torch.float16)
+    layer = AfLoraLinear.from_linear(torch.nn.Linear(8, 8, dtype=torch.float16), r=2, dtype=torch.float16)
     problem = layer.op_problem(4)
     assert problem.uv and "Python autograd node" in dispatch.path_of(problem)
     assert "Python autograd node" not in dispatch.path_of(replace(problem, uv=False)) or native.module is None
@@ -244,4 +244,4 @@ def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it
 )
 def test_explain_refuses_rows(rows, error, told):
     with pytest.raises(error, match=told):
-        peft_fused.explain(LoRALinear.from_linear(torch.nn.Linear(8, 8)), rows=rows)
+        peft_fused.explain(LoraLinear.from_linear(torch.nn.Linear(8, 8)), rows=rows)

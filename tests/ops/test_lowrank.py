@@ -13,11 +13,21 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_fused
-from peft_fused.ops import dispatch, lowrank, lowrank_linear, lowrank_linear_reference, lowrank_reference, native
+from peft_fused.ops import (
+    dispatch,
+    lowrank_adapter,
+    lowrank_adapter_reference,
+    lowrank_linear,
+    lowrank_linear_reference,
+    native,
+)
 from peft_fused.ops.accuracy import compare, compare_mutated
 from peft_fused.ops.cases import lowrank_cases, make_case
 
-OPS = {"lowrank_linear": (lowrank_linear, lowrank_linear_reference), "lowrank": (lowrank, lowrank_reference)}
+OPS = {
+    "lowrank_linear": (lowrank_linear, lowrank_linear_reference),
+    "lowrank": (lowrank_adapter, lowrank_adapter_reference),
+}
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 TYPES = [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F16, F32)]
 TYPE_IDS = ["fp32", "bf16", "fp16", "bf16+fp32", "fp16+fp32"]
@@ -70,8 +80,8 @@ def test_reference_is_the_formula():
 def test_frozen_trains_only_the_last_kept_rank():
     case = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3, frozen=True)
     free = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3)
-    got = torch.autograd.grad(case.call(lowrank_reference).sum(), [case.tensors[n] for n in ("A", "B", "x")])
-    want = torch.autograd.grad(free.call(lowrank_reference).sum(), [free.tensors[n] for n in ("A", "B", "x")])
+    got = torch.autograd.grad(case.call(lowrank_adapter_reference).sum(), [case.tensors[n] for n in ("A", "B", "x")])
+    want = torch.autograd.grad(free.call(lowrank_adapter_reference).sum(), [free.tensors[n] for n in ("A", "B", "x")])
     live = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=F64)
     torch.testing.assert_close(got[0], want[0] * live.unsqueeze(1))
     torch.testing.assert_close(got[1], want[1] * live)
@@ -210,7 +220,7 @@ def test_inputs_and_outputs_keep_to_themselves(cpp):
     case = make_case("lowrank", 8, 6, 5, 3)
     before = {name: t.detach().clone() for name, t in case.tensors.items() if t is not None}
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(lowrank)
+        y = case.call(lowrank_adapter)
     y.add_(1.0)
     y.sum().backward()
     for name, value in before.items():
@@ -287,7 +297,7 @@ def test_a_control_changed_before_backward_is_no_silent_error(cpp):
     rank = torch.tensor(4)
     case = make_case("lowrank", 20, 12, 10, 4, rank=rank)
     with peft_fused.use_backend("torch", native=cpp):
-        y = case.call(lowrank)
+        y = case.call(lowrank_adapter)
         want = torch.autograd.grad(y.sum(), [case.tensors["A"]], retain_graph=True)[0]
         rank.fill_(1)
         try:
@@ -302,7 +312,7 @@ def test_a_control_changed_before_backward_is_no_silent_error(cpp):
 def test_no_second_derivative_without_saying_so(cpp):
     case = make_case("lowrank", 4, 3, 2, 1)
     with peft_fused.use_backend("torch", native=cpp), pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(case.call(lowrank).sum(), [case.tensors["x"]], create_graph=True)
+        torch.autograd.grad(case.call(lowrank_adapter).sum(), [case.tensors["x"]], create_graph=True)
 
 
 @both_nodes
@@ -346,7 +356,7 @@ def test_the_op_runs_without_importing_triton():
     code = (
         "import importlib.util, sys, torch; found = importlib.util.find_spec;"
         "importlib.util.find_spec = lambda name, package=None: None if name == 'peft' else found(name, package);"
-        "import peft_fused; peft_fused.ops.lowrank(torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1));"
+        "import peft_fused; peft_fused.ops.lowrank_adapter(torch.ones(2, 3), torch.ones(1, 3), torch.ones(4, 1));"
         "assert not {'peft', 'transformers', 'triton'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -426,8 +436,8 @@ def test_a_compiled_call_keeps_the_backend_it_was_traced_with():
 def test_inductor(uv):
     case = make_case("lowrank", 24, 16, 12, 4, uv=uv)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda **k: lowrank(**k) * 2, fullgraph=True)
-    torch.testing.assert_close(compiled(**case.tensors, **case.options), case.call(lowrank_reference) * 2)
+    compiled = torch.compile(lambda **k: lowrank_adapter(**k) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(**case.tensors, **case.options), case.call(lowrank_adapter_reference) * 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"uv": True, "rank": 2}, {"dropout_p": 0.3, "seed": torch.tensor(4)}], ids=str)
@@ -485,7 +495,7 @@ def test_cpp_and_python_draw_the_same_dropout():
     for cpp in (True, False):
         torch.manual_seed(5)
         with peft_fused.use_backend("torch", native=cpp):
-            results.append(case.call(lowrank))
+            results.append(case.call(lowrank_adapter))
     torch.testing.assert_close(*results)
 
 
@@ -495,13 +505,13 @@ def test_cpp_and_python_draw_the_same_dropout():
 def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     case = make_case("lowrank", 4, 3, 2, 1, dtype=F64)
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError) as error:
-        case.call(lowrank)
+        case.call(lowrank_adapter)
     assert "float64" in str(error.value) and "CUDA device" in str(error.value)
-    compiled = torch.compile(lambda **k: lowrank(**k), backend="aot_eager")
+    compiled = torch.compile(lambda **k: lowrank_adapter(**k), backend="aot_eager")
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="x is float64"):
         compiled(**case.tensors, **case.options)
     with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="x is on cpu"):
-        case.call(lowrank)
+        case.call(lowrank_adapter)
     with pytest.raises(ValueError, match="unknown backend 'cudnn', allowed: reference, torch, triton, cuda"):
         peft_fused.use_backend("cudnn").__enter__()
 
@@ -620,7 +630,7 @@ def test_bad_add_is_named(cpp):
         peft_fused.use_backend(None, native=cpp),
         pytest.raises(ValueError, match=r"add must have shape .* = \[4, 5\]"),
     ):
-        lowrank(torch.ones(4, 6), torch.ones(3, 6), torch.ones(5, 3), add=torch.ones(1, 5))
+        lowrank_adapter(torch.ones(4, 6), torch.ones(3, 6), torch.ones(5, 3), add=torch.ones(1, 5))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -634,8 +644,8 @@ def test_small_vectors_beside_fp16_factors_lose_no_digits(native):
     dy = torch.randn(64, 40)
     found = {}
     for name, dtype, op in (
-        ("truth", torch.float64, lowrank_reference), ("plain", torch.float16, lowrank_reference),
-        ("ours", torch.float16, lowrank),
+        ("truth", torch.float64, lowrank_adapter_reference), ("plain", torch.float16, lowrank_adapter_reference),
+        ("ours", torch.float16, lowrank_adapter),
     ):  # fmt: skip
         leaves = {key: value.half().to(dtype).requires_grad_() for key, value in values.items()}
         with peft_fused.use_backend("torch" if name == "ours" else None, native=native):
@@ -654,9 +664,9 @@ def test_what_is_frozen_has_no_gradient_where_others_have_nans(rank, cpp):
     x, A, B = torch.randn(6, 5), torch.randn(4, 5, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     x[1, 2] = float("nan")
     grads = {}
-    for op, node in ((lowrank, cpp), (lowrank_reference, True)):
+    for op, node in ((lowrank_adapter, cpp), (lowrank_adapter_reference, True)):
         with peft_fused.use_backend(None, native=node):
             grads[op] = torch.autograd.grad(op(x, A, B, rank=rank, frozen=True).sum(), (A, B))
     for ours, theirs in zip(*grads.values(), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
-    assert grads[lowrank][0].isnan().any() and not grads[lowrank][0][:2].any()
+    assert grads[lowrank_adapter][0].isnan().any() and not grads[lowrank_adapter][0][:2].any()

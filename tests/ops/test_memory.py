@@ -164,7 +164,7 @@ def test_inference_tensors_serve_where_backward_does_not_read_them(name, native)
 def test_memory_freed_between_forward_and_backward_is_named(native):
     for op, name, tensors in (
         (lowrank_linear, "A", dict(x=(5, 6), weight=(7, 6), A=(2, 6), B=(7, 2))),
-        (structured.kronecker, "A" if native else "p", dict(x=(5, 6), A=(2, 3), B=(4, 2))),
+        (structured.kronecker_matmul, "A" if native else "p", dict(x=(5, 6), A=(2, 3), B=(4, 2))),
     ):
         leaves = {key: torch.randn(*shape, requires_grad=True) for key, shape in tensors.items()}
         extra = {"bias": None} if op is lowrank_linear else {}

@@ -15,8 +15,8 @@ from peft_fused.ops.structured import fft, maps, materialized
 from peft_fused.ops.structured.engine import STRUCTURES
 from peft_fused.ops.structured.plan import StructuredProblem, fft_lengths, plan
 
-OPS = {kind: getattr(structured, kind) for kind in STRUCTURES}
-REFERENCES = {kind: getattr(structured, f"{kind}_reference") for kind in STRUCTURES}
+OPS = {kind: getattr(structured, f"{kind}_matmul") for kind in STRUCTURES}
+REFERENCES = {kind: getattr(structured, f"{kind}_matmul_reference") for kind in STRUCTURES}
 NODES = [True, False] if native.module is not None else [False]
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
@@ -158,12 +158,12 @@ def test_rectangular_circulant_pads_or_crops(rectangle, node):
     c = torch.randn(max(rectangle), dtype=F64, requires_grad=True)
     M = circulant_matrix(c)[:n_out, :n_in]
     x = torch.randn(300, n_in, dtype=F64, requires_grad=True)
-    y = structured.circulant(x, c, out_features=n_out)
+    y = structured.circulant_matmul(x, c, out_features=n_out)
     torch.testing.assert_close(y, x @ M.mT)
     dy = torch.randn_like(y)
     for grad, true in zip(torch.autograd.grad(y, [x, c], dy), torch.autograd.grad(x @ M.mT, [x, c], dy), strict=True):
         torch.testing.assert_close(grad, true, rtol=1e-9, atol=1e-9)
-    back = structured.circulant(dy, c, out_features=n_in, transposed=True)
+    back = structured.circulant_matmul(dy, c, out_features=n_in, transposed=True)
     torch.testing.assert_close(back, dy @ M)
 
 
@@ -174,19 +174,19 @@ def test_block_circulant(factored, node):
     whole = c if factor is None else c * factor
     M = torch.cat([torch.cat([circulant_matrix(block) for block in row], 1) for row in whole], 0)
     x = torch.randn(7, 10, dtype=F64, requires_grad=True)
-    y = structured.circulant(x, c, factor=factor)
+    y = structured.circulant_matmul(x, c, factor=factor)
     torch.testing.assert_close(y, x @ M.mT)
     leaves = [t for t in (x, c, factor) if t is not None]
     dy = torch.randn_like(y)
     for grad, true in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(x @ M.mT, leaves, dy), strict=True):
         torch.testing.assert_close(grad, true)
-    torch.testing.assert_close(structured.circulant(dy, c, factor=factor, transposed=True), dy @ M)
+    torch.testing.assert_close(structured.circulant_matmul(dy, c, factor=factor, transposed=True), dy @ M)
 
 
 def test_symmetric_toeplitz_is_one_vector_twice(node):
     t = torch.randn(9, dtype=F64, requires_grad=True)
     x = torch.randn(4, 9, dtype=F64)
-    y = structured.toeplitz(x, t, t)
+    y = structured.toeplitz_matmul(x, t, t)
     M = toeplitz_matrix(t, t)
     torch.testing.assert_close(M, M.mT)
     torch.testing.assert_close(y, x @ M.mT)
@@ -197,10 +197,10 @@ def test_symmetric_toeplitz_is_one_vector_twice(node):
 def test_the_corner_is_the_columns(node):
     col, row = torch.randn(4, dtype=F64), torch.randn(6, dtype=F64, requires_grad=True)
     x = torch.randn(3, 6, dtype=F64)
-    y = structured.toeplitz(x, col, row)
+    y = structured.toeplitz_matmul(x, col, row)
     moved = row.detach().clone()
     moved[0] += 5
-    torch.testing.assert_close(y, structured.toeplitz(x, col, moved), rtol=0, atol=0)
+    torch.testing.assert_close(y, structured.toeplitz_matmul(x, col, moved), rtol=0, atol=0)
     y.sum().backward()
     assert row.grad[0] == 0 and (row.grad[1:] != 0).all()
 
@@ -208,7 +208,7 @@ def test_the_corner_is_the_columns(node):
 def test_low_displacement_rank():
     """rank(Z_1 W - W Z_-1) is at most the number of terms, which is what the structure is named after."""
     G, H = torch.randn(2, 2, 8, dtype=F64)
-    W = structured.dense(structured.ldr, 8, G, H)
+    W = structured.dense(structured.ldr_matmul, 8, G, H)
     shift = torch.diag(torch.ones(7, dtype=F64), -1)
     cyclic, negacyclic = shift.clone(), shift.clone()
     cyclic[0, -1], negacyclic[0, -1] = 1, -1
@@ -239,7 +239,7 @@ def test_the_scale_does_not_leave_the_range_of_half_factors(sizes, node):
     factor, scale, rows = sizes
     A, B = (factor * torch.randn(4, 4)).half().requires_grad_(), torch.randn(4, 4).half().requires_grad_()
     x = (rows * torch.randn(8, 16)).half().requires_grad_()
-    y, exact = structured.kronecker(x, A, B, scale=scale), x.double() @ torch.kron(B, A).double().mT * scale
+    y, exact = structured.kronecker_matmul(x, A, B, scale=scale), x.double() @ torch.kron(B, A).double().mT * scale
     least = 2.0**-24  # fp16's smallest number
     torch.testing.assert_close(y.double(), exact, rtol=2e-2, atol=max(least, 1e-2 * exact.abs().max().item()))
     dy = torch.ones_like(y) / scale
@@ -358,11 +358,11 @@ def test_gradient_checkpointing_sees_one_operation():
         return torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
 
     torch.manual_seed(0)
-    y = structured.circulant(x, c, dropout_p=0.3)
+    y = structured.circulant_matmul(x, c, dropout_p=0.3)
     plain = torch.autograd.grad(y.square().sum(), [x, c])
     for contexts in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}):
         torch.manual_seed(0)
-        y = checkpoint(lambda: structured.circulant(x, c, dropout_p=0.3), use_reentrant=False, **contexts)
+        y = checkpoint(lambda: structured.circulant_matmul(x, c, dropout_p=0.3), use_reentrant=False, **contexts)
         for grad, true in zip(torch.autograd.grad(y.square().sum(), [x, c]), plain, strict=True):
             torch.testing.assert_close(grad, true)
     assert "peft_fused.structured_fwd.default" in names and not any("fft" in name for name in names)
@@ -383,7 +383,7 @@ def test_autocast(kind, node):
 
 def test_second_derivative_is_refused(node):
     c = torch.randn(6, requires_grad=True)
-    y = structured.circulant(torch.randn(2, 6), c)
+    y = structured.circulant_matmul(torch.randn(2, 6), c)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), c, create_graph=True)
 
@@ -439,7 +439,7 @@ class TestDenseCache:
     """The matrix of trained vectors is made once per optimizer step, and never used when it is out of date."""
 
     def call(self, c):
-        return structured.circulant(torch.eye(8), c)
+        return structured.circulant_matmul(torch.eye(8), c)
 
     def made(self, monkeypatch):
         count = []
@@ -478,17 +478,17 @@ class TestDenseCache:
         c, x = torch.nn.Parameter(torch.randn(8)).requires_grad_(False), torch.eye(8)
         for value in range(5):
             factor = torch.full((8,), float(value))
-            torch.testing.assert_close(structured.circulant(x, c, factor=factor), value * circulant_matrix(c).mT)
+            torch.testing.assert_close(structured.circulant_matmul(x, c, factor=factor), value * circulant_matrix(c).mT)
             del factor
         for value in range(5):
             row = torch.full((8,), float(value))
-            torch.testing.assert_close(structured.toeplitz(x, c, row), toeplitz_matrix(c, row).mT)
+            torch.testing.assert_close(structured.toeplitz_matmul(x, c, row), toeplitz_matrix(c, row).mT)
             del row
 
     def test_meta(self):
         c, x = torch.nn.Parameter(torch.empty(8, device="meta")), torch.empty(4, 8, device="meta")
         for _ in range(2):
-            assert structured.circulant(x, c).shape == (4, 8)
+            assert structured.circulant_matmul(x, c).shape == (4, 8)
 
     def test_it_goes_with_the_parameter(self):
         c = torch.nn.Parameter(torch.randn(8))
@@ -507,48 +507,48 @@ X = torch.randn(2, 6)
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: structured.circulant(X, torch.randn(5)), ValueError, r"x must have 6|x must have 5 features"),
-        (lambda: structured.circulant(X, torch.randn(0)), ValueError, r"c must have shape .* got \[0\]"),
-        (lambda: structured.circulant(X, torch.randn(2, 3)), ValueError, r"c must have shape"),
-        (lambda: structured.circulant(X, torch.randn(5), out_features=4), ValueError, r"max\(K, out_features\) = 6"),
-        (lambda: structured.circulant(X, torch.randn(6), out_features=0), ValueError, r"out_features .* got 0"),
-        (lambda: structured.circulant(X, torch.randn(6), factor=torch.randn(5)), ValueError, r"factor .* got \[5\]"),
-        (lambda: structured.circulant(X, torch.randn(2, 3, 4)), ValueError, r"12 features"),
-        (lambda: structured.circulant(X.cfloat(), torch.randn(6)), TypeError, r"x must be floating point.*complex64"),
-        (lambda: structured.circulant(X, torch.randn(6).cfloat()), TypeError, r"c must be floating point.*complex64"),
-        (lambda: structured.circulant(X.long(), torch.randn(6)), TypeError, r"x must be floating point.*int64"),
-        (lambda: structured.circulant(X, torch.ones(6).long()), TypeError, r"c must be floating point.*int64"),
-        (lambda: structured.circulant(X, torch.randn(6).half()), TypeError, r"c must have x's dtype or float32"),
-        (lambda: structured.circulant([1.0], torch.randn(1)), TypeError, r"x must be a torch.Tensor, got list"),
-        (lambda: structured.circulant(X, [1.0]), TypeError, r"c must be a torch.Tensor, got list"),
-        (lambda: structured.circulant(torch.randn(2, 0), torch.randn(6)), ValueError, r"at least one feature"),
-        (lambda: structured.circulant(torch.tensor(1.0), torch.randn(1)), ValueError, r"0-d"),
-        (lambda: structured.circulant(X, torch.randn(6), add=torch.randn(2, 5)), ValueError, r"add must have shape"),
-        (lambda: structured.circulant(X, torch.randn(6), scale="2"), TypeError, r"scale must be a number"),
-        (lambda: structured.circulant(X, torch.randn(6), scale=float("nan")), ValueError, r"scale must be finite"),
-        (lambda: structured.circulant(X, torch.randn(6), dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
-        (lambda: structured.circulant(X, torch.randn(6), transposed=1), TypeError, r"transposed must be True or False"),
-        (lambda: structured.skew_circulant(X, torch.randn(7)), ValueError, r"x must have 7 features"),
-        (lambda: structured.toeplitz(X, torch.randn(4), torch.randn(5)), ValueError, r"5 features .*row"),
-        (lambda: structured.toeplitz(X, torch.randn(4, 1), torch.randn(6)), ValueError, r"col must have shape \[N\]"),
-        (lambda: structured.toeplitz(X, torch.randn(4), torch.randn(6).half()), TypeError, r"row must .*col's dtype"),
-        (lambda: structured.toeplitz_product(X, torch.randn(6), torch.randn(5)), ValueError, r"b must have a's shape"),
-        (lambda: structured.kronecker(X, torch.randn(2, 2), torch.randn(2, 2)), ValueError, r"4 features .*A .*B"),
-        (lambda: structured.kronecker(X, torch.randn(2), torch.randn(2, 2)), ValueError, r"A must have shape"),
-        (lambda: structured.ldr(X, torch.randn(0, 6), torch.randn(0, 6)), ValueError, r"G must have shape \[q, n\]"),
-        (lambda: structured.ldr(X, torch.randn(2, 6), torch.randn(1, 6)), ValueError, r"H must have G's shape"),
-        (lambda: structured.ldr(X, torch.randn(6), torch.randn(6)), ValueError, r"G must have shape"),
+        (lambda s: s.circulant_matmul(X, torch.randn(5)), ValueError, r"x must have 6|x must have 5 features"),
+        (lambda s: s.circulant_matmul(X, torch.randn(0)), ValueError, r"c must have shape .* got \[0\]"),
+        (lambda s: s.circulant_matmul(X, torch.randn(2, 3)), ValueError, r"c must have shape"),
+        (lambda s: s.circulant_matmul(X, torch.randn(5), out_features=4), ValueError, r"max\(K, out_features\) = 6"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), out_features=0), ValueError, r"out_features .* got 0"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), factor=torch.randn(5)), ValueError, r"factor .* got \[5\]"),
+        (lambda s: s.circulant_matmul(X, torch.randn(2, 3, 4)), ValueError, r"12 features"),
+        (lambda s: s.circulant_matmul(X.cfloat(), torch.randn(6)), TypeError, r"x must be floating point.*complex64"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6).cfloat()), TypeError, r"c must be floating point.*complex64"),
+        (lambda s: s.circulant_matmul(X.long(), torch.randn(6)), TypeError, r"x must be floating point.*int64"),
+        (lambda s: s.circulant_matmul(X, torch.ones(6).long()), TypeError, r"c must be floating point.*int64"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6).half()), TypeError, r"c must have x's dtype or float32"),
+        (lambda s: s.circulant_matmul([1.0], torch.randn(1)), TypeError, r"x must be a torch.Tensor, got list"),
+        (lambda s: s.circulant_matmul(X, [1.0]), TypeError, r"c must be a torch.Tensor, got list"),
+        (lambda s: s.circulant_matmul(torch.randn(2, 0), torch.randn(6)), ValueError, r"at least one feature"),
+        (lambda s: s.circulant_matmul(torch.tensor(1.0), torch.randn(1)), ValueError, r"0-d"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), add=torch.randn(2, 5)), ValueError, r"add must have shape"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), scale="2"), TypeError, r"scale must be a number"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), scale=float("nan")), ValueError, r"scale must be finite"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), dropout_p=1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
+        (lambda s: s.circulant_matmul(X, torch.randn(6), transposed=1), TypeError, r"transposed must be True or False"),
+        (lambda s: s.skew_circulant_matmul(X, torch.randn(7)), ValueError, r"x must have 7 features"),
+        (lambda s: s.toeplitz_matmul(X, torch.randn(4), torch.randn(5)), ValueError, r"5 features .*row"),
+        (lambda s: s.toeplitz_matmul(X, torch.randn(4, 1), torch.randn(6)), ValueError, r"col must have shape \[N\]"),
+        (lambda s: s.toeplitz_matmul(X, torch.randn(4), torch.randn(6).half()), TypeError, r"row must .*col's dtype"),
+        (lambda s: s.toeplitz_product_matmul(X, torch.randn(6), torch.randn(5)), ValueError, r"b must have a's shape"),
+        (lambda s: s.kronecker_matmul(X, torch.randn(2, 2), torch.randn(2, 2)), ValueError, r"4 features .*A .*B"),
+        (lambda s: s.kronecker_matmul(X, torch.randn(2), torch.randn(2, 2)), ValueError, r"A must have shape"),
+        (lambda s: s.ldr_matmul(X, torch.randn(0, 6), torch.randn(0, 6)), ValueError, r"G must have shape \[q, n\]"),
+        (lambda s: s.ldr_matmul(X, torch.randn(2, 6), torch.randn(1, 6)), ValueError, r"H must have G's shape"),
+        (lambda s: s.ldr_matmul(X, torch.randn(6), torch.randn(6)), ValueError, r"G must have shape"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message, node):
     with pytest.raises(error, match=message):
-        call()
+        call(structured)
 
 
 def test_a_forced_backend_that_cannot_run_says_why(every_backend):
     with peft_fused.use_backend("triton"), pytest.raises(RuntimeError, match="need a CUDA device"):
-        structured.circulant(X, torch.randn(6))
+        structured.circulant_matmul(X, torch.randn(6))
     with peft_fused.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot run ldr"):
-        structured.ldr(X, torch.randn(1, 6), torch.randn(1, 6))
+        structured.ldr_matmul(X, torch.randn(1, 6), torch.randn(1, 6))
     text = str(peft_fused.explain(structured.problem_of("circulant", X, torch.randn(6), None, 6, False)))
     assert text.startswith("circulant [2, 6] -> [2, 6]") and "triton: x is on cpu" in text

@@ -41,7 +41,7 @@ def test_dropout_mask_of_a_long_transform_is_exact(backend):
     x, unit = torch.ones(m, n, device=DEVICE, requires_grad=True), torch.zeros(n, device=DEVICE)
     unit[0] = 1
     with peft_fused.use_backend(backend):
-        y = structured.circulant(x, unit, dropout_p=p, seed=torch.tensor(2**40 + 3, device=DEVICE))
+        y = structured.circulant_matmul(x, unit, dropout_p=p, seed=torch.tensor(2**40 + 3, device=DEVICE))
     (dx,) = torch.autograd.grad(y.sum(), [x])
     keep = keep_mask(torch.tensor(2**40 + 3), m, n, dropout_threshold(p)).to(DEVICE)
     assert torch.equal(y.abs() > 0.5, keep) and torch.equal(dx.abs() > 0.5, keep)
@@ -53,8 +53,8 @@ def test_rows_of_any_magnitude_share_a_tile(backend):
     c = torch.randn(1536, device=DEVICE)
     skip_unless(backend, make_structured("circulant", 4, 1536, device=DEVICE))
     with peft_fused.use_backend(backend):
-        y = structured.circulant(x, c)
-    exact = structured.circulant_reference(x.double(), c.double())
+        y = structured.circulant_matmul(x, c)
+    exact = structured.circulant_matmul_reference(x.double(), c.double())
     assert ((y - exact).abs().amax(1) / exact.abs().amax(1) < 1e-5).all()
 
 
@@ -65,7 +65,7 @@ def test_what_a_cuda_graph_trains_is_seen_outside(backend, capture):
     x, c = torch.randn(67, 96, device=DEVICE), torch.randn(96, device=DEVICE, requires_grad=True)
 
     def step():
-        y = structured.circulant(x, c)
+        y = structured.circulant_matmul(x, c)
         (gradient,) = torch.autograd.grad(y.square().mean(), [c])
         with torch.no_grad():
             c.sub_(0.1 * gradient)
@@ -75,5 +75,5 @@ def test_what_a_cuda_graph_trains_is_seen_outside(backend, capture):
         replay, _ = capture(step)
         for _ in range(3):
             replay()
-            y = structured.circulant(x, c)
-            torch.testing.assert_close(y, structured.circulant_reference(x, c), rtol=1e-4, atol=1e-4)
+            y = structured.circulant_matmul(x, c)
+            torch.testing.assert_close(y, structured.circulant_matmul_reference(x, c), rtol=1e-4, atol=1e-4)

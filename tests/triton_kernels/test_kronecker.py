@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from peft_fused.triton_kernels import kronecker as launchers
-from peft_fused.triton_kernels.kronecker import kronecker, kronecker_bwd
+from peft_fused.triton_kernels.kronecker import kronecker_bwd, kronecker_fwd
 from peft_fused.triton_kernels.kronecker_plan import limits
 
 from peft_fused.ops.dropout import dropout_threshold, keep_mask, keep_scale
@@ -112,7 +112,7 @@ def reference(case, t, dtypes, scale=None, without=None):
 def run(case, t, needs=NAMES, **overrides):
     """The kernels, forward and backward; backward is given x only where it reads it."""
     o = options(case, t["x"].device) | overrides
-    y = kronecker(t["x"], t["A"], t["B"], add=t["add"], **o)
+    y = kronecker_fwd(t["x"], t["A"], t["B"], add=t["add"], **o)
     x = t["x"] if {"A", "B"} & set(needs) else None
     grads = kronecker_bwd(t["dy"], x, t["A"], t["B"], **o, needs=frozenset(needs))
     assert grads.keys() == set(needs)
@@ -217,7 +217,7 @@ def test_dropout_mask_is_exact(seed, sizes, device):
     for threshold in (1, dropout_threshold(0.3), dropout_threshold(1.0)):
         o = {"threshold": threshold, "seed": seed_tensor}
         expected = keep_mask(seed_tensor.cpu(), 9, a * b, threshold).to(device) * keep_scale(threshold)
-        for got in (kronecker(x, *eyes, **o), kronecker(x, *eyes, mask_output=True, **o)):
+        for got in (kronecker_fwd(x, *eyes, **o), kronecker_fwd(x, *eyes, mask_output=True, **o)):
             torch.testing.assert_close(got, expected)
         for needs in (frozenset("x"), frozenset("xAB")):
             torch.testing.assert_close(kronecker_bwd(x, x, *eyes, needs=needs, **o)["x"], expected)
@@ -227,8 +227,8 @@ def test_mask_on_the_output(device):
     case = Case(p=0.4, add=True)
     t = make(case, device)
     o = options(case, device)
-    masked = kronecker(t["x"], t["A"], t["B"], add=t["add"], mask_output=True, **o)
-    y = kronecker(t["x"], t["A"], t["B"], scale=case.scale)
+    masked = kronecker_fwd(t["x"], t["A"], t["B"], add=t["add"], mask_output=True, **o)
+    y = kronecker_fwd(t["x"], t["A"], t["B"], scale=case.scale)
     keep = keep_mask(o["seed"].cpu(), *y.shape, o["threshold"]).to(device)
     torch.testing.assert_close(masked, t["add"] + y * keep * keep_scale(o["threshold"]))
 
@@ -236,9 +236,9 @@ def test_mask_on_the_output(device):
 def test_output_type(device):
     case = Case(types="fp16", add=True)
     t = make(case, device)
-    y = kronecker(t["x"], t["A"], t["B"], add=t["add"].float(), out_dtype=FP32)
+    y = kronecker_fwd(t["x"], t["A"], t["B"], add=t["add"].float(), out_dtype=FP32)
     assert y.dtype == FP32
-    torch.testing.assert_close(y.half(), kronecker(t["x"], t["A"], t["B"], add=t["add"]))
+    torch.testing.assert_close(y.half(), kronecker_fwd(t["x"], t["A"], t["B"], add=t["add"]))
 
 
 def test_scale_on_the_device_equals_a_number(device):
@@ -260,6 +260,6 @@ def test_limits(device):
     assert "float16" in limits(4, 4, 4, 4, "bfloat16", "float16")[0]
     x, A, B = (torch.zeros(sizes, device=device) for sizes in ((3, 65), (2, 65), (65, 1)))
     with pytest.raises(ValueError, match="up to 64"):
-        kronecker(x, A, B)
+        kronecker_fwd(x, A, B)
     with pytest.raises(ValueError, match="up to 64"):
         kronecker_bwd(x.new_zeros(3, 130), x, A, B)

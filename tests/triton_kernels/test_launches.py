@@ -10,7 +10,7 @@ import triton.language as tl
 from launches import host_transfers, overflows, recording
 
 import peft_fused
-from peft_fused.ops import bottleneck, lowrank, lowrank_linear, structured
+from peft_fused.ops import bottleneck_adapter, lowrank_adapter, lowrank_linear, structured
 from peft_fused.ops.cases import parameter_shapes, structured_features
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -68,7 +68,7 @@ def lora(op, k, n, r, *, experts=None, uv=False, dropout=False, columns=False):
         options = {"scale": c.scale, "rank": c.rank(r)} | (c.dropout if dropout else {})
         if experts is not None:
             options["expert"] = (c.index(0, experts - 1), c.index(0, experts - 1))
-        if op is lowrank:
+        if op is lowrank_adapter:
             return op(**tensors, **options, add=rows(m, n, dtype, columns))
         weight = meta(n, k, dtype=dtype).requires_grad_(False)
         return op(**tensors, **options, weight=weight, bias=meta(n, dtype=dtype))
@@ -89,7 +89,7 @@ def adapter(k, n, r, *, experts=4, groups=0, columns=False):
         parameters = ((r, k), (r,), (n, r), (n,))
         tensors = [meta(experts, *shape, dtype=kind) for shape in parameters]
         h, residual = rows(m, k, dtype, columns), rows(m, n, dtype, columns)
-        return bottleneck(h, *tensors, residual=residual, scale=c.scale, expert=expert)
+        return bottleneck_adapter(h, *tensors, residual=residual, scale=c.scale, expert=expert)
 
     return step
 
@@ -102,7 +102,7 @@ def structure(kind, *sizes, add=False, dropout=False, transposed=False):
         parameters = [meta(*shape, dtype=parameter) for shape in parameter_shapes(kind, sizes).values()]
         options = {"scale": c.scale, "transposed": transposed} | (c.dropout if dropout else {})
         options |= {"add": meta(m, n, dtype=dtype)} if add else {}
-        return getattr(structured, kind)(meta(m, k, dtype=dtype), *parameters, **options)
+        return getattr(structured, f"{kind}_matmul")(meta(m, k, dtype=dtype), *parameters, **options)
 
     return step
 
@@ -116,7 +116,7 @@ CASES = {
     "two passes over dY": (lora(lowrank_linear, 4096, 4096, 64, dropout=True), 17),
     "rank 200": (lora(lowrank_linear, 1024, 4096, 200, dropout=True), 16),
     "every option": (lora(lowrank_linear, 4096, 3072, 8, experts=4, uv=True, dropout=True), 17),
-    "beside a layer": (lora(lowrank, 1100, 5120, 32, experts=4, uv=True), 15),
+    "beside a layer": (lora(lowrank_adapter, 1100, 5120, 32, experts=4, uv=True), 15),
     "bottleneck": (adapter(768, 3072, 16), 14),
     "bottleneck, many units": (adapter(3072, 768, 256), 22),
     "bottleneck, groups": (adapter(768, 768, 48, groups=1), 21),
@@ -275,7 +275,7 @@ LARGE = {
     "single kernel": (lora(lowrank_linear, 262144, 2048, 16), 2**24),
     "single kernel, few rows": (lora(lowrank_linear, 262144, 262144, 16), 64),
     "every option": (lora(lowrank_linear, 262144, 128256, 32, experts=4, uv=True, dropout=True), 2**24),
-    "by columns": (lora(lowrank, 262144, 262144, 256, columns=True), 2**24),
+    "by columns": (lora(lowrank_adapter, 262144, 262144, 256, columns=True), 2**24),
     "bottleneck": (adapter(262144, 262144, 16, groups=2**20, columns=True), 2**24),
     "bottleneck, many units": (adapter(262144, 262144, 256, experts=64, groups=2), 2**24),
     "circulant": (structure("circulant", 4096, add=True, dropout=True), 2**24),

@@ -25,7 +25,7 @@ TYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.
 
 
 def functions(kind):
-    return getattr(structured, kind), getattr(structured, f"{kind}_reference")
+    return getattr(structured, f"{kind}_matmul"), getattr(structured, f"{kind}_matmul_reference")
 
 
 @pytest.mark.parametrize("types", TYPES, ids=["fp32", "fp16", "fp16+fp32"])
@@ -68,7 +68,7 @@ def test_rows_of_any_magnitude_share_a_tile(device):
     x *= torch.tensor([1e30, 1e-30, 1.0, 0.0], device=device).unsqueeze(1)
     c = torch.randn(48, device=device)
     with peft_fused.use_backend("triton"):
-        y = structured.circulant(x, c)
-    exact = structured.circulant_reference(x.double(), c.double())
+        y = structured.circulant_matmul(x, c)
+    exact = structured.circulant_matmul_reference(x.double(), c.double())
     error = (y - exact).abs().amax(1) / exact.abs().amax(1).clamp_min(1e-300)
     assert (error[:3] < 1e-5).all() and (y[3].abs() < 1e-30).all()

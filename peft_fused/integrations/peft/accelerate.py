@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.checks import check_module
-from ...ops import lowrank, lowrank_linear, native
+from ...ops import lowrank_adapter, lowrank_linear, native
 from ...ops.dispatch import Problem, explainers, first_of, problem_of
 from ...ops.lowrank import MAX_RANK
 from .quantised import unpack
@@ -111,7 +111,7 @@ class _FusedForward:
         A, B, _, scale, p = adapters[0]
         y = lowrank_linear(x, weight, bias, A, B, scale=scale, dropout_p=p)
         for A, B, _, scale, p in adapters[1:]:
-            y = lowrank(x, A, B, add=y, scale=scale, dropout_p=p)
+            y = lowrank_adapter(x, A, B, add=y, scale=scale, dropout_p=p)
         return y
 
     def _active_operands(self, x: torch.Tensor):
@@ -238,10 +238,10 @@ def _add_adapter(y, x, A, B, extra, scale, p) -> torch.Tensor:
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if y.dtype == dtype and type(y) in _PLAIN_TENSORS:
-        out = lowrank(x, A, B, add=y, scale=scale, dropout_p=p)
+        out = lowrank_adapter(x, A, B, add=y, scale=scale, dropout_p=p)
     else:
         # A base layer that answers in a type of its own decides the type of the sum, as it does in PEFT.
-        out = y + lowrank(x, A, B, scale=scale, dropout_p=p)
+        out = y + lowrank_adapter(x, A, B, scale=scale, dropout_p=p)
     if extra is not None:
         out = out + scale * extra
     return out.to(y.dtype)

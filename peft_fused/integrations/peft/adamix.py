@@ -27,9 +27,10 @@ class AdaMixConfig(FusedConfig):
     kind="adapter": h + U_j act(D_i h + b_i) + c_j on the output h of a target. kind="lora": y = W x + bias +
     (lora_alpha / r) B_j A_i drop(x), with A the down side and B the up side. i and j are drawn per layer and forward
     pass by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, for every micro-batch anew. Evaluation, merging and
-    export use the average of the experts of each side, computed whenever it is needed; `peft_fused.set_routing` makes
-    evaluation draw. The average of factors is that of their products if one side is shared and nothing non-linear is
-    between them: exact for kind="lora" with share_down or share_up, otherwise the approximation that the paper makes.
+    export use the average of the experts of each side, computed whenever it is needed; `peft_fused.set_adamix_routing`
+    makes evaluation draw. The average of factors is that of their products if one side is shared and nothing
+    non-linear is between them: exact for kind="lora" with share_down or share_up, otherwise the approximation that
+    the paper makes.
 
     position, of kind="adapter", gives target_modules where the model type is known: "adamix", after the output of the
     feed-forward block; "houlsby", also after that of the attention; "pfeiffer", on the norm that ends the feed-forward

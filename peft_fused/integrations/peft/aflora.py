@@ -12,7 +12,7 @@ from torch import nn
 
 from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_delta, draw_factors, keep_frozen
 from ...layers.checks import check_alpha, check_dropout, check_rank
-from ...ops import lowrank, lowrank_linear
+from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_names, check_pattern
 from .loading import awaits_checkpoint
@@ -123,7 +123,7 @@ class Vectors(nn.Module):
         self.b = nn.Parameter(torch.zeros(out_features))
 
 
-class AfLoraLinear(FusedLayer):
+class AfLoraPeftLinear(FusedLayer):
     """A linear layer with AFLoRA adapters: aflora_A [r, K], aflora_B [N, r] and aflora_vectors d [r], b [N]."""
 
     adapter_layer_names = ("aflora_A", "aflora_B", "aflora_vectors")
@@ -211,7 +211,7 @@ class AfLoraLinear(FusedLayer):
 
     def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return lowrank(x, A, B, add=result, **self._arguments(name))
+        return lowrank_adapter(x, A, B, add=result, **self._arguments(name))
 
     def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
         dropout = self.aflora_dropout[name]
@@ -225,7 +225,7 @@ class AfLoraLinear(FusedLayer):
         return dense_delta(A, B, vectors.d, vectors.b, vectors.scale)
 
 
-def _after_load(layer: AfLoraLinear, incompatible_keys) -> None:
+def _after_load(layer: AfLoraPeftLinear, incompatible_keys) -> None:
     layer.keep_frozen()
 
 
@@ -233,7 +233,7 @@ class AfLoraModel(FusedTuner):
     """The AFLoRA tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "aflora_"
-    tuner_layer_cls = AfLoraLinear
+    tuner_layer_cls = AfLoraPeftLinear
     target_module_mapping: ClassVar = {**TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, **TARGETS}
 
     def _prepare_adapter_config(self, peft_config: AfLoraConfig, model_config: dict) -> AfLoraConfig:

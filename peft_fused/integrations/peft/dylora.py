@@ -9,7 +9,7 @@ from torch import nn
 
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState, use_ranks
-from ...ops import lowrank, lowrank_linear
+from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
 from .loading import awaits_checkpoint
@@ -21,7 +21,7 @@ class DyLoraConfig(FusedConfig):
     """Configuration of DyLoRA (Valipour et al. 2023), eq. 5-7: y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x).
 
     The rank b is drawn per step by `peft_fused.PeftFusedCallback` or `peft_fused.on_step`, and set for evaluation,
-    merging and export by `peft_fused.set_rank`. Fields beside those of LoraConfig: r_min, rank_distribution,
+    merging and export by `peft_fused.set_dylora_rank`. Fields beside those of LoraConfig: r_min, rank_distribution,
     geometric_p, resample, frozen, strict_frozen, seed, for which see `peft_fused.layers.RankPolicy`, and eval_rank.
     With rank_pattern a layer uses at most its own r. Raises TypeError or ValueError naming the field, the value and
     what is allowed.
@@ -52,7 +52,7 @@ class DyLoraConfig(FusedConfig):
     )
     seed: int = field(default=0, metadata={"help": "Seed of the ranks drawn."})
     eval_rank: int | None = field(
-        default=None, metadata={"help": "Rank in evaluation, as `peft_fused.set_rank` sets it; None: all of r."}
+        default=None, metadata={"help": "Rank in evaluation, as `peft_fused.set_dylora_rank` sets it; None: all of r."}
     )
 
     def __post_init__(self):
@@ -78,7 +78,7 @@ class DyLoraConfig(FusedConfig):
         )
 
 
-class DyLoraLinear(FusedLayer):
+class DyLoraPeftLinear(FusedLayer):
     """A linear layer with DyLoRA adapters: dylora_A [r, K] and dylora_B [N, r], used up to the rank set from
     outside.
     """
@@ -146,7 +146,7 @@ class DyLoraLinear(FusedLayer):
 
     def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
-        return lowrank(x, A, B, add=result, **self._arguments(name, x))
+        return lowrank_adapter(x, A, B, add=result, **self._arguments(name, x))
 
     def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
         dropout = self.dylora_dropout[name]
@@ -165,7 +165,7 @@ class DyLoraModel(FusedTuner):
     """The DyLoRA tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "dylora_"
-    tuner_layer_cls = DyLoraLinear
+    tuner_layer_cls = DyLoraPeftLinear
 
     def layer_options(self, config: DyLoraConfig, key: str) -> dict:
         return dict(

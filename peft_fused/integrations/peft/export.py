@@ -14,13 +14,13 @@ from ...layers.checks import check_module, check_rank
 from ...layers.sharded import is_sharded, whole
 from ...layers.surm_adapter import NO_DELTA
 from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
-from .aflora import AfLoraConfig, AfLoraLinear
+from .aflora import AfLoraConfig, AfLoraPeftLinear
 from .config import FusedConfig
-from .dylora import DyLoraConfig, DyLoraLinear
+from .dylora import DyLoraConfig, DyLoraPeftLinear
 from .files import whole_files
 from .loading import WRAPPER
 from .rosa import RosaConfig, RosaPeftLinear
-from .surm import SurmConfig, SurmLinear
+from .surm import SurmConfig, SurmPeftLinear
 from .tuner import FusedLayer
 
 SHARED_FIELDS = (
@@ -115,7 +115,7 @@ class _Exported(NamedTuple):
     lora_dropout: float = 0.0
 
 
-def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name: str, rank: int | None):
+def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraPeftLinear], adapter_name: str, rank: int | None):
     """A DyLoRA adapter cut to a rank, and None."""
     states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
     rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
@@ -129,7 +129,7 @@ def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraLinear], adapter_name:
 
 
 @torch.no_grad()
-def _surm(config: SurmConfig, layers: dict[str, SurmLinear], adapter_name: str, rank: int | None):
+def _surm(config: SurmConfig, layers: dict[str, SurmPeftLinear], adapter_name: str, rank: int | None):
     """A SURM adapter's best approximation of a rank, and its largest relative error."""
     _check_additive(config, adapter_name)
     most = max(min(layer.in_features, layer.out_features) for layer in layers.values())
@@ -169,7 +169,7 @@ def _check_additive(config: FusedConfig, adapter_name: str) -> None:
         raise ValueError(f"adapter {adapter_name!r} is of kind {config.kind!r}, which LoRA cannot express: {NO_DELTA}")
 
 
-def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraLinear], adapter_name: str, rank: int | None):
+def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraPeftLinear], adapter_name: str, rank: int | None):
     """An AFLoRA adapter, and None."""
     if rank is not None:
         raise ValueError(f"rank must be None for an AFLoRA adapter, which is exported whole, got {rank!r}")

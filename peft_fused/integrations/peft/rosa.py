@@ -24,7 +24,7 @@ from ...layers.rosa import (
     subspace_rank,
 )
 from ...layers.sharded import is_sharded, whole
-from ...ops import lowrank, lowrank_linear
+from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
@@ -312,7 +312,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
         self._count(name)
-        return lowrank(x, *self.factors(name), add=result)
+        return lowrank_adapter(x, *self.factors(name), add=result)
 
     def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
         return problem_of(x, *self.factors(name), has_weight=has_weight, dropout=False)

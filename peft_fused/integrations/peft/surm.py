@@ -93,7 +93,7 @@ class SurmConfig(FusedConfig):
         return {name: getattr(self, name) for name in names}
 
 
-class SurmLinear(FusedLayer):
+class SurmPeftLinear(FusedLayer):
     """A linear layer with SURM adapters of either kind, applied in the order in which they are active."""
 
     adapter_layer_names = ("surm_block",)
@@ -156,7 +156,7 @@ class SurmModel(FusedTuner):
     """The SURM tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "surm_"
-    tuner_layer_cls = SurmLinear
+    tuner_layer_cls = SurmPeftLinear
 
     def layer_options(self, config: SurmConfig, key: str) -> dict:
         return dict(

@@ -5,31 +5,42 @@ Every op computes add + scale * M drop(x) for a structured M, or with transposed
 
 import torch
 
-from .circulant import circulant, circulant_reference, skew_circulant, skew_circulant_reference
+from .circulant import (
+    circulant_matmul,
+    circulant_matmul_reference,
+    skew_circulant_matmul,
+    skew_circulant_matmul_reference,
+)
 from .engine import problem_of
-from .kronecker import kronecker, kronecker_reference
-from .ldr import ldr, ldr_reference
+from .kronecker import kronecker_matmul, kronecker_matmul_reference
+from .ldr import ldr_matmul, ldr_matmul_reference
 from .plan import StructuredPlan, StructuredProblem, plan
-from .toeplitz import toeplitz, toeplitz_product, toeplitz_product_reference, toeplitz_reference, toeplitz_tail
+from .toeplitz import (
+    toeplitz_matmul,
+    toeplitz_matmul_reference,
+    toeplitz_product_matmul,
+    toeplitz_product_matmul_reference,
+    toeplitz_tail,
+)
 
 __all__ = [
     "StructuredPlan",
     "StructuredProblem",
-    "circulant",
-    "circulant_reference",
+    "circulant_matmul",
+    "circulant_matmul_reference",
     "dense",
-    "kronecker",
-    "kronecker_reference",
-    "ldr",
-    "ldr_reference",
+    "kronecker_matmul",
+    "kronecker_matmul_reference",
+    "ldr_matmul",
+    "ldr_matmul_reference",
     "plan",
     "problem_of",
-    "skew_circulant",
-    "skew_circulant_reference",
-    "toeplitz",
-    "toeplitz_product",
-    "toeplitz_product_reference",
-    "toeplitz_reference",
+    "skew_circulant_matmul",
+    "skew_circulant_matmul_reference",
+    "toeplitz_matmul",
+    "toeplitz_matmul_reference",
+    "toeplitz_product_matmul",
+    "toeplitz_product_matmul_reference",
     "toeplitz_tail",
 ]
 
@@ -37,7 +48,7 @@ __all__ = [
 def dense(op, in_features: int, *parameters: torch.Tensor, **options) -> torch.Tensor:
     """The matrix [N, in_features] of a structured op, by applying it to the identity, in the parameters' dtype.
 
-    op: one of this module's, for example `dense(toeplitz, 5, col, row)`; options go to it.
+    op: one of this module's, for example `dense(toeplitz_matmul, 5, col, row)`; options go to it.
     """
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     identity = torch.eye(in_features, dtype=dtype, device=parameters[0].device)

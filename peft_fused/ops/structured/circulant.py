@@ -33,7 +33,9 @@ engine.STRUCTURES["circulant"] = engine.Structure("circulant", ("c", "factor"), 
 engine.STRUCTURES["skew_circulant"] = engine.Structure("skew_circulant", ("h", None), _plain_skew_circulant)
 
 
-def circulant(x, c, *, factor=None, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+def circulant_matmul(
+    x, c, *, factor=None, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False
+):
     """add + scale * C(c) drop(x), differentiable in x, c, factor and add.
 
     x: [..., n]; fp32, fp16, bf16, or fp64 on the torch and reference backends; any strides. c: [n] for any n >= 1, odd
@@ -82,14 +84,17 @@ def _circulant_outputs(x, c, factor, out_features, transposed) -> int:
     return out_features
 
 
-def circulant_reference(x, c, *, factor=None, out_features=None, **options):
-    """`circulant` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+def circulant_matmul_reference(x, c, *, factor=None, out_features=None, **options):
+    """`circulant_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     n = _circulant_outputs(x, c, factor, out_features, options.get("transposed", False))
     return engine.reference("circulant", x, c, factor, n, **options)
 
 
-def skew_circulant(x, h, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
-    """add + scale * S(h) drop(x), differentiable in x, h and add. x: [..., n]; h: [n]; the rest: see `circulant`."""
+def skew_circulant_matmul(x, h, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+    """add + scale * S(h) drop(x), differentiable in x, h and add.
+
+    x: [..., n]; h: [n]; the rest: see `circulant_matmul`.
+    """
     n = _skew_outputs(x, h)
     return engine.run(
         "skew_circulant", x, h, None, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
@@ -102,6 +107,6 @@ def _skew_outputs(x, h) -> int:
     return h.shape[0]
 
 
-def skew_circulant_reference(x, h, **options):
+def skew_circulant_matmul_reference(x, h, **options):
     """`skew_circulant` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     return engine.reference("skew_circulant", x, h, None, _skew_outputs(x, h), **options)

@@ -33,7 +33,7 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> t
 
     if kind == "kronecker":
         A, B = (p.t(), q.t()) if transposed else (p, q)
-        return kronecker.kronecker(x2, A, B, add=add2, scale=scale, threshold=threshold, seed=seed)
+        return kronecker.kronecker_fwd(x2, A, B, add=add2, scale=scale, threshold=threshold, seed=seed)
     terms = _kernels(kind, p, q)
     drops = dict(threshold=threshold, seed=seed)
     if kind in CONVOLUTIONS:

@@ -18,11 +18,11 @@ def _plain_kronecker(x, A, B, n):
 engine.STRUCTURES["kronecker"] = engine.Structure("kronecker", ("A", "B"), _plain_kronecker)
 
 
-def kronecker(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+def kronecker_matmul(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * (B (x) A) drop(x), differentiable in x, A, B and add.
 
     x: [..., a2 b2]; A: [a1, a2], B: [b1, b2] in x's dtype or fp32, in which the products are computed. add: [...,
-    a1 b1]. The rest: see `circulant`. transposed: x [..., a1 b1] gives [..., a2 b2].
+    a1 b1]. The rest: see `circulant_matmul`. transposed: x [..., a1 b1] gives [..., a2 b2].
     """
     n = _outputs(x, A, B, transposed)
     return engine.run(
@@ -40,6 +40,6 @@ def _outputs(x, A, B, transposed) -> int:
     return k if transposed else n
 
 
-def kronecker_reference(x, A, B, **options):
-    """`kronecker` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+def kronecker_matmul_reference(x, A, B, **options):
+    """`kronecker_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     return engine.reference("kronecker", x, A, B, _outputs(x, A, B, options.get("transposed", False)), **options)

@@ -18,10 +18,10 @@ def _plain_ldr(x, G, H, n):
 STRUCTURES["ldr"] = engine.Structure("ldr", ("G", "H"), _plain_ldr)
 
 
-def ldr(x, G, H, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+def ldr_matmul(x, G, H, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * sum_i C(G[i]) S(H[i]) drop(x), differentiable in x, G, H and add.
 
-    x: [..., n]; G, H: [q, n] with q >= 1. On Triton each term is one kernel. The rest: see `circulant`.
+    x: [..., n]; G, H: [q, n] with q >= 1. On Triton each term is one kernel. The rest: see `circulant_matmul`.
     """
     n = _outputs(x, G, H)
     return engine.run("ldr", x, G, H, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
@@ -36,6 +36,6 @@ def _outputs(x, G, H) -> int:
     return G.shape[1]
 
 
-def ldr_reference(x, G, H, **options):
-    """`ldr` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+def ldr_matmul_reference(x, G, H, **options):
+    """`ldr_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     return engine.reference("ldr", x, G, H, _outputs(x, G, H), **options)

@@ -29,12 +29,12 @@ engine.STRUCTURES["toeplitz"] = engine.Structure("toeplitz", ("col", "row"), pla
 engine.STRUCTURES["toeplitz_product"] = engine.Structure("toeplitz_product", ("a", "b"), _plain_product)
 
 
-def toeplitz(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+def toeplitz_matmul(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * T(col, row) drop(x), differentiable in x, col, row and add.
 
     x: [..., K]; col: [N], the first column; row: [K], the first row. Both hold the corner: col[0] wins, row[0] is not
     read and its gradient is zero. Pass the same tensor twice for a symmetric matrix. Rectangular maps are native.
-    add: [..., N]. The rest: see `circulant`. transposed: x [..., N] gives [..., K].
+    add: [..., N]. The rest: see `circulant_matmul`. transposed: x [..., N] gives [..., K].
     """
     n = _toeplitz_outputs(x, col, row, transposed)
     return engine.run(
@@ -43,7 +43,7 @@ def toeplitz(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=None, tran
 
 
 def toeplitz_tail(x, col, tail, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
-    """`toeplitz` by exactly its N + K - 1 entries: tail [K - 1] is the first row without the corner.
+    """`toeplitz_matmul` by exactly its N + K - 1 entries: tail [K - 1] is the first row without the corner.
 
     A tail that is a parameter, which `row[1:]` is not, lets a dense matrix made of it be kept.
     """
@@ -69,17 +69,17 @@ def _toeplitz_outputs(x, col, row, transposed) -> int:
     return k if transposed else n
 
 
-def toeplitz_reference(x, col, row, **options):
-    """`toeplitz` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+def toeplitz_matmul_reference(x, col, row, **options):
+    """`toeplitz_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     n = _toeplitz_outputs(x, col, row, options.get("transposed", False))
     return engine.reference("toeplitz", x, col, row[1:], n, **options)
 
 
-def toeplitz_product(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
+def toeplitz_product_matmul(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * T(b) T(a) drop(x), T(t) = toeplitz(., t, t), differentiable in x, a, b and add.
 
     x: [..., n]; a, b: [n]. T(a) comes first. On Triton both products are one kernel, whose intermediate never leaves
-    the chip. The rest: see `circulant`.
+    the chip. The rest: see `circulant_matmul`.
     """
     n = _product_outputs(x, a, b)
     return engine.run(
@@ -96,6 +96,6 @@ def _product_outputs(x, a, b) -> int:
     return a.shape[0]
 
 
-def toeplitz_product_reference(x, a, b, **options):
+def toeplitz_product_matmul_reference(x, a, b, **options):
     """`toeplitz_product` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     return engine.reference("toeplitz_product", x, a, b, _product_outputs(x, a, b), **options)
