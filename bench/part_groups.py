@@ -13,9 +13,9 @@ from peft_fused.triton_kernels import plan as plans
 
 from peft_fused.ops import bottleneck_adapter, bottleneck_torch, cases, dispatch, lowrank_adapter, lowrank_linear
 from peft_fused.ops import structured as maps
-from peft_fused.ops.bottleneck import NAMES
-from peft_fused.ops.bottleneck import problem_of as bottleneck_problem
+from peft_fused.ops.bottleneck import BOTTLENECK, BottleneckCall, bottleneck_problem
 from peft_fused.ops.dropout import drop, dropout_threshold, load
+from peft_fused.ops.lowrank import LowRankCall, lowrank_problem
 
 from . import structured
 from .baselines import ALPHA_OVER_R, Layer
@@ -187,7 +187,7 @@ def _inputs(shape: Shape, device: torch.device) -> SimpleNamespace:
         weight=normal(n, k, std=k**-0.5, dtype=shape.dtype), A=normal(r, k, std=k**-0.5), B=normal(n, r, std=r**-0.5),
         S=normal(m, r), dS=normal(m, r), normal=normal,
     )  # fmt: skip
-    t.problem = dispatch.problem_of(t.x, t.A, t.B, has_weight=True, dropout=False)
+    t.problem = lowrank_problem(t.x, t.A, t.B, has_weight=True, dropout=False)
     return t
 
 
@@ -248,22 +248,17 @@ def _linear(shape: Shape, device: torch.device) -> dict:
         base: _kernel(lambda: x @ W.t(), Work(_bytes(x, W, t.dy), 2 * shape.m * shape.n * shape.k, shape.dtype)),
         "addmm_ lines": _kernel(lines, work, against=base),
     }
-    plan = plans.plan(t.problem)
+    plan, call = plans.plan(t.problem), LowRankCall(x, W, None, None, A, B, scale=ALPHA_OVER_R)
     launch = plan.linear or plans.plan(replace(t.problem, n=plans.NARROW)).linear
     for name, chosen, note in (
         ("single kernel", replace(plan, forward="single_kernel", linear=launch), _tile(launch)),
         ("adapter first", replace(plan, forward="shrink_expand_gemm", linear=None), None),
     ):
-        options = dict(scale=ALPHA_OVER_R, plan=chosen)
         entries[name] = _triton(
-            t.problem, lambda op, options=options: lambda: op.lowrank_fwd(x, W, *_NONE, A, B, *_NONE, **options)[0],
+            t.problem, lambda op, plan=chosen: lambda: op.lowrank_fwd(call, plan=plan)[0],
             work, against=base, equals="addmm_ lines", note=note,
         )  # fmt: skip
     return entries
-
-
-# Neither `add` nor a bias, and neither u nor v.
-_NONE = None, None
 
 
 # ------------------------------------------------------------------------------------------------------ single kernels
@@ -344,35 +339,35 @@ def _grad_a(shape: Shape, device: torch.device) -> dict:
 def _bottleneck(shape: Shape, device: torch.device) -> dict:
     """With biases and its input as its residual."""
     t = _inputs(shape, device)
-    given = t.x, t.A, t.normal(shape.r), t.B, t.normal(shape.n), None
-    controls = bottleneck_torch.Controls("gelu", 1.0, 0, 0)
+    call = BottleneckCall(t.x, t.A, t.normal(shape.r), t.B, t.normal(shape.n), expert_d=0, expert_u=0)
     work = Work(_bytes(t.x, t.dy, t.S, t.A, t.B), 4 * shape.m * shape.n * shape.r, shape.dtype)
-    entries = {"torch": _kernel(partial(bottleneck_torch.forward, *given, controls), work)}
+    entries = {"torch": _kernel(partial(bottleneck_torch.forward, call), work)}
     if why := _why_not("triton", bottleneck_problem(t.x, t.A, t.B, "gelu")):
         return entries | {"triton": why}
     from peft_fused.triton_kernels.bottleneck import bottleneck_fwd
 
-    run = partial(bottleneck_fwd, *given, activation="gelu")
-    return entries | {"triton": _kernel(run, work, against="torch", equals="torch")}
+    return entries | {"triton": _kernel(partial(bottleneck_fwd, call), work, against="torch", equals="torch")}
 
 
 def _bottleneck_bwd(shape: Shape, device: torch.device) -> dict:
     """All its gradients, from units as the forward saves them."""
     t = _inputs(shape, device)
     given = t.dy, t.x, t.A, t.B, t.S
-    like = bottleneck_torch.Likeness(0, 0, shape.r, shape.adapter_dtype)
-    controls = bottleneck_torch.Controls("gelu", 1.0, 0, 0)
+    call = BottleneckCall(t.x, t.A, t.normal(shape.r), t.B, t.normal(shape.n), expert_d=0, expert_u=0)
+    like, needs = BOTTLENECK.likeness(call), set(BOTTLENECK.own)
+    call.down_bias = call.up_bias = None
+
+    def run(backward):
+        grads = backward(t.dy, call, t.S, like=like, needs=needs)
+        return [grads[name] for name in BOTTLENECK.own]
+
     work = Work(_bytes(*given, t.x, t.A, t.B), 8 * shape.m * shape.n * shape.r, shape.dtype)
-    entries = {"torch": _kernel(partial(bottleneck_torch.backward, *given, controls, like, True, [True] * 5), work)}
+    entries = {"torch": _kernel(partial(run, bottleneck_torch.backward), work)}
     if why := _why_not("triton", bottleneck_problem(t.x, t.A, t.B, "gelu")):
         return entries | {"triton": why}
     from peft_fused.triton_kernels.bottleneck import bottleneck_bwd
 
-    def run():
-        grads = bottleneck_bwd(*given, activation="gelu", needs=frozenset(NAMES), residual_is_h=True)
-        return [grads[name] for name in NAMES]
-
-    return entries | {"triton": _kernel(run, work, against="torch", equals="torch")}
+    return entries | {"triton": _kernel(partial(run, bottleneck_bwd), work, against="torch", equals="torch")}
 
 
 def _dropout(shape: Shape, device: torch.device) -> dict:
@@ -487,7 +482,7 @@ def _structured(shape: StructuredShape, device: torch.device) -> dict:
     shapes = cases.parameter_shapes(op, shape.sizes).values()
     values = [torch.randn(size, device=device, dtype=shape.adapter_dtype).mul_(std) for size in shapes]
     tail = values[1][1:] if op == "toeplitz" else values[1] if len(values) > 1 else None
-    problem = maps.problem_of(op, x, values[0], tail, n, False)
+    problem = maps.structured_problem(op, x, values[0], tail, n, False)
 
     def entry(function: Callable, flops: tuple[float, float], rate: torch.dtype, **more) -> Entry:
         parameters = [value.clone().requires_grad_() for value in values]

@@ -3,7 +3,6 @@ plain PyTorch, and PEFT's C3A. All of one case have the same parameters, input a
 """
 
 import contextlib
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -15,13 +14,12 @@ from peft.tuners.c3a.utils import BlockCircularConvolution
 import peft_fused
 from peft_fused.ops import cases, dispatch, structured
 from peft_fused.ops.accuracy import outputs
+from peft_fused.ops.structured import plan as plan_module
 
 from .baselines import Layer, cuda_peak_bytes, saved_bytes
 from .shapes import StructuredShape
 from .timing import MODES, clock_of, interleave, ratio, wall_ms
 from .verify import TOLERANCE, WrongResult, relative_rms
-
-plan_module = importlib.import_module("peft_fused.ops.structured.plan")  # the package's `plan` is the function in it
 
 # Dense products are timed below this many multiply-adds; from there on, a few rounds of them take a minute on a CPU.
 DENSE_LIMIT = {"cpu": 1 << 35, "cuda": 1 << 40}
@@ -125,12 +123,12 @@ class C3A(Layer):
 
 @contextlib.contextmanager
 def planned(method: str) -> Iterator[None]:
-    """The torch backend with this method, whatever plan() would choose; in Python, where the choice can be changed."""
+    """The torch backend with this method, whatever the plan; in Python, where that can be changed."""
 
     def plan(problem):
         return structured.StructuredPlan(method, problem.lengths.torch)
 
-    with mock.patch.object(plan_module, "plan", plan), peft_fused.use_backend("torch", native=False):
+    with mock.patch.object(plan_module, "plan_structured", plan), peft_fused.use_backend("torch", native=False):
         yield
 
 
@@ -191,7 +189,7 @@ def build(shape: StructuredShape, device: torch.device) -> Case:
                 variants[f"ours_{method}"] = layer(lambda *rest, method=method: Forced(method, *rest), ours)
     first, second = values[0], values[1] if len(values) > 1 else None
     second = second[1:] if shape.op == "toeplitz" else second
-    problem = structured.problem_of(shape.op, x, first, second, shape.n, False)
+    problem = structured.structured_problem(shape.op, x, first, second, shape.n, False)
     variants["ours"].path = dispatch.path_of(problem)
     return Case(shape, variants, problem, truth, skipped)
 

@@ -10,8 +10,13 @@
 #include "kernels/fft_plan.h"
 
 namespace py = pybind11;
+using peft_fused::BottleneckArguments;
 using peft_fused::Control;
+using peft_fused::Dropout;
 using peft_fused::LowRankArguments;
+using peft_fused::Method;
+using peft_fused::Structure;
+using peft_fused::StructuredArguments;
 
 namespace {
 
@@ -35,25 +40,33 @@ bool read_index(const py::object& value, Control& control, bool& present) {
   return !present || (!PyFloat_Check(value.ptr()) && read_control(value, control));
 }
 
-bool read_experts(const py::object& value, LowRankArguments& a) {
+// An index, or a pair of them.
+bool read_pair(const py::object& value, Control& first, bool& has_first, Control& second, bool& has_second) {
   if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
     const auto pair = py::reinterpret_borrow<py::sequence>(value);
-    return pair.size() == 2 && read_index(pair[0], a.expert_a, a.has_expert_a) &&
-           read_index(pair[1], a.expert_b, a.has_expert_b);
+    return pair.size() == 2 && read_index(pair[0], first, has_first) && read_index(pair[1], second, has_second);
   }
-  return read_index(value, a.expert_a, a.has_expert_a) && read_index(value, a.expert_b, a.has_expert_b);
+  return read_index(value, first, has_first) && read_index(value, second, has_second);
 }
 
-bool read_seed(const py::object& value, LowRankArguments& a) {
-  if (value.is_none()) return true;
-  if (THPVariable_Check(value.ptr())) {
-    a.seed_tensor = THPVariable_Unpack(value.ptr());
+bool read_dropout(const py::object& p, const py::object& seed, Dropout& dropout) {
+  Control control;
+  if (!read_control(p, control) || control.tensor.defined()) return false;
+  dropout.p = control.number;
+  if (seed.is_none()) return true;
+  if (THPVariable_Check(seed.ptr())) {
+    dropout.seed_tensor = THPVariable_Unpack(seed.ptr());
     return true;
   }
-  if (!PyLong_Check(value.ptr()) || PyBool_Check(value.ptr())) return false;
+  if (!PyLong_Check(seed.ptr()) || PyBool_Check(seed.ptr())) return false;
   int overflow = 0;
-  a.seed = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  dropout.seed = PyLong_AsLongLongAndOverflow(seed.ptr(), &overflow);
   return overflow == 0;
+}
+
+bool read_flag(const py::object& value, bool& flag) {
+  flag = value.ptr() == Py_True;
+  return PyBool_Check(value.ptr());
 }
 
 bool read_tensor(const py::object& value, at::Tensor& tensor, bool required) {
@@ -63,63 +76,60 @@ bool read_tensor(const py::object& value, at::Tensor& tensor, bool required) {
   return true;
 }
 
-py::object lowrank(const py::object& x, const py::object& weight, const py::object& add, const py::object& bias,
-                   const py::object& A, const py::object& B, const py::object& scale, const py::object& rank,
-                   const py::object& expert, const py::object& u, const py::object& v, const py::object& dropout_p,
-                   const py::object& seed, const py::object& frozen, const std::optional<std::string>& backend) {
+// What becomes of a call, by the decisions that Python keeps by their keys (ops/operation.py): None for one that is
+// unusual (see Key), its key where nothing is decided yet, the decision where it is for another node, else the result of
+// run(decision).
+template <typename Arguments, typename Run>
+py::object decided(const py::dict& decisions, Arguments& arguments, bool readable, Run run) {
+  if (!readable) return py::none();
+  const auto key = peft_fused::key_of(arguments);
+  if (!key.usual()) return py::none();
+  py::bytes bytes(key.bytes());
+  PyObject* found = PyDict_GetItemWithError(decisions.ptr(), bytes.ptr());
+  if (found == nullptr) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return std::move(bytes);
+  }
+  static PyObject* const native = PyUnicode_InternFromString("native");
+  const auto decision = py::reinterpret_borrow<py::object>(found);
+  const auto here = py::reinterpret_steal<py::object>(PyObject_GetAttr(found, native));
+  if (!here) throw py::error_already_set();
+  return here.ptr() == Py_True ? py::cast(run(decision)) : decision;
+}
+
+py::object lowrank(const py::dict& decisions, const py::object& x, const py::object& weight, const py::object& add,
+                   const py::object& bias, const py::object& A, const py::object& B, const py::object& u, const py::object& v,
+                   const py::object& scale, const py::object& rank, const py::object& expert,
+                   const py::object& dropout_p, const py::object& seed, const py::object& frozen) {
   LowRankArguments a;
-  a.frozen = frozen.ptr() == Py_True;
-  Control p;
   const bool readable =
       read_tensor(x, a.x, true) && read_tensor(weight, a.weight, false) && read_tensor(add, a.add, false) &&
       read_tensor(bias, a.bias, false) && read_tensor(A, a.A, true) && read_tensor(B, a.B, true) &&
       read_tensor(u, a.u, false) && read_tensor(v, a.v, false) && read_control(scale, a.scale) &&
-      read_index(rank, a.rank, a.has_rank) && read_experts(expert, a) && read_seed(seed, a) &&
-      read_control(dropout_p, p) && !p.tensor.defined() && PyBool_Check(frozen.ptr());
-  if (!readable) return py::none();
-  a.dropout_p = p.number;
-  at::Tensor y;
-  {
-    py::gil_scoped_release release;
-    y = peft_fused::lowrank(std::move(a), backend.value_or(""));
-  }
-  return y.defined() ? py::cast(y) : py::none();
+      read_index(rank, a.rank, a.has_rank) &&
+      read_pair(expert, a.expert_a, a.has_expert_a, a.expert_b, a.has_expert_b) &&
+      read_dropout(dropout_p, seed, a.dropout) && read_flag(frozen, a.frozen);
+  return decided(decisions, a, readable, [&](const py::object&) {
+    const py::gil_scoped_release release;
+    return peft_fused::lowrank(a);
+  });
 }
 
-bool read_pair(const py::object& value, Control& first, Control& second) {
-  bool present;
-  if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
-    const auto pair = py::reinterpret_borrow<py::sequence>(value);
-    return pair.size() == 2 && read_index(pair[0], first, present) && read_index(pair[1], second, present);
-  }
-  return read_index(value, first, present) && read_index(value, second, present);
-}
-
-py::object bottleneck(const py::object& h, const py::object& down, const py::object& down_bias, const py::object& up,
-                      const py::object& up_bias, const py::object& activation, const py::object& residual,
-                      const py::object& scale, const py::object& expert, const std::optional<std::string>& backend) {
-  peft_fused::BottleneckArguments a;
+py::object bottleneck(const py::dict& decisions, const py::object& h, const py::object& down, const py::object& down_bias, const py::object& up,
+                      const py::object& up_bias, const py::object& residual, const py::object& activation,
+                      const py::object& scale, const py::object& expert) {
+  BottleneckArguments a;
   const bool readable = read_tensor(h, a.h, true) && read_tensor(down, a.down, true) &&
                         read_tensor(down_bias, a.down_bias, false) && read_tensor(up, a.up, true) &&
                         read_tensor(up_bias, a.up_bias, false) && read_tensor(residual, a.residual, false) &&
-                        read_control(scale, a.scale) && read_pair(expert, a.expert_d, a.expert_u) &&
+                        read_control(scale, a.scale) &&
+                        read_pair(expert, a.expert_d, a.has_expert_d, a.expert_u, a.has_expert_u) &&
                         PyUnicode_Check(activation.ptr());
-  if (!readable) return py::none();
-  a.activation = py::cast<std::string>(activation);
-  at::Tensor y;
-  {
-    py::gil_scoped_release release;
-    y = peft_fused::bottleneck(a, backend.value_or(""));
-  }
-  return y.defined() ? py::cast(y) : py::none();
-}
-
-at::ScalarType type_of_name(const std::string& name) {
-  return name == "float32"    ? at::kFloat
-         : name == "float16"  ? at::kHalf
-         : name == "bfloat16" ? at::kBFloat16
-         : name == "float64"  ? at::kDouble
-                              : at::ScalarType::Undefined;
+  if (readable) a.activation = py::cast<std::string>(activation);
+  return decided(decisions, a, readable, [&](const py::object&) {
+    const py::gil_scoped_release release;
+    return peft_fused::bottleneck(a);
+  });
 }
 
 // The member of an enum that a name stands for, in the enum's order. ValueError for an unknown name.
@@ -133,39 +143,41 @@ Enum named(const char* argument, const std::string& name, std::initializer_list<
   throw py::value_error(std::string(argument) + " is unknown: " + name);
 }
 
-at::Tensor structured(const std::string& structure, const std::string& method,
-                      const std::pair<std::string, std::string>& names, const at::Tensor& x,
-                      const at::Tensor& p, const std::optional<at::Tensor>& q, const std::optional<at::Tensor>& add,
-                      int64_t n, int64_t length, const py::object& scale, int64_t threshold,
-                      const std::optional<at::Tensor>& seed, const std::optional<at::Tensor>& matrix) {
-  using peft_fused::Method;
-  using peft_fused::Structure;
-  peft_fused::StructuredArguments a;
-  a.structure = named<Structure>("structure", structure, {"circulant", "toeplitz", "kronecker"});
-  a.method = named<Method>("method", method, {"fft", "dense", "gemm"});
-  a.p_name = names.first, a.q_name = names.second;
-  a.x = x, a.p = p, a.q = q.value_or(at::Tensor()), a.add = add.value_or(at::Tensor());
-  a.n = n, a.length = length, a.threshold = threshold;
-  a.seed = seed.value_or(at::Tensor()), a.matrix = matrix.value_or(at::Tensor());
-  TORCH_CHECK_TYPE(read_control(scale, a.scale), "scale must be a number or a tensor");
-  const py::gil_scoped_release release;
-  return peft_fused::structured(a);
+py::object structured(const py::dict& decisions, const py::object& x, const py::object& p, const py::object& q,
+                      const py::object& add, const std::string& kind, const py::object& out_features,
+                      const py::object& scale, const py::object& dropout_p, const py::object& seed,
+                      const py::object& transposed, const py::object& names) {
+  StructuredArguments a;
+  a.kind = kind;
+  Control outputs;
+  bool has_outputs;
+  const bool readable = read_tensor(x, a.x, true) && read_tensor(p, a.p, true) && read_tensor(q, a.q, false) &&
+                        read_tensor(add, a.add, false) && read_index(out_features, outputs, has_outputs) &&
+                        !outputs.tensor.defined() && read_control(scale, a.scale) &&
+                        read_dropout(dropout_p, seed, a.dropout) && read_flag(transposed, a.transposed);
+  if (has_outputs) a.out_features = static_cast<int64_t>(outputs.number);
+  return decided(decisions, a, readable, [&](const py::object& decision) {
+    const auto [method, length, n, matrix] =
+        decision.attr("plan").cast<std::tuple<std::string, int64_t, int64_t, py::object>>();
+    const auto [p_name, q_name] = names.cast<std::pair<std::string, std::optional<std::string>>>();
+    peft_fused::StructuredPath path;
+    path.structure = named<Structure>("structure", kind, {"circulant", "toeplitz", "kronecker"});
+    path.method = named<Method>("method", method, {"fft", "dense", "gemm"});
+    path.p_name = p_name, path.q_name = q_name.value_or("q");
+    path.n = n, path.length = length;
+    if (!matrix.is_none()) path.matrix = matrix(x, p, q).cast<at::Tensor>();
+    const py::gil_scoped_release release;
+    return peft_fused::structured(a, path);
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Autograd functions of peft_fused in C++.";
-  m.def("lowrank", &lowrank,
-        "The op of ops/lowrank.py, or None where Python has to decide: bad arguments, autocast, another backend.");
-  m.def("lowrank_serves", [](const std::string& device, const std::string& dtype, const std::string& adapter_dtype,
-                             bool uv, double multiply_adds, const std::string& backend) {
-    return (device == "cpu" || device == "cuda") &&
-           peft_fused::lowrank_serves(device == "cuda", type_of_name(dtype), type_of_name(adapter_dtype), uv,
-                                      multiply_adds, backend);
-  }, "Whether the C++ node runs a problem of lowrank: the rule that the node itself follows.");
-  m.def("bottleneck", &bottleneck, "The op of ops/bottleneck.py, or None where Python has to decide.");
-  m.def("structured", &structured, "A structured op of ops/structured/engine.py, whose arguments that has checked.");
+  m.def("lowrank", &lowrank, "The op of ops/lowrank.py, if the decisions say so of this call.");
+  m.def("bottleneck", &bottleneck, "The op of ops/bottleneck.py, if the decisions say so of this call.");
+  m.def("structured", &structured, "A structured op of ops/structured/engine.py, if the decisions say so of this call.");
   m.def("drop", [](const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
     py::gil_scoped_release release;
     return peft_fused::drop(x, seed, threshold, first_row);
@@ -195,8 +207,8 @@ PYBIND11_MODULE(_C, m) {
   }, py::arg("x"), py::arg("dy"), py::arg("khat"), py::arg("twiddles"), py::arg("blocks") = 1,
      py::arg("conjugate") = false, py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
      py::arg("backwards") = false, "(dx, partial) of the backward kernel of kernels/fft.h, run by the CPU for tests.");
-  m.def("configure", [](bool onednn, int64_t onednn_least, double launch_bound) {
-    peft_fused::settings() = {onednn, onednn_least, launch_bound};
+  m.def("configure", [](bool onednn, int64_t onednn_least) {
+    peft_fused::settings() = {onednn, onednn_least};
   }, "What ops/dispatch.py decided for this machine.");
   m.def("has_cuda", [] {
 #ifdef PEFT_FUSED_CUDA

@@ -23,76 +23,61 @@ from .bottleneck_plan import (
     BottleneckPlan,
     BottleneckProblem,
     grad_constexprs,
-    plan,
     reduce_launch,
     rows_constexprs,
     shrink_only,
 )
-from .lowrank import _control, _dense, _gpu, _name, _precision, _stack_strides
+from .bottleneck_plan import plan as make_plan
+from .launching import control, dense, gpu_of, name_of, precision, stack_strides
 from .plan import cdiv
 
 
-def bottleneck_fwd(h, down, down_bias, up, up_bias, residual, *, activation, scale=1.0, expert_d=None, expert_u=None):
-    """(y [M, N] in h's type, z [M, r] in the parameters')."""
+def bottleneck_fwd(call, *, plan=None):
+    """(y [M, N] in h's type, z [M, r] in the parameters') of a call on rows h [M, K]."""
+    h, down, up, activation = call.h, call.down, call.up, call.activation
     (M, K), (N, r) = h.shape, up.shape[-2:]
     y = h.new_empty(M, N)
     z = h.new_empty(M, r, dtype=down.dtype)
     if M == 0:
         return y, z
-    route_d, route_u = _Route.of(down.dim() == 3, expert_d), _Route.of(up.dim() == 3, expert_u)
+    route_d, route_u = _Route.of(down.dim() == 3, call.expert_d), _Route.of(up.dim() == 3, call.expert_u)
     groups = max(route_d.groups, route_u.groups)
-    chosen = _plan(h, N, K, r, down.dtype, groups, activation)
-    s = None if chosen.fused else torch.empty_like(z)
-    add = h if residual is None else residual
+    plan = plan or _plan(h, N, K, r, down.dtype, groups, activation)
+    s = None if plan.fused else torch.empty_like(z)
+    add = h if call.residual is None else call.residual
     with torch.cuda.device_of(h):
-        for launch in chosen.forward:
+        for launch in plan.forward:
             _rows(
-                launch, groups, activation, h, down, down_bias, up, up_bias, add, z, s, None, y, scale, route_d, route_u
-            )
+                launch, groups, activation, h, down, call.down_bias, up, call.up_bias, add, z, s, None, y, call.scale,
+                route_d, route_u,
+            )  # fmt: skip
     return y, z
 
 
-def bottleneck_bwd(
-    dy,
-    h,
-    down,
-    up,
-    z,
-    *,
-    activation,
-    scale=1.0,
-    expert_d=None,
-    expert_u=None,
-    needs,
-    residual_is_h,
-    shapes=None,
-    dtype=None,
-):
+def bottleneck_bwd(dy, call, z, *, like, needs, plan=None):
     """Gradients by name for the names in `needs`, out of h, down, down_bias, up, up_bias; each in its operand's type.
 
-    residual_is_h: whether dY is a part of dh. h is read for down, down for h, up for these two and down_bias, z for all
-    but up_bias, with the identity for up alone; what is not read may be None. `shapes` by name and `dtype` are those
-    of the parameters whose gradients are needed, for what cannot be told from down and up.
+    like: (shape, dtype) of every input of the call by name, None for an absent one; where that is the residual, dY is a
+    part of dh. h is read for down, down for h, up for these two and down_bias, z for all but up_bias, with the identity
+    for up alone; what is not read may be None.
     """
-    shapes = _shapes(down, up) | (shapes or {})
-    dtype = dtype or next(t.dtype for t in (up, z, down) if t is not None)
+    h, down, up, activation, scale = call.h, call.down, call.up, call.activation, call.scale
+    (D_shape, dtype), U_shape = like["down"], like["up"][0]
+    residual_is_h = like["residual"] is None
     M, N = dy.shape
-    K = down.shape[-1] if "h" in needs else h.shape[1] if "down" in needs else 1
-    r = next((t.shape[-1] for t in (up, z) if t is not None), 1)
-    grads = {name: dy.new_empty(shapes[name], dtype=dtype) for name in needs if name != "h"}
+    r, K = D_shape[-2:]
+    grads = {name: dy.new_empty(like[name][0], dtype=dtype) for name in needs if name != "h"}
     if "h" in needs:
         grads["h"] = dy.new_empty(M, K)
     if M == 0:
         return {name: grad.zero_() for name, grad in grads.items()}
 
-    stacked_d = any(len(shapes.get(name, ())) == dims for name, dims in (("down", 3), ("down_bias", 2)))
-    stacked_u = any(len(shapes.get(name, ())) == dims for name, dims in (("up", 3), ("up_bias", 2)))
-    route_d, route_u = _Route.of(stacked_d, expert_d), _Route.of(stacked_u, expert_u)
+    route_d, route_u = _Route.of(len(D_shape) == 3, call.expert_d), _Route.of(len(U_shape) == 3, call.expert_u)
     groups = max(route_d.groups, route_u.groups)
-    chosen = _plan(dy, N, K, r, dtype, groups, activation)
+    plan = plan or _plan(dy, N, K, r, dtype, groups, activation)
     need_units = not needs.isdisjoint(("down", "down_bias"))
     need_dz = need_units or "h" in needs
-    launches = chosen.backward if "h" in needs else shrink_only(chosen.backward) if need_dz or "up" in needs else ()
+    launches = plan.backward if "h" in needs else shrink_only(plan.backward) if need_dz or "up" in needs else ()
     dz = dy.new_empty(M, r, dtype=dtype) if need_units or len(launches) > 1 else None
     a = dy.new_empty(M, r, dtype=dtype) if "up" in needs else None
     with torch.cuda.device_of(dy):
@@ -104,9 +89,9 @@ def bottleneck_bwd(
             )  # fmt: skip
         if need_units:
             x = h if "down" in needs else None
-            _gradients(chosen.grad_down, x, dz, route_d, 1.0, _mT(grads.get("down")), None, grads.get("down_bias"))
+            _gradients(plan.grad_down, x, dz, route_d, 1.0, _mT(grads.get("down")), None, grads.get("down_bias"))
         if not needs.isdisjoint(("up", "up_bias")):
-            _gradients(chosen.grad_up, dy, a, route_u, scale, grads.get("up"), grads.get("up_bias"), None)
+            _gradients(plan.grad_up, dy, a, route_u, scale, grads.get("up"), grads.get("up_bias"), None)
     return grads
 
 
@@ -123,21 +108,18 @@ class _Route:
     def of(stacked, expert) -> "_Route":
         if not stacked or expert is None:
             return _Route(None, 0, 0, 1)
-        pointer, value = _control(expert, 0)
+        pointer, value = control(expert, 0)
         if pointer is None or pointer.numel() == 1:
             return _Route(pointer, value, 0, 1)
         return _Route(pointer, value, pointer.stride(0), pointer.shape[0])
 
 
 def _plan(rows, n, k, r, adapter_dtype, groups, activation) -> BottleneckPlan:
-    gpu, sm_count = _gpu(rows.device)
-    types = _name(rows.dtype), _name(adapter_dtype)
-    return plan(BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation))
-
-
-def _shapes(down, up) -> dict[str, torch.Size]:
-    shapes = {} if down is None else {"down": down.shape, "down_bias": down.shape[:-1]}
-    return shapes if up is None else shapes | {"up": up.shape, "up_bias": up.shape[:-1]}
+    gpu, sm_count = gpu_of(rows.device)
+    types = name_of(rows.dtype), name_of(adapter_dtype)
+    return make_plan(
+        BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation)
+    )
 
 
 def _mT(factor):
@@ -145,7 +127,7 @@ def _mT(factor):
 
 
 def _strides(factor) -> tuple[int, int, int]:
-    return (0, 0, 0) if factor is None else _stack_strides(factor)
+    return (0, 0, 0) if factor is None else stack_strides(factor)
 
 
 def _bias_stride(bias) -> int:
@@ -158,19 +140,19 @@ def _rows(
     """rows_kernel; w_in is indexed [expert, unit, column of x], w_out [expert, column of y, unit]."""
     M, r = (x.shape[0], w_in.shape[-2]) if z is None else z.shape
     K, N = (0 if t is None else t.shape[1] for t in (x, y))
-    b_in, b_out = _dense(b_in), _dense(b_out)
+    b_in, b_out = dense(b_in), dense(b_out)
     group_rows = M // groups
     row_blocks = cdiv(group_rows, launch.block_m)
     n_blocks = cdiv(cdiv(N, launch.block_n), launch.parts)
     parts = cdiv(cdiv(N, launch.block_n), n_blocks) if launch.expand else 1
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     kernels.rows_kernel[(groups * row_blocks, parts, 1 if launch.expand else cdiv(r, launch.block_r))](
         x, w_in, b_in, w_out, b_out, add, z, s, a, y, scale_ptr, route_in.pointer, route_out.pointer,
         group_rows, row_blocks, K, N, r, scale, route_in.value, route_out.value, n_blocks,
         route_in.stride, route_out.stride, *((0, 0) if x is None else x.stride()),
         *_strides(w_in), _bias_stride(b_in), *_strides(w_out), _bias_stride(b_out),
         *((0, 0) if add is None else add.stride()),
-        **rows_constexprs(launch, activation, backward), PREC=_precision(),
+        **rows_constexprs(launch, activation, backward), PREC=precision(),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
@@ -195,10 +177,10 @@ def _gradients(launch, x, s, route, scale, weight, bias, unit_bias):
     kernels.grad_kernel[(cdiv(X, launch.block_x), stripes, slots * cdiv(r, launch.block_r))](
         x, s, *partial, route.pointer if slots > 1 else None, group_rows, row_blocks, blocks, stripe_blocks, X, r,
         route.stride, *((0, 0) if x is None else x.stride()),
-        **grad_constexprs(launch), PREC=_precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **grad_constexprs(launch), PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     single = route.groups == 1  # one index per group leaves nothing to choose: a slot each, or one expert in all
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     tile, num_warps = reduce_launch(r)
     kernels.reduce_kernel[(cdiv(X, tile["BLOCK_X"]), experts)](
         *partial, weight, bias, unit_bias, scale_ptr, route.pointer if single else None, slots, stripes, X, r,

@@ -10,7 +10,7 @@ from itertools import product
 
 from .plan import DTYPES, MAX_RANK, cdiv, next_power_of_2, operand_class
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
+BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,21 @@ class BottleneckProblem:
         reasons = []
         if self.r > MAX_RANK:
             reasons.append(f"r is {self.r}; the kernels take up to {MAX_RANK}")
-        if self.activation not in ACTIVATIONS:
-            reasons.append(f"activation is {self.activation!r}; the kernels know {', '.join(ACTIVATIONS)}")
+        if self.activation not in BOTTLENECK_ACTIVATIONS:
+            reasons.append(f"activation is {self.activation!r}; the kernels know {', '.join(BOTTLENECK_ACTIVATIONS)}")
         return reasons
 
-    def preference(self, hosted: bool) -> tuple[str, ...]:
+    def preference(self) -> tuple[str, ...]:
         """Backends on CUDA, the best first."""
         return ("triton", "torch")
 
-    def hosted(self, node, backend: str) -> bool:
-        """Whether the C++ node takes a call on a backend."""
+    def native(self, backend: str) -> bool:
+        """Whether the C++ node runs the problem on a backend."""
         return backend == "torch" and self.device == "cpu"
+
+    def launch_plan(self, backend: str):
+        """What the implementation is given to run by."""
+        return plan(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""
@@ -160,8 +164,8 @@ def plan(problem: BottleneckProblem) -> BottleneckPlan:
 def _plan(p: BottleneckProblem) -> BottleneckPlan:
     if not 1 <= p.r <= MAX_RANK:
         raise ValueError(f"r must be in 1..{MAX_RANK}, got {p.r}")
-    if p.activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {p.activation!r}")
+    if p.activation not in BOTTLENECK_ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(BOTTLENECK_ACTIVATIONS)}, got {p.activation!r}")
     if p.dtype not in DTYPES or p.adapter_dtype not in (p.dtype, "float32"):
         raise ValueError(f"unsupported types: h {p.dtype}, parameters {p.adapter_dtype}")
     kind = operand_class(p.dtype, p.adapter_dtype)
@@ -261,7 +265,7 @@ def configurations() -> list[KernelConfig]:
     for (dtype, adapter), r, m in product(types, (16, 32, 64, 128, 256), (1, 32, 64, 4096, 6144, 32768)):
         problem = BottleneckProblem(m, 1024, 1024, r, dtype, adapter, "cpu", "", 132, 1, "gelu")
         found |= dict.fromkeys(kernel_configs(problem))
-    for (dtype, adapter), activation in product(types, ACTIVATIONS):
+    for (dtype, adapter), activation in product(types, BOTTLENECK_ACTIVATIONS):
         problem = BottleneckProblem(4096, 1024, 1024, 16, dtype, adapter, "cpu", "", 132, 1, activation)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -18,7 +18,7 @@ import torch
 
 from . import kronecker_kernels as kernels
 from .kronecker_plan import REDUCE, REDUCE_WARPS, Problem, backward_passes, constexprs, forward_launch
-from .lowrank import _control, _gpu, _name, _precision
+from .launching import control, gpu_of, name_of, precision
 from .plan import cdiv
 
 
@@ -30,12 +30,12 @@ def kronecker_fwd(x, A, B, *, add=None, scale=1.0, threshold=0, seed=None, mask_
     problem = _problem(x, A, B)
     launch = forward_launch(problem)
     dropout = ("output" if mask_output else "input") if threshold else None
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(x):
         kernels.forward_kernel[launch.grid](
             x, A, B, add, y, scale_ptr, seed, problem.m, scale, threshold, launch.m_blocks,
             *x.stride(), *A.stride(), *B.stride(), *((0, 0) if add is None else add.stride()),
-            **constexprs(problem, launch), DROPOUT=dropout, PREC=_precision(),
+            **constexprs(problem, launch), DROPOUT=dropout, PREC=precision(),
             num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return y
@@ -63,14 +63,14 @@ def _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group):
         name: dy.new_empty(count, *factor.shape, dtype=torch.float32) if name in group else None
         for name, factor, count in (("A", A, stripes), ("B", B, stripes * columns))
     }
-    scale_ptr, value = _control(scale, 1.0)
+    scale_ptr, value = control(scale, 1.0)
     if problem.m:
         with torch.cuda.device_of(dy):
             kernels.backward_kernel[launch.grid](
                 dy, x, A, B, dx, planes["A"], planes["B"], scale_ptr, seed, problem.m, value, threshold,
                 launch.m_blocks, *dy.stride(), *x.stride(), *A.stride(), *B.stride(),
                 **constexprs(problem, launch), NEED_DX="x" in group, NEED_DA="A" in group, NEED_DB="B" in group,
-                DROPOUT=threshold > 0, PREC=_precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
+                DROPOUT=threshold > 0, PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
             )  # fmt: skip
     sums = {name: _reduce(planes[name], factor.dtype, scale) for name, factor in (("A", A), ("B", B)) if name in group}
     return sums | ({} if dx is None else {"x": dx})
@@ -79,7 +79,7 @@ def _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group):
 def _reduce(planes, dtype, scale):
     """scale * the sum of planes over their first axis, in their order; of no planes, zeros."""
     out = planes.new_empty(planes.shape[1:], dtype=dtype)
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(planes):
         kernels.reduce_kernel[(cdiv(out.numel(), REDUCE["BLOCK"]),)](
             planes, out, scale_ptr, planes.shape[0], out.numel(), scale, **REDUCE, num_warps=REDUCE_WARPS
@@ -88,4 +88,4 @@ def _reduce(planes, dtype, scale):
 
 
 def _problem(rows, A, B) -> Problem:
-    return Problem(rows.shape[0], *A.shape, *B.shape, _name(rows.dtype), _name(A.dtype), _gpu(rows.device)[1])
+    return Problem(rows.shape[0], *A.shape, *B.shape, name_of(rows.dtype), name_of(A.dtype), gpu_of(rows.device)[1])

@@ -13,13 +13,12 @@ Backward, with t = dY^T S:   dSu = scale dY (v . B)     dB = scale v . u . t    
 These functions launch what `plan` says and check little: types, shapes and index ranges are the caller's business.
 """
 
-from functools import cache
-
 import torch
 
 from . import lowrank_kernels as kernels
 from .dropout import keep_scale
-from .plan import Launch, LaunchPlan, Problem, cdiv, reduce_launch
+from .launching import control, dense, gpu_of, name_of, precision, stack_strides
+from .plan import Launch, LaunchPlan, LowRankProblem, cdiv, reduce_launch
 from .plan import plan as make_plan
 
 GROUP_M = 8
@@ -31,26 +30,26 @@ def shrink(x, A, *, rank=None, expert=None, threshold=0, seed=None, plan=None):
     if x.shape[0]:
         plan = plan or _plan(x, A.dtype, x.shape[1], A.shape[-2], threshold)
         with torch.cuda.device_of(x):
-            _shrink(x, A, _stack_strides(A), None, S, 1.0, rank, expert, threshold, seed, plan.shrink)
+            _shrink(x, A, stack_strides(A), None, S, 1.0, rank, expert, threshold, seed, plan.shrink)
     return S
 
 
 def expand(S, B, *, out_dtype, add=None, bias=None, u=None, v=None, scale=1.0, expert=None, plan=None):
     """T [M, N] = scale * v . (B[expert] (u . S)) + bias + add in out_dtype. add [M, N] may have any strides."""
     M, N = S.shape[0], B.shape[-2]
-    bias, u, v = _dense(bias), _dense(u), _dense(v)
+    bias, u, v = dense(bias), dense(u), dense(v)
     T = S.new_empty(M, N, dtype=out_dtype)
     if M:
         plan = plan or _plan(T, B.dtype, N, B.shape[-1], 0)
         with torch.cuda.device_of(S):
-            _expand(S, B, _stack_strides(B), u, v, bias, add, T, scale, expert, 0, None, plan.expand)
+            _expand(S, B, stack_strides(B), u, v, bias, add, T, scale, expert, 0, None, plan.expand)
     return T
 
 
 def linear(x, weight, bias, A, B, *, scale, rank=None, expert_a=None, expert_b=None, u=None, v=None, plan=None):
     """(y [M, N] in x's type, S [M, r]) from the single kernel, without dropout."""
     (M, K), N, r = x.shape, weight.shape[0], A.shape[-2]
-    bias, u, v = _dense(bias), _dense(u), _dense(v)
+    bias, u, v = dense(bias), dense(u), dense(v)
     y = x.new_empty(M, N)
     S = x.new_empty(M, r, dtype=A.dtype)
     if M == 0:
@@ -58,16 +57,16 @@ def linear(x, weight, bias, A, B, *, scale, rank=None, expert_a=None, expert_b=N
     launch = (plan or _plan(x, A.dtype, N, r, 0)).linear
     if launch is None:
         raise ValueError("the plan has no single kernel for this problem")
-    scale_ptr, scale = _control(scale, 1.0)
-    rank_ptr, rank = _control(rank, r)
-    expert_a_ptr, expert_a = _control(expert_a, 0)
-    expert_b_ptr, expert_b = _control(expert_b, 0)
+    scale_ptr, scale = control(scale, 1.0)
+    rank_ptr, rank = control(rank, r)
+    expert_a_ptr, expert_a = control(expert_a, 0)
+    expert_b_ptr, expert_b = control(expert_b, 0)
     with torch.cuda.device_of(x):
         kernels.linear_kernel[(cdiv(M, launch.block_m) * cdiv(N, launch.block_n),)](
             x, weight, bias, A, B, u, v, y, S, scale_ptr, rank_ptr, expert_a_ptr, expert_b_ptr,
             M, N, K, r, scale, rank, expert_a, expert_b,
-            *x.stride(), *weight.stride(), *_stack_strides(A), *_stack_strides(B),
-            PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
+            *x.stride(), *weight.stride(), *stack_strides(A), *stack_strides(B),
+            PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
             BLOCK_R=launch.block_r, GROUP_M=GROUP_M, num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return y, S
@@ -95,7 +94,7 @@ def grad_b(
     frozen: dB is zero but for column rank - 1. A stacked B gets a gradient that is zero outside its expert.
     """
     (M, N), r = dy.shape, B.shape[-1]
-    u, v = _dense(u), _dense(v)
+    u, v = dense(u), dense(v)
     dSu = dy.new_empty(M, r, dtype=B.dtype) if need_dS else None
     dB = _gradient(B, B.shape, M) if need_dB else None
     dv = _gradient(v, v.shape, M) if need_dv else None
@@ -104,7 +103,7 @@ def grad_b(
         return dSu, dB, dv, dbias
 
     plan = plan or _plan(dy, B.dtype, N, r, 0)
-    strides = _stack_strides(B)
+    strides = stack_strides(B)
     over_rows = need_dB or need_dv
     planes = sums = None
     with torch.cuda.device_of(dy):
@@ -165,7 +164,7 @@ def grad_a(
     frozen: dA is zero but for row rank - 1. A stacked A gets a gradient that is zero outside its expert.
     """
     (M, K), r = x.shape, dSu.shape[1]
-    u = _dense(u)
+    u = dense(u)
     U = x.new_empty(M, K) if need_dx else None
     dA = _gradient(A, A.shape, M) if need_dA else None
     du = _gradient(u, u.shape, M) if need_du else None
@@ -176,7 +175,7 @@ def grad_a(
     with torch.cuda.device_of(x):
         fused = need_dx and plan.fused_a and (need_dA or need_du)
         if need_dx and not fused:
-            strides = _stack_strides(A)
+            strides = stack_strides(A)
             transposed = (strides[0], strides[2], strides[1])
             _expand(dSu, A, transposed, u, None, None, None, U, 1.0, expert, threshold, seed, plan.expand)
         if need_dA or need_du:
@@ -215,118 +214,54 @@ def grad_a(
     return dA, U, du
 
 
-def lowrank_fwd(
-    x,
-    weight,
-    add,
-    bias,
-    A,
-    B,
-    u,
-    v,
-    *,
-    scale,
-    rank=None,
-    expert_a=None,
-    expert_b=None,
-    threshold=0,
-    seed=None,
-    plan=None,
-):
-    """(y [M, N], S [M, r]). With a weight, y = x weight^T + bias + delta; without, y = add + bias + delta.
+def lowrank_fwd(call, *, plan=None):
+    """(y [M, N], S [M, r]) of a call on rows x [M, K]. With a weight, y = x weight^T + bias + delta; without, y = add +
+    bias + delta. A rank or an expert of None is all ranks, and the first expert.
 
     The adapter comes first and the base product last, accumulated onto it: one rounding less of the larger term.
     """
-    n = B.shape[-2]
-    plan = plan or _plan(x, A.dtype, n, A.shape[-2], threshold, has_weight=weight is not None)
+    x, weight, A, B = call.x, call.weight, call.A, call.B
+    r = A.shape[-2]
+    plan = plan or _plan(x, A.dtype, B.shape[-2], r, call.threshold, has_weight=weight is not None)
+    outer = dict(u=call.u, v=call.v, scale=call.scale)
     if plan.forward == "single_kernel":
-        if threshold or weight is None:
+        if call.threshold or weight is None:
             raise ValueError("the single kernel needs a weight and no dropout")
         return linear(
-            x, weight, bias, A, B, scale=scale, rank=rank, expert_a=expert_a, expert_b=expert_b, u=u, v=v, plan=plan
-        )
-    S = shrink(x, A, rank=rank, expert=expert_a, threshold=threshold, seed=seed, plan=plan)
-    y = expand(
-        S,
-        B,
-        out_dtype=x.dtype,
-        add=add if weight is None else None,
-        bias=bias,
-        u=u,
-        v=v,
-        scale=scale,
-        expert=expert_b,
-        plan=plan,
-    )
+            x, weight, call.bias, A, B, rank=call.rank, expert_a=call.expert_a, expert_b=call.expert_b, **outer,
+            plan=plan,
+        )  # fmt: skip
+    S = shrink(x, A, rank=call.rank, expert=call.expert_a, threshold=call.threshold, seed=call.seed, plan=plan)
+    add = call.add if weight is None else None
+    y = expand(S, B, out_dtype=x.dtype, add=add, bias=call.bias, expert=call.expert_b, **outer, plan=plan)
     if weight is not None:
         y.addmm_(x, weight.t())
     return y, S
 
 
-def lowrank_bwd(
-    dy,
-    x,
-    weight,
-    A,
-    B,
-    u,
-    v,
-    S,
-    *,
-    scale,
-    rank=None,
-    expert_a=None,
-    expert_b=None,
-    threshold=0,
-    seed=None,
-    frozen=False,
-    needs,
-    plan=None,
-):
+def lowrank_bwd(dy, call, S, *, needs, plan=None):
     """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v; each in its parameter's type.
 
-    Without a weight, the gradient of x is that of the delta alone. Any input but dy and B may be None where nothing
-    reads it.
+    Without a weight, the gradient of x is that of the delta alone. Of the call any input but B may be None where
+    nothing reads it.
     """
+    x, weight, A, B = call.x, call.weight, call.A, call.B
     (m, n), r = dy.shape, B.shape[-1]
-    if x is None:
-        x = dy.new_empty(m, n if A is None else A.shape[-1])  # its shape and type are read, not its values
-    plan = plan or _plan(x, B.dtype, n, r, threshold, has_weight=weight is not None)
+    if x is None:  # its shape and type are read, not its values
+        x = dy.new_empty(1).expand(m, n if A is None else A.shape[-1])
+    plan = plan or _plan(x, B.dtype, n, r, call.threshold, has_weight=weight is not None)
     need_dS = not needs.isdisjoint(("x", "A", "u"))
+    runtime = dict(rank=call.rank, u=call.u, frozen=call.frozen, plan=plan)
     dSu, dB, dv, dbias = grad_b(
-        dy,
-        B,
-        S,
-        scale=scale,
-        rank=rank,
-        expert=expert_b,
-        u=u,
-        v=v,
-        frozen=frozen,
-        need_dS=need_dS,
-        need_dB="B" in needs,
-        need_dv="v" in needs,
-        need_dbias="bias" in needs,
-        plan=plan,
-    )
+        dy, B, S, scale=call.scale, expert=call.expert_b, v=call.v, need_dS=need_dS, need_dB="B" in needs,
+        need_dv="v" in needs, need_dbias="bias" in needs, **runtime,
+    )  # fmt: skip
     dA = dx = du = None
     if need_dS:
         dA, dx, du = grad_a(
-            x,
-            dSu,
-            A,
-            S,
-            rank=rank,
-            expert=expert_a,
-            u=u,
-            threshold=threshold,
-            seed=seed,
-            frozen=frozen,
-            need_dA="A" in needs,
-            need_dx="x" in needs,
-            need_du="u" in needs,
-            plan=plan,
-        )
+            x, dSu, A, S, expert=call.expert_a, threshold=call.threshold, seed=call.seed, need_dA="A" in needs,
+            need_dx="x" in needs, need_du="u" in needs, **runtime,
+        )  # fmt: skip
     if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     grads = {"x": dx, "bias": dbias, "A": dA, "B": dB, "u": du, "v": dv}
@@ -336,47 +271,23 @@ def lowrank_bwd(
 
 
 def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LaunchPlan:
-    gpu, sm_count = _gpu(x.device)
+    gpu, sm_count = gpu_of(x.device)
     m, k = x.shape
     return make_plan(
-        Problem(
-            m, n, k, r, _name(x.dtype), _name(adapter_dtype), x.device.type, gpu, sm_count, threshold > 0, has_weight
+        LowRankProblem(
+            m,
+            n,
+            k,
+            r,
+            name_of(x.dtype),
+            name_of(adapter_dtype),
+            x.device.type,
+            gpu,
+            sm_count,
+            threshold > 0,
+            has_weight,
         )
     )
-
-
-@cache
-def _gpu(device: torch.device) -> tuple[str, int]:
-    if device.type != "cuda":
-        return "", 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
-
-
-@cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _precision() -> str:
-    """fp32 products keep fp32 accuracy by three tf32 ones unless the user lets PyTorch's own products use tf32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def _control(value, default):
-    """(pointer, value) of a runtime control, in the default's type so that 2 and 2.0 are one specialisation."""
-    if isinstance(value, torch.Tensor):
-        return value, default
-    return None, default if value is None else type(default)(value)
-
-
-def _dense(vector):
-    """The kernels read bias, u and v without a stride."""
-    return None if vector is None else vector.contiguous()
-
-
-def _stack_strides(factor) -> tuple[int, int, int]:
-    return (factor.stride(0) if factor.dim() == 3 else 0, factor.stride(-2), factor.stride(-1))
 
 
 def _stripes(M: int, launch: Launch) -> tuple[int, int]:
@@ -411,13 +322,13 @@ def _shrink(x, A, strides, v, out, scale, rank, expert, threshold, seed, launch)
     (M, K), r = x.shape, out.shape[1]
     k_blocks, splits = _split(K, launch)
     target = _splits_of(out, splits)
-    scale_ptr, scale = _control(scale, 1.0)
-    rank_ptr, rank = _control(rank, r)
-    expert_ptr, expert = _control(expert, 0)
+    scale_ptr, scale = control(scale, 1.0)
+    rank_ptr, rank = control(rank, r)
+    expert_ptr, expert = control(expert, 0)
     kernels.shrink_kernel[(cdiv(M, launch.block_m), splits, cdiv(r, launch.block_r))](
         x, A, v, target, scale_ptr, rank_ptr, expert_ptr, seed,
         M, K, r, scale, rank, expert, threshold, k_blocks, *x.stride(), *strides,
-        DROPOUT=threshold > 0, PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_K=launch.block_n,
+        DROPOUT=threshold > 0, PREC=precision(), BLOCK_M=launch.block_m, BLOCK_K=launch.block_n,
         BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -426,12 +337,12 @@ def _shrink(x, A, strides, v, out, scale, rank, expert, threshold, seed, launch)
 
 def _expand(S, B, strides, u, v, bias, add, out, scale, expert, threshold, seed, launch):
     (M, N), r = out.shape, S.shape[1]
-    scale_ptr, scale = _control(scale, 1.0)
-    expert_ptr, expert = _control(expert, 0)
+    scale_ptr, scale = control(scale, 1.0)
+    expert_ptr, expert = control(expert, 0)
     kernels.expand_kernel[(cdiv(M, launch.block_m), cdiv(N, launch.block_n))](
         S, B, u, v, bias, add, out, scale_ptr, expert_ptr, seed,
         M, N, r, scale, expert, threshold, *strides, *((0, 0) if add is None else add.stride()),
-        DROPOUT=threshold > 0, PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        DROPOUT=threshold > 0, PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
@@ -440,13 +351,13 @@ def _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, la
     (M, N), r = dy.shape, B.shape[-1]
     n_blocks, splits = _split(N, launch)
     target = _splits_of(dSu, splits)
-    scale_ptr, scale = _control(scale, 1.0)
-    rank_ptr, rank = _control(rank, r)
-    expert_ptr, expert = _control(expert, 0)
+    scale_ptr, scale = control(scale, 1.0)
+    rank_ptr, rank = control(rank, r)
+    expert_ptr, expert = control(expert, 0)
     kernels.grad_b_kernel[(cdiv(M, launch.block_m), splits)](
         dy, B, S, v, target, planes, sums, scale_ptr, rank_ptr, expert_ptr,
         M, N, r, scale, rank, expert, n_blocks, *dy.stride(), *strides,
-        PREC=_precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
+        PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -472,12 +383,12 @@ def _over_rows(
 ):
     """grad_a_kernel; also dB's planes and the bias sums, with x := dY and dSu := S."""
     (M, K), r = x.shape, dSu.shape[1]
-    expert_ptr, expert = _control(expert, 0)
+    expert_ptr, expert = control(expert, 0)
     columns = 1 if dx is None and planes is None else cdiv(K, launch.block_n)
     kernels.grad_a_kernel[(columns, cdiv(M, m_blocks * launch.block_m), cdiv(r, launch.block_r))](
         x, dSu, A, S, u, dx, planes, dots, sums, expert_ptr, seed,
-        M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else _stack_strides(A)),
-        NEED_DX=dx is not None, NEED_DA=planes is not None, DROPOUT=threshold > 0, PREC=_precision(),
+        M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else stack_strides(A)),
+        NEED_DX=dx is not None, NEED_DA=planes is not None, DROPOUT=threshold > 0, PREC=precision(),
         BLOCK_M=launch.block_m, BLOCK_K=launch.block_n, BLOCK_R=launch.block_r,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -505,13 +416,13 @@ def _reduce(
 ):
     """Second stage of every partial sum; see reduce_kernel. `out` is indexed [expert, x, j] through its strides."""
     block_p, block_x, block_r, num_warps = reduce_launch(r)
-    scale_ptr, scale = _control(scale, 1.0)
-    rank_ptr, rank = _control(rank, r)
-    expert_ptr, expert = _control(expert, 0)
+    scale_ptr, scale = control(scale, 1.0)
+    rank_ptr, rank = control(rank, r)
+    expert_ptr, expert = control(expert, 0)
     rows = X if planes is not None or sums is not None else 1
     kernels.reduce_kernel[(cdiv(rows, block_x),)](
         planes, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
         count, X, r, scale, rank, expert,
-        *((0, 0, 0) if out is None else _stack_strides(out)), *((0, 0, 0) if B is None else _stack_strides(B)),
+        *((0, 0, 0) if out is None else stack_strides(out)), *((0, 0, 0) if B is None else stack_strides(B)),
         FROZEN=frozen, BLOCK_P=block_p, BLOCK_X=block_x, BLOCK_R=block_r, num_warps=num_warps, num_stages=1,
     )  # fmt: skip

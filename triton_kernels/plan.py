@@ -18,10 +18,13 @@ from pathlib import Path
 TUNED = Path(__file__).parent / "tuned"
 MAX_RANK = 256
 DTYPES = ("float16", "bfloat16", "float32")
+# Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
+# Python does, so the C++ node, which launches without Python, comes first there.
+LAUNCH_BOUND = 4e10
 
 
 @dataclass(frozen=True)
-class Problem:
+class LowRankProblem:
     """x [m, k] against W [n, k] with rank r. Types are names such as "bfloat16"; device is "cuda" or "cpu"."""
 
     m: int
@@ -36,9 +39,10 @@ class Problem:
     dropout: bool
     has_weight: bool
     uv: bool = False  # whether there is u or v
+    stacked: bool = False  # whether A or B are stacks of experts
 
     def describe(self) -> str:
-        op = "lowrank_linear" if self.has_weight else "lowrank"
+        op = "lowrank_linear" if self.has_weight else "lowrank_adapter"
         types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} A, B"
         sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], r={self.r}"
         return f"{op} {sizes}, {types}{', dropout' if self.dropout else ''} on {self.device}"
@@ -47,14 +51,26 @@ class Problem:
         """What keeps the kernels of a backend from this problem, whatever the machine."""
         return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
 
-    def preference(self, hosted: bool) -> tuple[str, ...]:
-        """Backends on CUDA, the best first. hosted: whether the C++ node takes the call where no backend is forced."""
-        return ("cuda", "triton", "torch") if hosted else ("triton", "torch")
+    def preference(self) -> tuple[str, ...]:
+        """Backends on CUDA, the best first."""
+        # Other kernels take more of the GPU's time for launching than for working below this size, and for products of
+        # mixed types the C++ node converts the larger operand.
+        in_node = self.adapter_dtype == self.dtype and not self._widens and self.m * self.n * self.k < LAUNCH_BOUND
+        return ("cuda", "triton", "torch") if in_node else ("triton", "torch")
 
-    def hosted(self, node, backend: str) -> bool:
-        """Whether the C++ node takes a call on a backend, "" for one that nobody has forced: its own answer."""
-        multiply_adds = float(self.m * self.n * self.k)
-        return node.lowrank_serves(self.device, self.dtype, self.adapter_dtype, self.uv, multiply_adds, backend)
+    @property
+    def _widens(self) -> bool:
+        """Whether factors in fp16 are to be fp32 for the products: u, v and scale, folded into B, may leave its range.
+        That is the composition in Python's, not the C++ node's."""
+        return self.uv and self.adapter_dtype == "float16"
+
+    def native(self, backend: str) -> bool:
+        """Whether the C++ node runs the problem on a backend."""
+        return backend == "cuda" or (backend == "torch" and self.device == "cpu" and not self._widens)
+
+    def launch_plan(self, backend: str):
+        """What the implementation is given to run by."""
+        return plan(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""
@@ -170,20 +186,20 @@ def operand_class(dtype: str, adapter_dtype: str) -> str:
     return "split" if dtype == "bfloat16" else "full"
 
 
-def table_key(problem: Problem) -> str:
+def table_key(problem: LowRankProblem) -> str:
     """Key of a tuned file. M is bucketed by powers of two; dropout and the missing base weight have their own rows."""
     p = problem
     key = f"m{next_power_of_2(p.m)}_n{p.n}_k{p.k}_r{p.r}_{p.dtype}_{p.adapter_dtype}"
     return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add")
 
 
-def plan(problem: Problem) -> LaunchPlan:
+def plan(problem: LowRankProblem) -> LaunchPlan:
     """Plan of a problem. Raises ValueError for a rank outside 1..256 or an unsupported pair of types."""
     return _plan(replace(problem, m=next_power_of_2(problem.m)))
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: Problem) -> LaunchPlan:
+def _plan(problem: LowRankProblem) -> LaunchPlan:
     if not 1 <= problem.r <= MAX_RANK:
         raise ValueError(f"rank must be in 1..{MAX_RANK}, got {problem.r}")
     if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
@@ -213,7 +229,7 @@ def _merge(chosen: LaunchPlan, changes: dict) -> LaunchPlan:
     return replace(chosen, **values)
 
 
-def _default_plan(p: Problem) -> LaunchPlan:
+def _default_plan(p: LowRankProblem) -> LaunchPlan:
     kind = operand_class(p.dtype, p.adapter_dtype)
     block_r = max(16, next_power_of_2(p.r))
     linear = _linear(p, kind, block_r)
@@ -251,7 +267,7 @@ def _launch(table: dict, block_r: int) -> Launch:
     return Launch(block_m, block_n, block_r, num_warps, num_stages)
 
 
-def _linear(p: Problem, kind: str, block_r: int) -> Launch | None:
+def _linear(p: LowRankProblem, kind: str, block_r: int) -> Launch | None:
     if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
         return None
     if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK:
@@ -286,7 +302,7 @@ def reduce_launch(r: int) -> tuple[int, int, int, int]:
     return planes, max(8, 512 // block_r), block_r, 4 if block_r <= 64 else 8
 
 
-def kernel_configs(problem: Problem) -> list[KernelConfig]:
+def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
     chosen = plan(problem)
     configs = []
@@ -329,6 +345,6 @@ def configurations() -> list[KernelConfig]:
     rows = [1 << i for i in range(0, 18)]
     ranks = [16, 32, 64, 128, 256]
     for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096), ranks, (False, True)):
-        problem = Problem(m, n, n, r, dtype, adapter, "cpu", "", 132, dropout, True)
+        problem = LowRankProblem(m, n, n, r, dtype, adapter, "cpu", "", 132, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -18,7 +18,7 @@ import torch
 
 from . import structured_kernels as kernels
 from .fft_plan import ConvolutionPlan, plan_convolution
-from .lowrank import _control, _gpu
+from .launching import control, gpu_of
 from .plan import cdiv
 
 BLOCK = 512  # elements of a program of the kernels over a single spectrum
@@ -60,7 +60,7 @@ def convolve(
         z = convolve(x, kernel, n_mid, **first, out_dtype=torch.float32, precision=precision)
         return convolve(z, then, n_out, add=add, scale=scale, **second, out_dtype=out_dtype, precision=precision)
     y = x.new_empty(M, n_out, dtype=out_dtype)
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(x):
         spectrum = _spectrum(kernel, plan, transposed)
         outer = None if then is None else _spectrum(then, plan)
@@ -123,7 +123,7 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
     planes = dy.new_empty(programs, 2, plan.pairs * plan.points, dtype=torch.float32)
     scratch = dy.new_empty(programs, 2, plan.pairs * math.prod(plan.tile), dtype=torch.float32)
     frequencies = dy.new_empty(length, 2, dtype=torch.float32)
-    scale_ptr, scale = _control(scale, 1.0)
+    scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(dy):
         kernels.backward_kernel[(programs,)](
             dy, x, None if dx is None else _spectrum(kernel, plan, transposed=True), dx, planes, scratch,
@@ -153,7 +153,7 @@ def _spectrum(kernel, plan: ConvolutionPlan, transposed=False):
 
 
 def _plan(x, n_in, n_out, length, precision, **kind) -> ConvolutionPlan:
-    return plan_convolution(x.shape[0], n_in, n_out, length, precision, sm_count=_gpu(x.device)[1], **kind)
+    return plan_convolution(x.shape[0], n_in, n_out, length, precision, sm_count=gpu_of(x.device)[1], **kind)
 
 
 def _precision(dtype: torch.dtype) -> str:

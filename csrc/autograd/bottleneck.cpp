@@ -2,7 +2,6 @@
 // of ATen calls without Python between them, and a block of rows passes both products before the next one.
 #include "bottleneck.h"
 
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <numeric>
@@ -58,8 +57,6 @@ Tensor derive(Activation activation, const Tensor& da, const Tensor& z) {
   return Tensor();
 }
 
-// ------------------------------------------------------------------------------------------------ which calls to take
-
 // Everything backward needs that is no tensor to be differentiated.
 enum Input { kH, kDown, kDownBias, kUp, kUpBias, kResidual, kInputs };
 struct Call : torch::CustomClassHolder {
@@ -73,82 +70,6 @@ struct Call : torch::CustomClassHolder {
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kInputs];
 };
-
-// The indices of one side; false where they are not what the op takes.
-bool read_experts(const Control& control, const Tensor& weight, int64_t rows, std::vector<int64_t>& experts) {
-  const Tensor& t = control.tensor;
-  if (!t.defined()) {
-    experts = {static_cast<int64_t>(control.number)};
-  } else {
-    if (t.dim() > 1 || !plain(t) || !t.is_cpu() || !c10::isIntegralType(t.scalar_type(), /*includeBool=*/false))
-      return false;
-    if (t.numel() < 1 || rows % t.numel() != 0) return false;
-    const Tensor flat = t.reshape({-1}).to(at::kLong).contiguous();
-    experts.assign(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
-  }
-  if (weight.dim() == 2) {
-    experts = {0};
-    return true;
-  }
-  for (const int64_t expert : experts)
-    if (expert < 0 || expert >= weight.size(0)) return false;
-  return true;
-}
-
-bool fits(const Tensor& t, at::ScalarType type, at::IntArrayRef shape) {
-  return plain(t) && t.is_cpu() && t.scalar_type() == type && t.sizes() == shape;
-}
-
-bool takes(const BottleneckArguments& a, const std::string& backend, Call& c) {
-  const Tensor &h = a.h, &down = a.down, &up = a.up;
-  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them
-  // for the user's operations; the registered op is one piece.
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
-  if (!backend.empty() && backend != "torch") return false;
-  if (!plain(h) || !plain(down) || !plain(up) || !h.is_cpu() || h.dim() < 1) return false;
-  if ((down.dim() != 2 && down.dim() != 3) || (up.dim() != 2 && up.dim() != 3)) return false;
-  const auto type = h.scalar_type(), adapter = down.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-  if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
-  if (at::autocast::is_autocast_enabled(at::kCPU)) return false;
-
-  const int64_t k = h.size(-1), r = down.size(-2), n = up.size(-2);
-  if (r < 1 || r > kMaxRank || down.size(-1) != k || up.size(-1) != r) return false;
-  if (!fits(down, adapter, down.sizes()) || !fits(up, adapter, up.sizes())) return false;
-  if (a.down_bias.defined() && !fits(a.down_bias, adapter, down.sizes().slice(0, down.dim() - 1))) return false;
-  if (a.up_bias.defined() && !fits(a.up_bias, adapter, up.sizes().slice(0, up.dim() - 1))) return false;
-  if (a.residual.defined()) {
-    auto shape = h.sizes().vec();
-    shape.back() = n;
-    if (!fits(a.residual, type, shape)) return false;
-  } else if (n != k) {
-    return false;
-  }
-
-  const auto activation = activation_of(a.activation);
-  if (!activation) return false;
-  const Tensor& scale = a.scale.tensor;
-  if (scale.defined() && (scale.dim() != 0 || !plain(scale) || !scale.is_cpu() || scale.requires_grad() ||
-                          !c10::isFloatingType(scale.scalar_type())))
-    return false;
-  c.scale = scale.defined() ? scale.item().toDouble() : a.scale.number;
-  const int64_t rows = c10::multiply_integers(h.sizes().slice(0, h.dim() - 1));
-  if (!finite(c.scale, type) || !read_experts(a.expert_d, down, rows, c.expert_d) ||
-      !read_experts(a.expert_u, up, rows, c.expert_u))
-    return false;
-  c.activation = *activation;
-  c.stack_d = down.dim() == 3 ? down.size(0) : 0;
-  c.stack_u = up.dim() == 3 ? up.size(0) : 0;
-  c.r = r;
-  c.k = k;
-  c.type = adapter;
-  c.residual_is_h = !a.residual.defined();
-  c.grad = at::GradMode::is_enabled();
-  const Tensor* inputs[kInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
-  int edges = 0;
-  for (int i = 0; i < kInputs; ++i) c.edge[i] = inputs[i]->defined() ? edges++ : -1;
-  return true;
-}
 
 // ------------------------------------------------------------------------------------------------------------ pieces
 
@@ -312,12 +233,56 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
   }
 };
 
+// The indices of one side: one, or one per group of rows.
+std::vector<int64_t> experts_of(const Control& control, const Tensor& weight, int64_t rows) {
+  if (weight.dim() == 2) return {0};
+  std::vector<int64_t> experts{static_cast<int64_t>(control.number)};
+  if (control.tensor.defined()) {
+    const Tensor flat = control.tensor.reshape({-1}).to(at::kLong).contiguous();
+    TORCH_CHECK_VALUE(flat.is_cpu() && flat.numel() > 0 && rows % flat.numel() == 0,
+                      "expert must have an index for each of equal groups of rows, got ", flat.sizes());
+    experts.assign(flat.const_data_ptr<int64_t>(), flat.const_data_ptr<int64_t>() + flat.numel());
+  }
+  for (const int64_t expert : experts)
+    TORCH_CHECK_VALUE(expert >= 0 && expert < weight.size(0), "expert must be in 0..", weight.size(0) - 1, ", got ", expert);
+  return experts;
+}
+
 }  // namespace
 
-Tensor bottleneck(const BottleneckArguments& a, const std::string& backend) {
+Key key_of(BottleneckArguments& a) {
+  Key key(a.h);
+  for (const Tensor* t : {&a.h, &a.down, &a.down_bias, &a.up, &a.up_bias, &a.residual}) key.add(*t);
+  key.add(a.activation);
+  key.add(a.scale);
+  key.add(a.expert_d, a.has_expert_d);
+  key.add(a.expert_u, a.has_expert_u);
+  return key;
+}
+
+Tensor bottleneck(const BottleneckArguments& a) {
+  const Tensor &h = a.h, &down = a.down, &up = a.up;
+  TORCH_CHECK_VALUE(h.dim() >= 1 && h.is_cpu() && down.dim() >= 2 && down.dim() <= 3 && up.dim() >= 2 && up.dim() <= 3,
+                    "h, down and up must have 1, 2 or 3, and 2 or 3 dimensions, on the CPU");
+  const auto activation = activation_of(a.activation);
+  TORCH_CHECK_VALUE(activation, "activation is unknown: ", a.activation);
+  const int64_t rows = c10::multiply_integers(h.sizes().slice(0, h.dim() - 1));
   auto call = c10::make_intrusive<Call>();
-  if (!takes(a, backend, *call)) return Tensor();
-  return Bottleneck::apply(a.h, a.down, optional(a.down_bias), a.up, optional(a.up_bias), optional(a.residual), call);
+  call->activation = *activation;
+  call->scale = a.scale.number;
+  call->expert_d = experts_of(a.expert_d, down, rows);
+  call->expert_u = experts_of(a.expert_u, up, rows);
+  call->stack_d = down.dim() == 3 ? down.size(0) : 0;
+  call->stack_u = up.dim() == 3 ? up.size(0) : 0;
+  call->r = down.size(-2);
+  call->k = h.size(-1);
+  call->type = down.scalar_type();
+  call->residual_is_h = !a.residual.defined();
+  call->grad = at::GradMode::is_enabled();
+  const Tensor* inputs[kInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
+  int edges = 0;
+  for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
+  return Bottleneck::apply(h, down, optional(a.down_bias), up, optional(a.up_bias), optional(a.residual), call);
 }
 
 }  // namespace peft_fused

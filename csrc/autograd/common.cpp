@@ -1,9 +1,11 @@
 #include "common.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "../dropout.h"
 #include "../memory.h"
@@ -16,6 +18,15 @@ namespace {
 constexpr int64_t kBlockElementsGpu = 1 << 24;  // enough to fill a GPU
 }  // namespace
 
+int64_t Dropout::threshold() const { return std::min<int64_t>(65535, std::llrint(p * 65536.0)); }
+
+Tensor Dropout::seed_on(const at::Device& device) const {
+  if (threshold() == 0) return Tensor();
+  if (seed_tensor.defined()) return seed_of(seed_tensor, threshold(), device);
+  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
+  return seed ? at::full({}, *seed, options) : at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
+}
+
 Settings& settings() {
   static Settings settings;
   return settings;
@@ -23,6 +34,61 @@ Settings& settings() {
 
 bool plain(const Tensor& t) {
   return in_memory(t) && !t.is_quantized() && !lazy(t);
+}
+
+Key::Key(const Tensor& x) {
+  bytes_.reserve(384);
+  usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+           !at::autocast::is_autocast_enabled(x.device().type());
+}
+
+void Key::describe(const Tensor& t) {
+  put(static_cast<int8_t>(t.scalar_type()));
+  put(static_cast<int8_t>(t.device().type()));
+  put(static_cast<int8_t>(t.device().index()));
+  put(static_cast<int8_t>(t.dim()));
+  bytes_.append(reinterpret_cast<const char*>(t.sizes().data()), t.dim() * sizeof(int64_t));
+}
+
+void Key::add(const Tensor& t) {
+  if (!t.defined()) return put('-');
+  if (!usual_) return;
+  usual_ = plain(t) && t.dim() < 128;
+  if (usual_) describe(t);
+}
+
+void Key::add(double number) { put(number); }
+
+void Key::add(const Dropout& dropout) {
+  put(dropout.p);
+  add(dropout.seed_tensor);
+}
+
+void Key::add(const std::string& word) {
+  put(word.size());
+  bytes_ += word;
+}
+
+void Key::add(Control& control, bool present) {
+  const Tensor& t = control.tensor;
+  if (!present) return put('-');
+  if (!t.defined()) {
+    put('n');
+    return put(control.number);
+  }
+  add(t);
+  usual_ = usual_ && !t.requires_grad() && !t.is_complex();
+  if (!usual_ || !t.is_cpu()) return;
+  if (t.dim() == 0) {
+    control.number = t.item().toDouble();
+    put(control.number);
+    control.tensor = Tensor();
+  } else if (t.numel() > 0 && c10::isIntegralType(t.scalar_type(), /*includeBool=*/false)) {
+    // Of an index per group its range decides.
+    const auto [least, most] = at::aminmax(t);
+    put(least.item().toDouble());
+    put(most.item().toDouble());
+  }
 }
 
 bool finite(double number, at::ScalarType type) {

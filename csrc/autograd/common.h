@@ -5,6 +5,9 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <optional>
+#include <string>
+
 namespace peft_fused {
 
 // A runtime value of an op: a number, or a 0-d tensor.
@@ -13,11 +16,21 @@ struct Control {
   double number = 0;
 };
 
+// Dropout as a caller gives it: a probability in [0, 1), and a seed, which is drawn where none is given.
+struct Dropout {
+  double p = 0;
+  std::optional<int64_t> seed;
+  at::Tensor seed_tensor;
+
+  int64_t threshold() const;
+  // 0-d int64 on the device; undefined without dropout.
+  at::Tensor seed_on(const at::Device& device) const;
+};
+
 // What Python's dispatch knows about this machine and tells once.
 struct Settings {
   bool onednn = false;       // fp32 base products go to oneDNN
   int64_t onednn_least = 0;  // from this many multiply-adds on
-  double launch_bound = 0;   // on CUDA, without a forced backend, lowrank only below this many multiply-adds
 };
 Settings& settings();
 
@@ -25,6 +38,33 @@ constexpr int64_t kMaxRank = 256;
 
 // An ordinary dense tensor: no subclass, and its memory holds its values as they are (see memory.h).
 bool plain(const at::Tensor& t);
+
+// All of a call that its checks and the choice of its path depend on, in a string: calls of one key are checked and
+// decided once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain
+// tensor, a number is none, autocast is on, or a dispatch mode, such as selective checkpointing or fake tensors, has to
+// see one operation where a node would show it pieces.
+class Key {
+ public:
+  // Begins the key of a call on x.
+  explicit Key(const at::Tensor& x);
+  void add(const at::Tensor& t);  // undefined where absent
+  // A control on the CPU is read; one on a device stays there.
+  void add(Control& control, bool present = true);
+  void add(double number);
+  void add(const Dropout& dropout);
+  void add(const std::string& word);
+  void unusual() { usual_ = false; }
+  bool usual() const { return usual_; }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  template <typename T>
+  void put(T value) { bytes_.append(reinterpret_cast<const char*>(&value), sizeof(T)); }
+  void describe(const at::Tensor& t);
+
+  std::string bytes_;
+  bool usual_ = true;
+};
 
 // Whether a number is finite once rounded to this type: ATen refuses others as the alpha of tensors of it.
 bool finite(double number, at::ScalarType type);

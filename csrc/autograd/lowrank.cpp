@@ -2,7 +2,6 @@
 // ATen calls without Python between them, and on CUDA the product with A is csrc/kernels/lowrank.cu.
 #include "lowrank.h"
 
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
@@ -23,99 +22,6 @@ using torch::autograd::variable_list;
 
 // Below this size the two layouts of dB's product cost the same and the direct one saves a transposition.
 constexpr int64_t kSmallProduct = 1 << 16;
-
-// ------------------------------------------------------------------------------------------------ which calls to take
-
-bool same(const Tensor& t, const Tensor& like, at::ScalarType type) {
-  return !t.defined() || (plain(t) && t.device() == like.device() && t.scalar_type() == type);
-}
-
-bool is_control(const Control& c, const Tensor& x, bool integer) {
-  if (!c.tensor.defined()) return true;
-  return c.tensor.dim() == 0 && c.tensor.device() == x.device() && plain(c.tensor) && !c.tensor.requires_grad() &&
-         (integer ? c10::isIntegralType(c.tensor.scalar_type(), /*includeBool=*/false)
-                  : c10::isFloatingType(c.tensor.scalar_type()));
-}
-
-// A control on the CPU is read; one on a device stays there.
-void read_on_host(Control& c) {
-  if (c.tensor.defined() && c.tensor.is_cpu()) {
-    c.number = c.tensor.item().toDouble();
-    c.tensor = Tensor();
-  }
-}
-
-bool in_range(const Control& c, int64_t least, int64_t most) {
-  return c.tensor.defined() || (c.number >= least && c.number <= most);
-}
-
-}  // namespace
-
-bool lowrank_serves(bool cuda, at::ScalarType type, at::ScalarType adapter, bool uv, double multiply_adds,
-                    const std::string& backend) {
-  if (cuda && type == at::kDouble) return false;
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf && type != at::kDouble) return false;
-  if (cuda && backend == "cuda") return true;
-  if (!backend.empty() && (cuda || backend != "torch")) return false;
-  // Folded into B, u, v and scale may leave fp16's range: Python widens the factors.
-  if (uv && adapter == at::kHalf) return false;
-  // Other kernels take more of the GPU's time for launching than for working below this size, and for products of mixed
-  // types this node converts the larger operand.
-  return !cuda || (adapter == type && multiply_adds < settings().launch_bound);
-}
-
-namespace {
-
-bool takes(LowRankArguments& a, const std::string& backend) {
-  const Tensor &x = a.x, &A = a.A, &B = a.B;
-  // A dispatch mode (selective checkpointing, fake tensors, counters) would see the pieces of this node and take them for
-  // the user's operations; the registered op is one piece.
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return false;
-  if (!plain(x) || !plain(A) || !plain(B)) return false;
-  if (x.dim() < 1 || (A.dim() != 2 && A.dim() != 3) || (B.dim() != 2 && B.dim() != 3)) return false;
-  const auto type = x.scalar_type();
-  const int64_t k = x.size(-1), r = A.size(-2), n = B.size(-2);
-  const auto adapter = A.scalar_type();
-#ifdef PEFT_FUSED_CUDA
-  if (!x.is_cpu() && !x.is_cuda()) return false;
-#else
-  if (!x.is_cpu()) return false;
-#endif
-  if (!lowrank_serves(x.is_cuda(), type, adapter, a.u.defined() || a.v.defined(), static_cast<double>(x.numel()) * n,
-                      backend))
-    return false;
-  if (at::autocast::is_autocast_enabled(x.device().type())) return false;
-  if (adapter != type && (adapter != at::kFloat || type == at::kDouble)) return false;
-  if (!same(A, x, adapter) || !same(B, x, adapter) || !same(a.u, x, adapter) || !same(a.v, x, adapter)) return false;
-  if (!same(a.weight, x, type) || !same(a.bias, x, type) || !same(a.add, x, type)) return false;
-  if (r < 1 || r > kMaxRank || A.size(-1) != k || B.size(-1) != r) return false;
-  if (a.weight.defined() && (a.weight.dim() != 2 || a.weight.size(0) != n || a.weight.size(1) != k)) return false;
-  if (a.bias.defined() && (a.bias.dim() != 1 || a.bias.size(0) != n)) return false;
-  if (a.u.defined() && (a.u.dim() != 1 || a.u.size(0) != r)) return false;
-  if (a.v.defined() && (a.v.dim() != 1 || a.v.size(0) != n)) return false;
-  if (a.add.defined()) {
-    if (a.add.dim() != x.dim() || a.add.size(-1) != n) return false;
-    for (int64_t i = 0; i + 1 < x.dim(); ++i)
-      if (a.add.size(i) != x.size(i)) return false;
-  }
-
-  if (!(a.dropout_p >= 0 && a.dropout_p < 1)) return false;
-  if (a.seed_tensor.defined() &&
-      (!plain(a.seed_tensor) || a.seed_tensor.dim() != 0 || a.seed_tensor.scalar_type() != at::kLong || a.seed_tensor.device() != x.device()))
-    return false;
-  if (!is_control(a.scale, x, false) || !is_control(a.rank, x, true)) return false;
-  if (!is_control(a.expert_a, x, true) || !is_control(a.expert_b, x, true)) return false;
-  if ((a.has_expert_a || a.has_expert_b) && A.dim() == 2 && B.dim() == 2) return false;
-  read_on_host(a.scale);
-  read_on_host(a.rank);
-  read_on_host(a.expert_a);
-  read_on_host(a.expert_b);
-  if (!a.has_rank) a.rank.number = static_cast<double>(r);
-  if (!finite(a.scale.number, type) || !in_range(a.rank, 1, r)) return false;
-  if (A.dim() == 3 && !in_range(a.expert_a, 0, A.size(0) - 1)) return false;
-  if (B.dim() == 3 && !in_range(a.expert_b, 0, B.size(0) - 1)) return false;
-  return true;
-}
 
 // ------------------------------------------------------------------------------------------------------------ pieces
 
@@ -382,26 +288,60 @@ struct LowRank : torch::autograd::Function<LowRank> {
   }
 };
 
+// Memory safety only: what a call may be, ops/lowrank.py has checked.
+void check_sizes(const LowRankArguments& a) {
+  const auto known = [&](const Tensor& t, int64_t rows, int64_t columns) {
+    return !t.defined() || (t.dim() >= 2 && t.size(-2) == rows && t.size(-1) == columns && t.device() == a.x.device());
+  };
+  const auto vector = [&](const Tensor& t, int64_t size) {
+    return !t.defined() || (t.dim() == 1 && t.size(0) == size && t.device() == a.x.device());
+  };
+  TORCH_CHECK_VALUE(a.x.dim() >= 1 && a.A.dim() >= 2 && a.A.dim() <= 3 && a.B.dim() >= 2 && a.B.dim() <= 3,
+                    "x, A and B must have 1, 2 or 3, and 2 or 3 dimensions, got ", a.x.sizes(), ", ", a.A.sizes(), " and ",
+                    a.B.sizes());
+  const int64_t k = a.x.size(-1), r = a.A.size(-2), n = a.B.size(-2);
+  TORCH_CHECK_VALUE(r >= 1 && r <= kMaxRank && known(a.A, r, k) && known(a.B, n, r) && known(a.weight, n, k) &&
+                        vector(a.bias, n) && vector(a.u, r) && vector(a.v, n),
+                    "the sizes and devices of x, weight, bias, A, B, u and v must fit each other");
+  TORCH_CHECK_VALUE(!a.add.defined() || a.add.sizes().slice(0, a.add.dim() - 1) == a.x.sizes().slice(0, a.x.dim() - 1),
+                    "add must have shape [..., N], got ", a.add.sizes());
+  const auto within = [](const Control& c, bool present, int64_t least, int64_t most) {
+    return !present || c.tensor.defined() || (c.number >= least && c.number <= most);
+  };
+  TORCH_CHECK_VALUE(within(a.rank, a.has_rank, 1, r), "rank must be in 1..", r, ", got ", a.rank.number);
+  for (const auto& [expert, factor] : {std::pair(a.expert_a, a.A), std::pair(a.expert_b, a.B)})
+    TORCH_CHECK_VALUE(factor.dim() == 2 || within(expert, true, 0, factor.size(0) - 1), "expert must be in 0..",
+                      factor.size(0) - 1, ", got ", expert.number);
+  TORCH_CHECK_VALUE(a.dropout.p >= 0 && a.dropout.p < 1, "dropout_p must be in [0, 1), got ", a.dropout.p);
+}
+
 }  // namespace
 
-Tensor lowrank(LowRankArguments a, const std::string& backend) {
-  if (!takes(a, backend)) return Tensor();
+Key key_of(LowRankArguments& a) {
+  Key key(a.x);
+  for (const Tensor* t : {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v}) key.add(*t);
+  key.add(a.scale);
+  key.add(a.rank, a.has_rank);
+  key.add(a.expert_a, a.has_expert_a);
+  key.add(a.expert_b, a.has_expert_b);
+  key.add(a.dropout);
+  key.add(static_cast<double>(a.frozen));
+  return key;
+}
+
+Tensor lowrank(const LowRankArguments& a) {
+  check_sizes(a);
   auto call = c10::make_intrusive<Call>();
-  call->scale = a.scale.tensor.defined() ? 1.0 : a.scale.number;
-  call->rank = static_cast<int64_t>(a.rank.number);
+  call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.A.size(-2);
   call->expert_a = static_cast<int64_t>(a.expert_a.number);
   call->expert_b = static_cast<int64_t>(a.expert_b.number);
-  call->threshold = std::min<int64_t>(65535, std::llrint(a.dropout_p * 65536.0));
+  call->threshold = a.dropout.threshold();
   call->frozen = a.frozen;
   call->grad = at::GradMode::is_enabled();
   call->mixed = a.A.scalar_type() != a.x.scalar_type();
-  Device d{a.scale.tensor, a.rank.tensor, a.expert_a.tensor, a.expert_b.tensor, Tensor()};
-  if (call->threshold > 0) {
-    const auto options = at::TensorOptions().dtype(at::kLong).device(a.x.device());
-    d.seed = a.seed_tensor.defined() ? a.seed_tensor
-             : a.seed                ? at::full({}, *a.seed, options)
-                                     : at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
-  }
+  Device d{a.scale.tensor, a.rank.tensor, a.expert_a.tensor, a.expert_b.tensor,
+           a.dropout.seed_on(a.x.device())};
+  call->scale = d.scale.defined() ? 1.0 : a.scale.number;
   int edges = 0;
   const Tensor* inputs[kInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
   for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;

@@ -443,60 +443,62 @@ struct Structured : torch::autograd::Function<Structured> {
   }
 };
 
-}  // namespace
-
-namespace {
-
-// ValueError, naming the argument, for what Python would not have passed: nothing here may read past a tensor.
-StructuredArguments checked(StructuredArguments a) {
-  const char *p_name = a.p_name.c_str(), *q_name = a.q_name.c_str();
-  a.x = readable(a.x, "x");
-  a.p = readable(a.p, p_name);
-  if (a.q.defined()) a.q = readable(a.q, q_name);
-  if (a.add.defined()) a.add = readable(a.add, "add");
-  if (a.matrix.defined()) a.matrix = readable(a.matrix, "matrix");
-  if (a.scale.tensor.defined()) a.scale.tensor = readable(a.scale.tensor, "scale");
+// ValueError, naming the argument, for what Python would not have decided to run here: nothing may read past a tensor.
+void check_sizes(const StructuredArguments& a, const StructuredPath& path) {
+  const char *p_name = path.p_name.c_str(), *q_name = path.q_name.c_str();
+  check_memory(a.x, "x");
+  check_memory(a.p, p_name);
+  if (a.q.defined()) check_memory(a.q, q_name);
+  if (a.add.defined()) check_memory(a.add, "add");
   TORCH_CHECK_VALUE(a.x.dim() >= 1, "x must have shape [..., K], got ", a.x.sizes());
-  const bool kronecker = a.structure == Structure::kronecker;
-  TORCH_CHECK_VALUE(kronecker == (a.method == Method::gemm), "method must be gemm for a Kronecker map and for no other");
+  const bool kronecker = path.structure == Structure::kronecker;
+  TORCH_CHECK_VALUE(kronecker == (path.method == Method::gemm),
+                    "method must be gemm for a Kronecker map and for no other");
   for (const auto& [name, t] : {std::pair(p_name, a.p), std::pair(q_name, a.q)})
     TORCH_CHECK_VALUE(!t.defined() || (t.dim() == (kronecker ? 2 : 1) && t.device() == a.x.device()), name,
                       " must have ", kronecker ? 2 : 1, " dimensions and x's device, got ", t.sizes(), " on ", t.device());
-  TORCH_CHECK_VALUE(a.q.defined() || a.structure == Structure::circulant, q_name, " must be a tensor, got none");
+  TORCH_CHECK_VALUE(a.q.defined() || path.structure == Structure::circulant, q_name, " must be a tensor, got none");
   TORCH_CHECK_VALUE(!a.add.defined() || a.add.dim() == a.x.dim(), "add must have shape [..., N], got ", a.add.sizes());
-  if (a.method == Method::dense) {
-    TORCH_CHECK_VALUE(a.matrix.defined() && a.matrix.dim() == 2, "matrix must be the dense matrix [N, K]");
+  if (path.method == Method::dense) {
+    TORCH_CHECK_VALUE(path.matrix.defined() && path.matrix.dim() == 2, "matrix must be the dense matrix [N, K]");
+    check_memory(path.matrix, "matrix");
   }
-  if (a.threshold != 0 || a.seed.defined()) a.seed = seed_of(a.seed, a.threshold, a.x.device());
-  return a;
+  TORCH_CHECK_VALUE(a.dropout.p >= 0 && a.dropout.p < 1, "dropout_p must be in [0, 1), got ", a.dropout.p);
 }
 
 }  // namespace
 
-Tensor structured(const StructuredArguments& arguments) {
-  const StructuredArguments a = checked(arguments);
+Key key_of(StructuredArguments& a) {
+  Key key(a.x);
+  key.add(a.kind);
+  for (const Tensor* t : {&a.x, &a.p, &a.q, &a.add}) key.add(*t);
+  key.add(static_cast<double>(a.out_features));
+  key.add(a.scale);
+  key.add(a.dropout);
+  key.add(static_cast<double>(a.transposed));
+  return key;
+}
+
+Tensor structured(const StructuredArguments& a, const StructuredPath& path) {
+  check_sizes(a, path);
   auto call = c10::make_intrusive<Call>();
-  call->structure = a.structure;
-  call->method = a.method;
-  call->n = a.n;
+  call->structure = path.structure;
+  call->method = path.method;
+  call->n = path.n;
   call->k = a.x.size(-1);
-  call->length = a.length;
-  call->threshold = a.threshold;
+  call->length = path.length;
+  call->threshold = a.dropout.threshold();
   call->grad = at::GradMode::is_enabled();
-  call->p_name = a.p_name;
-  call->q_name = a.q_name;
+  call->p_name = path.p_name;
+  call->q_name = path.q_name;
   Tensor device_scale;
-  if (a.scale.tensor.defined() && !a.scale.tensor.is_cpu()) {
-    call->scale = 1;
-    device_scale = a.scale.tensor.to(at::kFloat);
-  } else {
-    call->scale = a.scale.tensor.defined() ? a.scale.tensor.item().toDouble() : a.scale.number;
-  }
+  if (a.scale.tensor.defined()) device_scale = a.scale.tensor.to(at::kFloat);
+  call->scale = device_scale.defined() ? 1 : a.scale.number;
   int edges = 2;
   call->q_edge = a.q.defined() ? edges++ : -1;
   call->add_edge = a.add.defined() ? edges++ : -1;
   return Structured::apply(a.x, a.p, optional(a.q), optional(a.add), call,
-                           Extras{a.matrix, device_scale, a.seed});
+                           Extras{path.matrix, device_scale, a.dropout.seed_on(a.x.device())});
 }
 
 }  // namespace peft_fused

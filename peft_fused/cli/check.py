@@ -20,7 +20,7 @@ from peft_fused.ops import (
     structured,
 )
 from peft_fused.ops.accuracy import SHOWS_IN, compare, compare_mutated
-from peft_fused.ops.bottleneck import problem_of as bottleneck_problem_of
+from peft_fused.ops.bottleneck import bottleneck_problem
 from peft_fused.ops.cases import (
     Case,
     bottleneck_cases,
@@ -30,6 +30,7 @@ from peft_fused.ops.cases import (
     make_structured,
     structured_cases,
 )
+from peft_fused.ops.lowrank import LowRankProblem, lowrank_problem
 from peft_fused.ops.structured.engine import STRUCTURES
 from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
 
@@ -44,7 +45,7 @@ DTYPES = (
 )
 
 
-Problem = dispatch.Problem | structured.StructuredProblem | BottleneckProblem
+Problem = LowRankProblem | structured.StructuredProblem | BottleneckProblem
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class OpCheck:
     problem: Callable[[Case], Problem]
 
 
-def _lowrank_problem(case: Case) -> dispatch.Problem:
+def _lowrank_problem(case: Case) -> LowRankProblem:
     t, p = case.tensors, case.options.get("dropout_p", 0.0)
     uv = t["u"] is not None or t["v"] is not None
-    return dispatch.problem_of(t["x"], t["A"], t["B"], has_weight="weight" in t, dropout=p > 0, uv=uv)
+    return lowrank_problem(t["x"], t["A"], t["B"], has_weight="weight" in t, dropout=p > 0, uv=uv)
 
 
 def _lowrank_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Iterator[Case]:
@@ -81,7 +82,7 @@ def _structured_problem(case: Case) -> structured.StructuredProblem:
     first, second = (t.get(name) for name in STRUCTURES[case.op].names)
     second = second[1:] if case.op == "toeplitz" else second
     transposed = case.options.get("transposed", False)
-    return structured.problem_of(case.op, t["x"], first, second, case.outputs, dropout, transposed)
+    return structured.structured_problem(case.op, t["x"], first, second, case.outputs, dropout, transposed)
 
 
 def _structured_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
@@ -96,7 +97,7 @@ def _structured_check(op: str) -> OpCheck:
 
 def _bottleneck_problem(case: Case) -> BottleneckProblem:
     t, options = case.tensors, case.options
-    return bottleneck_problem_of(t["h"], t["down"], t["up"], options.get("activation", "gelu"), options.get("expert"))
+    return bottleneck_problem(t["h"], t["down"], t["up"], options.get("activation", "gelu"), options.get("expert"))
 
 
 def _bottleneck_control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
@@ -132,7 +133,7 @@ class Path:
         if self.backend == "torch" and self.native:
             if native.module is None:
                 reasons.append(f"C++ extension: {native.why_missing}")
-            elif not problem.hosted(native.module, "torch"):
+            elif not problem.native("torch"):
                 reasons.append("this map has no C++ node")
         return reasons
 

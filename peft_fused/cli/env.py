@@ -74,6 +74,7 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
 
     from peft_fused.ops import dispatch, structured
     from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
+    from peft_fused.triton_kernels.plan import LowRankProblem
 
     gpu, sm_count = "", 1
     if device == "cuda":
@@ -81,7 +82,7 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
         gpu, sm_count = found.name, found.multi_processor_count
     where = LAYER | dict(adapter_dtype="float32", device=device, gpu=gpu, sm_count=sm_count, dropout=False)
     problems = [
-        dispatch.Problem(**where, r=RANK, dtype=dtype, has_weight=has_weight)
+        LowRankProblem(**where, r=RANK, dtype=dtype, has_weight=has_weight)
         for has_weight in (True, False)
         for dtype in TYPES
     ] + [

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops import bottleneck_adapter, lowrank_linear
-from ..ops.bottleneck import ACTIVATIONS, BottleneckProblem
-from ..ops.bottleneck import problem_of as bottleneck_problem
-from ..ops.dispatch import Problem, problem_of
+from ..ops.bottleneck import BOTTLENECK_ACTIVATIONS, BottleneckProblem, bottleneck_problem
+from ..ops.lowrank import LowRankProblem, lowrank_problem
 from .adapted import AdaptedLinear
 from .checks import (
     check_adapter_dtype,
@@ -418,11 +417,11 @@ class AdaMixDelta(RoutedBlock):
         (A, _), (B, _) = self.down.averaged(), self.up.averaged()
         return self.scale * (B.to(dtype) @ A.to(dtype))
 
-    def problem(self, x: torch.Tensor, has_weight: bool) -> Problem | BottleneckProblem:
+    def problem(self, x: torch.Tensor, has_weight: bool) -> LowRankProblem | BottleneckProblem:
         """What a forward pass on x [rows, K] gives `linear` (has_weight) or `forward`."""
         if not has_weight or self.routes.grouped:
             return self.bottleneck_problem(x, "identity")
-        return problem_of(x, self.down.weight, self.up.weight, has_weight=True, dropout=self.dropout_p > 0)
+        return lowrank_problem(x, self.down.weight, self.up.weight, has_weight=True, dropout=self.dropout_p > 0)
 
 
 class AdaMixAdapter(RoutedBlock):
@@ -436,7 +435,7 @@ class AdaMixAdapter(RoutedBlock):
         self, n: int, r: int, policy: RoutePolicy, *, activation: str = "gelu", expert_init: str = "independent",
         dropout: float = 0.0, group: str = "default", dtype=None, device=None,
     ):  # fmt: skip
-        self.activation = check_choice("activation", activation, ACTIVATIONS)
+        self.activation = check_choice("activation", activation, BOTTLENECK_ACTIVATIONS)
         super().__init__(
             n, n, r, policy, bias=True, expert_init=expert_init, dropout=dropout, group=group, dtype=dtype,
             device=device,
@@ -529,7 +528,7 @@ class AdaMixLinear(AdaptedLinear):
             return "F.linear, then bottleneck on its output"
         return "F.linear, then bottleneck added to it" if self.block.routes.grouped else "lowrank_linear"
 
-    def op_problem(self, rows: int) -> Problem | BottleneckProblem:
+    def op_problem(self, rows: int) -> LowRankProblem | BottleneckProblem:
         """What a forward pass on x [rows, K] gives the op."""
         if self.additive:
             return self.block.problem(self.weight.new_empty(1, self.in_features).expand(rows, -1), True)

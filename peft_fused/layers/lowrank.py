@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..ops.dispatch import Problem, problem_of
+from ..ops.lowrank import LowRankProblem, lowrank_problem
 from .adapted import AdaptedLinear
 from .checks import check_adapter_dtype, check_alpha, check_dropout, check_linear, check_rank
 
@@ -43,13 +43,13 @@ class LowRankLinear(AdaptedLinear):
     def dropout_p(self) -> float:
         return self.dropout.p if self.training else 0.0
 
-    def op_problem(self, rows: int) -> Problem | None:
+    def op_problem(self, rows: int) -> LowRankProblem | None:
         """What a forward pass on x [rows, K] gives lowrank_linear; None if it does not call it."""
         if self.merged:
             return None
         x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
         dropout = self.dropout_p > 0
-        return problem_of(x, self.lora_A, self.lora_B, has_weight=True, dropout=dropout, uv=self.SCALES_RANKS)
+        return lowrank_problem(x, self.lora_A, self.lora_B, has_weight=True, dropout=dropout, uv=self.SCALES_RANKS)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"

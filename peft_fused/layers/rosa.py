@@ -24,7 +24,7 @@ from torch.autograd.graph import increment_version
 
 from ..draws import draw_int
 from ..ops import lowrank_linear
-from ..ops.dispatch import Problem, problem_of
+from ..ops.lowrank import LowRankProblem, lowrank_problem
 from .adapted import AdaptedLinear
 from .checks import (
     COMPUTED,
@@ -708,12 +708,12 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         self.check_held()
         return lowrank_linear(x, self.weight_nk(), self.bias, *self.factors())
 
-    def op_problem(self, rows: int) -> Problem | None:
+    def op_problem(self, rows: int) -> LowRankProblem | None:
         """What a forward pass on x [rows, K] gives lowrank_linear; None if it does not call it."""
         if self._merged or self._restored:
             return None
         x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
-        return problem_of(x, *self.factors(), has_weight=True, dropout=False)
+        return lowrank_problem(x, *self.factors(), has_weight=True, dropout=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.rosa_state.r}"

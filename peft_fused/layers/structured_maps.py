@@ -17,7 +17,7 @@ from ..ops.structured import (
     dense,
     kronecker_matmul,
     ldr_matmul,
-    problem_of,
+    structured_problem,
     toeplitz_product_matmul,
     toeplitz_tail,
 )
@@ -103,7 +103,7 @@ class StructuredMap(nn.Module):
 
     def problem(self, x: torch.Tensor, *, dropout: bool = False) -> StructuredProblem:
         """What the op is given with x [..., K]; see `peft_fused.explain`."""
-        return problem_of(self.op_name, x, *self.operands(), self.out_features, dropout)
+        return structured_problem(self.op_name, x, *self.operands(), self.out_features, dropout)
 
     def scale(self, alpha: float | None) -> float:
         """The scale that alpha stands for: alpha itself, 1 for None."""

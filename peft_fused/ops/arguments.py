@@ -60,9 +60,12 @@ def resolved(value):
     return value.clone() if value._is_zerotensor() else value.resolve_neg()
 
 
-def split(value, kind):
-    """(number, tensor or None): the two columns that a control has in the op's schema."""
-    return (kind(1), value) if isinstance(value, torch.Tensor) else (kind(value), None)
+def pair_of(name, value) -> tuple:
+    """(first, second) of a value for both or a pair of them. ValueError, naming it, for another number of values."""
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an index or a pair of them, got {len(pair)} values")
+    return pair
 
 
 def check_dense(name, tensor):

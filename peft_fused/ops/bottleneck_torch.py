@@ -7,16 +7,15 @@ on a device they stay there, and the groups are one batched product. `csrc/autog
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
-from .lowrank_torch import BLOCK_ELEMENTS, BLOCK_ELEMENTS_GPU, _base, product, rows, unflatten
+from .common import base_product, block_rows, product, rows, scaled, unflatten
 
 _aten = torch.ops.aten
-ACTIVATIONS = {
+_FUNCTIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
     "relu": torch.relu,
@@ -37,29 +36,9 @@ _DERIVATIVES = {
 }
 
 
-@dataclass(frozen=True)
-class Controls:
-    """Runtime values of the op: numbers, or tensors on the device of h; an expert's may hold one index per group."""
-
-    activation: str
-    scale: float | torch.Tensor
-    expert_d: int | torch.Tensor
-    expert_u: int | torch.Tensor
-
-    def on_host(self) -> "Controls":
-        """With tensors of the CPU, where reading them costs nothing, as numbers and lists."""
-        read = lambda value: value.tolist() if isinstance(value, torch.Tensor) and value.is_cpu else value  # noqa: E731
-        return Controls(self.activation, read(self.scale), read(self.expert_d), read(self.expert_u))
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """What backward knows of parameters that it may not be given: stack sizes, 0 for none, units and type."""
-
-    experts_d: int
-    experts_u: int
-    r: int
-    dtype: torch.dtype
+def activate(name: str, z: torch.Tensor) -> torch.Tensor:
+    """act(z) of an activation's name."""
+    return _FUNCTIONS[name](z)
 
 
 # An index of one expert, or on a device of one per group.
@@ -73,7 +52,7 @@ def _pieces(index, count: int, columns: int, device: torch.device, blocked: bool
     tensor, of which a piece gets the part for its groups. blocked: in blocks of bounded size, but whole groups of a
     1-D tensor.
     """
-    block = max(1, BLOCK_ELEMENTS.get(device.type, BLOCK_ELEMENTS_GPU) // max(1, columns)) if blocked else max(1, count)
+    block = block_rows(columns, device) if blocked else max(1, count)
     if isinstance(index, torch.Tensor) and index.dim() == 1:
         size = count // len(index)
         step = max(1, block // size) if size else len(index)
@@ -162,10 +141,6 @@ class _Sum:
         return self.total.to(self.dtype)
 
 
-def _scaled(x, scale):
-    return x if isinstance(scale, float) and scale == 1.0 else x * scale
-
-
 def _onto(out, start, a, U, bias, alpha: float) -> None:
     """out [m, N] = start + alpha * a U^T + bias, all of one type; U and bias may be those of groups of rows."""
     if U.dim() == 3:
@@ -174,8 +149,8 @@ def _onto(out, start, a, U, bias, alpha: float) -> None:
         out3.copy_(start3) if bias is None else torch.add(start3, bias.unsqueeze(1), out=out3)
         out3.baddbmm_(_groups(a, groups), U.mT, alpha=alpha)
         return
-    # oneDNN accumulates no faster than a separate pass: see lowrank_torch. It is for fp32, where a keeps its digits.
-    delta = _base(_scaled(a, alpha), U, bias) if a.dtype == torch.float32 else None
+    # oneDNN accumulates no faster than a separate pass: see common.base_product. fp32 only: there a keeps its digits.
+    delta = base_product(scaled(a, alpha), U, bias) if a.dtype == torch.float32 else None
     if delta is not None:
         torch.add(delta, start, out=out)
         return
@@ -183,9 +158,10 @@ def _onto(out, start, a, U, bias, alpha: float) -> None:
     out.addmm_(a, U.t(), alpha=alpha)
 
 
-def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
+def forward(call):
     """(y [..., N] in h's type, z [M, r] in down's type)."""
-    c = controls.on_host()
+    c = call.on_host()
+    h, down, down_bias, up, up_bias, residual = c.h, c.down, c.down_bias, c.up, c.up_bias, c.residual
     h2, start = rows(h), rows(h if residual is None else residual)
     M, K = h2.shape
     N, r = up.shape[-2:]
@@ -202,7 +178,7 @@ def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
         z[i:j] = _product(part, D.mT)
         if b is not None:
             _add_rows(z[i:j], b)
-    a = ACTIVATIONS[c.activation](z)
+    a = activate(c.activation, z)
 
     y = h.new_empty(M, N)
     stacked = up.dim() == 3
@@ -213,9 +189,9 @@ def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
     alpha = c.scale if number else 1.0
     for i, j, index in _pieces(c.expert_u if stacked else 0, M, N, h.device, mixed):
         U, bias = _choose(up, index, stacked), _choose(up_bias, index, stacked)
-        bias = None if bias is None else _scaled(bias, c.scale)
+        bias = None if bias is None else scaled(bias, c.scale)
         if mixed:
-            delta = _scaled(_product(a[i:j], U.mT), alpha)
+            delta = scaled(_product(a[i:j], U.mT), alpha)
             if bias is not None:
                 _add_rows(delta, bias)
             torch.add(delta, start[i:j], out=delta)
@@ -225,62 +201,70 @@ def forward(h, down, down_bias, up, up_bias, residual, controls: Controls):
     return unflatten(y, h), z
 
 
-def backward(dy, h, down, up, z, controls: Controls, like: Likeness, residual_is_h: bool, needs: list[bool]):
-    """Gradients of (h, down, down_bias, up, up_bias), None where not needed, each in its tensor's type.
+def backward(dy, call, z, like: dict, needs: set[str]) -> dict[str, torch.Tensor]:
+    """The gradients of `needs` by name, each in its tensor's type. like: (shape, dtype) of every input of the call.
 
     h is read for down, down for h, up for these two and down_bias, z for up and, but for the identity, for those three;
     what is not read may be None.
     """
-    c = controls.on_host()
-    need_h, need_down, need_down_bias, need_up, need_up_bias = needs
-    need_dz = need_h or need_down or need_down_bias
+    c = call.on_host()
+    h, down, up = c.h, c.down, c.up
+    need_h, need_up = "h" in needs, "up" in needs
+    need_dz = not needs.isdisjoint(("h", "down", "down_bias"))
+    (D_shape, dtype), U_shape = like["down"], like["up"][0]
+    experts_d, experts_u = (shape[0] if len(shape) == 3 else 0 for shape in (D_shape, U_shape))
+    residual_is_h = like["residual"] is None
     dy2 = rows(dy)
     M, N = dy2.shape
-    dtype = like.dtype
     mixed = dtype != dy.dtype
-    grads = [None] * 5
+    grads = {}
 
-    inner = _scaled(ACTIVATIONS[c.activation](z), c.scale) if need_up else None
-    dz = dy2.new_empty(M, like.r, dtype=dtype) if need_dz else None
-    sums = [_Sum(like.experts_u), _Sum(like.experts_u)]
-    stacked = like.experts_u > 0
-    if need_dz or need_up or need_up_bias:
+    inner = scaled(activate(c.activation, z), c.scale) if need_up else None
+    dz = dy2.new_empty(M, D_shape[-2], dtype=dtype) if need_dz else None
+    sums = [_Sum(experts_u), _Sum(experts_u)]
+    stacked = experts_u > 0
+    if needs:
         for i, j, index in _pieces(c.expert_u if stacked else 0, M, N, dy.device, mixed):
             part = dy2[i:j].to(dtype)
             if need_dz:
-                dz[i:j] = _scaled(_product(part, _choose(up, index, stacked)), c.scale)
+                dz[i:j] = scaled(_product(part, _choose(up, index, stacked)), c.scale)
             if need_up:
                 sums[0].add(index, _outer(inner[i:j], part, index, stacked))
-            if need_up_bias:
-                sums[1].add(index, _scaled(_column_sums(part, index, stacked), c.scale))
-    grads[3] = sums[0].result().mT if need_up else None
-    grads[4] = sums[1].result() if need_up_bias else None
+            if "up_bias" in needs:
+                sums[1].add(index, scaled(_column_sums(part, index, stacked), c.scale))
+    if need_up:
+        grads["up"] = sums[0].result().mT
+    if "up_bias" in needs:
+        grads["up_bias"] = sums[1].result()
     if not need_dz:
         return grads
     dz = _DERIVATIVES[c.activation](dz, z)
 
-    K = down.shape[-1] if need_h else h.shape[-1] if need_down else 0
-    h2 = rows(h) if need_down else None
+    K = D_shape[-1]
+    h2 = rows(h) if "down" in needs else None
     dh = dy2.new_empty(M, K) if need_h else None
-    sums = [_Sum(like.experts_d), _Sum(like.experts_d)]
-    stacked = like.experts_d > 0
+    sums = [_Sum(experts_d), _Sum(experts_d)]
+    stacked = experts_d > 0
     for i, j, index in _pieces(c.expert_d if stacked else 0, M, K, dy.device, mixed):
         part = dz[i:j]
-        if need_down:
+        if "down" in needs:
             sums[0].add(index, _outer(part, h2[i:j].to(dtype), index, stacked))
-        if need_down_bias:
+        if "down_bias" in needs:
             sums[1].add(index, _column_sums(part, index, stacked))
         if need_h:
             D = _choose(down, index, stacked)
             back = None
             if residual_is_h and not mixed and D.dim() == 2:
-                back = _base(part, D.t(), None)
+                back = base_product(part, D.t(), None)
                 if back is None:
                     torch.addmm(dy2[i:j], part, D, out=dh[i:j])
                     continue
             back = _product(part, D) if back is None else back
             dh[i:j] = back.add_(dy2[i:j]) if residual_is_h else back
-    grads[0] = dh.view(*dy.shape[:-1], K) if need_h else None
-    grads[1] = sums[0].result() if need_down else None
-    grads[2] = sums[1].result() if need_down_bias else None
+    if need_h:
+        grads["h"] = dh.view(*dy.shape[:-1], K)
+    if "down" in needs:
+        grads["down"] = sums[0].result()
+    if "down_bias" in needs:
+        grads["down_bias"] = sums[1].result()
     return grads

@@ -1,9 +1,9 @@
 """Which implementation runs an operation, and why not the others.
 
-A backend is usable when its list of reasons against it is empty. The choice is a pure function of the problem, made
-again on every call from cached answers; nothing is tried and caught. What depends on the op, its problem answers:
-`describe()`, `limits(backend)`, `preference(hosted)`, `hosted(node, backend)` and `words(backend, onednn)`;
-`triton_kernels.plan.Problem` is the low-rank op's, `ops.structured.StructuredProblem` that of the structured ones.
+A backend is usable when its list of reasons against it is empty. `decide` is a pure function of the problem and of what
+is forced; nothing is tried and caught. What depends on the op, its problem answers: `describe()`, `limits(backend)`,
+`preference()`, `native(backend)`, `launch_plan(backend)` and `words(backend, onednn)`, of LowRankProblem,
+BottleneckProblem and StructuredProblem.
 """
 
 import importlib.util
@@ -15,34 +15,43 @@ from functools import cache, lru_cache
 
 import torch
 
-from ..triton_kernels.plan import Problem
 from . import native
 from .arguments import check_flag
 
-__all__ = ["BACKENDS", "Explanation", "Problem", "choose", "explain", "forced", "problem_of", "use_backend", "why_not"]
+__all__ = ["BACKENDS", "Decision", "Explanation", "decide", "explain", "forced", "use_backend", "why_not"]
 
 logger = logging.getLogger("peft_fused")
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 NATIVE_DTYPES = ("float32", "float16", "bfloat16")
-# Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
-# Python does, so the C++ node, which launches without Python, comes first there.
-LAUNCH_BOUND = 4e10
 
 
 class _Forced:
     """What use_backend and the environment have asked for; None leaves the choice to the problem.
 
-    native_serves is derived, for the one read that every call makes: whether the C++ node is to be asked first.
+    keys: whether the extension tells the keys of calls, and by them what was decided of a call before.
     """
 
     backend: str | None = None
     native: bool = True
-    native_serves: bool = False
+    keys: bool = False
 
     def set(self, backend: str | None, native_allowed: bool) -> None:
         self.backend, self.native = backend, native_allowed
-        self.native_serves = native.module is not None and native_allowed and backend in (None, "torch", "cuda")
+        self.keys = native_allowed and native.module is not None
+        forget()
+
+
+# The decisions that ops remember by the keys of calls.
+forgetful: list[dict] = []
+
+
+def forget() -> None:
+    """Forgets what was decided, because something that decisions depend on has changed."""
+    for decisions in forgetful:
+        decisions.clear()
+    _why_not.cache_clear()
+    _decide.cache_clear()
 
 
 state = _Forced()
@@ -52,12 +61,6 @@ def _check_name(name: str, source: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{source}: unknown backend {name!r}, allowed: {', '.join(BACKENDS)}")
     return name
-
-
-if os.environ.get("PEFT_FUSED_BACKEND"):
-    state.set(_check_name(os.environ["PEFT_FUSED_BACKEND"], "PEFT_FUSED_BACKEND"), True)
-else:
-    state.set(None, True)
 
 
 def forced() -> str | None:
@@ -94,45 +97,6 @@ class use_backend:
 
 
 @cache
-def _gpu(device: torch.device) -> tuple[str, int, tuple[int, int]]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count, (properties.major, properties.minor)
-
-
-def gpu_of(x: torch.Tensor) -> tuple[str, int]:
-    """(name, multiprocessors) of the GPU that x is on; ("", 1) on a CPU."""
-    return _gpu(x.device)[:2] if x.is_cuda else ("", 1)
-
-
-@cache
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def problem_of(
-    x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, *, has_weight: bool, dropout: bool, uv: bool = False
-) -> Problem:
-    """Description of lowrank_linear (has_weight) or lowrank on these tensors. uv: whether there is u or v."""
-    gpu, sm_count = gpu_of(x)
-    k = x.shape[-1]
-    m = x.numel() // k if k else 0
-    return Problem(
-        m,
-        B.shape[-2],
-        k,
-        A.shape[-2],
-        name_of(x.dtype),
-        name_of(A.dtype),
-        x.device.type,
-        gpu,
-        sm_count,
-        dropout,
-        has_weight,
-        uv,
-    )
-
-
-@cache
 def _triton_missing() -> str:
     """Reason why Triton kernels cannot be launched at all, empty if they can."""
     if importlib.util.find_spec("triton") is None:
@@ -160,8 +124,12 @@ def _not_installed(backend: str, native_wanted: bool) -> list[str]:
     return [] if native_wanted else ["its kernels run in the C++ node, which use_backend(native=False) excludes"]
 
 
+def _capability() -> tuple[int, int]:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
 def _gpu_too_old() -> list[str]:
-    capability = _gpu(torch.device("cuda"))[2] if torch.cuda.is_available() else (0, 0)
+    capability = _capability()
     if capability >= (8, 0):
         return []
     return [f"the GPU has compute capability {capability[0]}.{capability[1]}; 8.0 is the least"]
@@ -218,24 +186,44 @@ def in_graph() -> str:
     return state.backend or ("reference" if exporting() else "auto")
 
 
-def hosts(problem, backend: str) -> bool:
-    """Whether the C++ node runs a problem on a backend, "" for one that nobody has forced."""
-    return native_allowed() and problem.hosted(native.module, backend)
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a call runs: by which backend, in the C++ autograd node or in Python's, and by what plan of the problem."""
+
+    backend: str
+    native: bool
+    problem: object
+    plan: object
 
 
-def _preference(problem) -> tuple[str, ...]:
-    return problem.preference(hosts(problem, "")) if problem.device == "cuda" else ("torch",)
+NO_CUDA_IN_GRAPH = (
+    "backend 'cuda' runs in the C++ node, which takes no tensor subclasses, dispatch modes or torch.compile"
+)
+_UNSET = "as use_backend says"
+
+
+def decide(problem, *, node: bool = True, forced: str | None = _UNSET) -> Decision:
+    """The decision for a problem: the forced backend, or the first usable one in order of preference.
+
+    node=False: for a call that the C++ node cannot hold, because it is recorded or has a tensor of a subclass.
+    RuntimeError, with every reason, when the forced backend cannot run the problem.
+    """
+    forced = state.backend if forced is _UNSET else forced
+    return _decide(problem, forced, node, native_allowed(), interpreting())
+
+
+@lru_cache(maxsize=4096)
+def _decide(problem, forced: str | None, node: bool, native_wanted: bool, interpret: bool) -> Decision:
+    backend = preferred(problem, node) if forced is None else require(forced, problem)
+    if backend == "cuda" and not node:
+        raise RuntimeError(NO_CUDA_IN_GRAPH)
+    if backend == "triton" and problem.m * problem.n * problem.k == 0:
+        backend = "torch"  # there is nothing to launch a kernel on
+    hosted = node and native_wanted and backend != "reference" and problem.native(backend)
+    return Decision(backend, hosted, problem, None if backend == "reference" else problem.launch_plan(backend))
 
 
 _said = set()
-
-
-def choose(problem) -> str:
-    """Backend of a problem: the forced one, or the first usable one in order of preference.
-
-    RuntimeError, with every reason, when the forced backend cannot run the problem.
-    """
-    return preferred(problem) if state.backend is None else require(state.backend, problem)
 
 
 def require(name: str, problem) -> str:
@@ -246,12 +234,10 @@ def require(name: str, problem) -> str:
     return name
 
 
-def preferred(problem, traced: bool = False) -> str:
-    """The first usable backend in order of preference, whatever is forced.
-
-    traced leaves out `cuda`, whose C++ node is no operator that a graph could hold.
-    """
-    order = [name for name in _preference(problem) if not (traced and name == "cuda")]
+def preferred(problem, node: bool = True) -> str:
+    """The first usable backend in order of preference, whatever is forced; without the node, none that it alone has."""
+    order = problem.preference() if problem.device == "cuda" else ("torch",)
+    order = [name for name in order if name != "cuda" or node]
     chosen = next(name for name in order if not _against(name, problem))
     # Skipping a kernel on the device it was written for is worth a line, once; a CPU has no other path to miss.
     if problem.device == "cuda" and chosen == "torch" and order[0] != "torch":
@@ -267,11 +253,12 @@ def path_of(problem) -> str:
     """The backend, its host node and the order of its kernels, in words."""
     if state.backend is not None and why_not(state.backend, problem):
         return f"RuntimeError: {state.backend} is forced and cannot run it"
-    backend = choose(problem)
-    if backend == "reference":
+    decision = decide(problem)
+    if decision.backend == "reference":
         return "reference: plain PyTorch, autograd by torch"
-    node = "C++ autograd node" if hosts(problem, backend) else "Python autograd node"
-    return f"{backend}: {node}{problem.words(backend, uses_onednn(problem))}"
+    node = "C++ autograd node" if decision.native else "Python autograd node"
+    onednn = problem.device == "cpu" and uses_onednn(problem.dtype, problem.m * problem.n * problem.k)
+    return f"{decision.backend}: {node}{problem.words(decision.backend, onednn)}"
 
 
 @lru_cache(maxsize=1)
@@ -296,19 +283,23 @@ def _is_intel() -> bool:
 ONEDNN_LEAST = 1 << 22
 
 
-def uses_onednn(problem) -> bool:
-    """Whether a dense fp32 product of a problem's sizes (m, n, k) goes to oneDNN."""
+def uses_onednn(dtype, multiply_adds: int) -> bool:
+    """Whether a dense product of so many multiply-adds on a CPU goes to oneDNN. dtype: or its name."""
     return (
-        problem.device == "cpu"
-        and problem.dtype == "float32"
-        and problem.m * problem.n * problem.k >= ONEDNN_LEAST
+        dtype in (torch.float32, "float32")
+        and multiply_adds >= ONEDNN_LEAST
         and torch.backends.mkldnn.enabled
         and _onednn_beats_blas()
     )
 
 
 if native.module is not None:
-    native.module.configure(_onednn_beats_blas(), ONEDNN_LEAST, LAUNCH_BOUND)
+    native.module.configure(_onednn_beats_blas(), ONEDNN_LEAST)
+
+if os.environ.get("PEFT_FUSED_BACKEND"):
+    state.set(_check_name(os.environ["PEFT_FUSED_BACKEND"], "PEFT_FUSED_BACKEND"), True)
+else:
+    state.set(None, True)
 
 
 def first_of(names: list[str]) -> str:
@@ -335,7 +326,7 @@ class Explanation:
 
 
 def reasons_against_others(problem) -> tuple[str, ...]:
-    chosen = state.backend or choose(problem)
+    chosen = state.backend or decide(problem).backend
     against = []
     for name in BACKENDS:
         reasons = why_not(name, problem)
@@ -352,10 +343,10 @@ explainers: list[Callable] = []
 
 
 def explain(target, *, rows: int = 2048) -> Explanation:
-    """Path of a Problem, or of every adapter layer of a model, with the reasons against the other backends.
+    """Path of a problem, or of every adapter layer of a model, with the reasons against the other backends.
 
     rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
-    `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> Problem | None`, what
+    `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> problem | None`, what
     they give the first of them. TypeError for anything else, ValueError for a number of rows outside 1..2^31 - 1.
     """
     if isinstance(rows, bool) or not isinstance(rows, int):
@@ -365,7 +356,7 @@ def explain(target, *, rows: int = 2048) -> Explanation:
     if hasattr(type(target), "limits"):
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):
-        raise TypeError(f"explain: target must be a Problem or a torch.nn.Module, got {type(target).__name__}")
+        raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")
     lines = []
     for name, module in target.named_modules():
         if hasattr(type(module), "explain_path"):

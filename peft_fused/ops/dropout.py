@@ -12,7 +12,7 @@ import torch
 from ..triton_kernels.dropout import dropout_threshold, keep_scale
 from . import native
 
-__all__ = ["draw_seed", "drop", "dropout_threshold", "keep_mask", "keep_scale", "load"]
+__all__ = ["draw_seed", "drop", "dropout_threshold", "keep_mask", "keep_scale"]
 
 ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -59,9 +59,3 @@ def drop(x: torch.Tensor, seed: torch.Tensor, threshold: int, first_row: int = 0
     if native.module is not None and x.device.type == "cpu":
         return native.module.drop(x, seed, threshold, first_row)
     return x * keep_mask(seed, *x.shape, threshold, first_row) * keep_scale(threshold)
-
-
-def load(x: torch.Tensor, dtype: torch.dtype, seed: torch.Tensor | None, threshold: int, first_row: int = 0):
-    """x [rows, columns] in a dtype and, with a threshold, dropped out."""
-    x = x.to(dtype)
-    return drop(x, seed, threshold, first_row) if threshold else x

@@ -9,27 +9,40 @@ import math
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import structured as structured  # which registers the ops that are counted below
-from .lowrank import NAMES
+from .bottleneck import BOTTLENECK
+from .lowrank import LOWRANK
+from .structured.engine import STRUCTURED
+
+
+def _forward(op, columns):
+    """(shape of every input by name, None for an absent one, the other columns) of <op>_fwd, to whose formula tensors
+    come as their shapes."""
+    return dict(zip(op.names, columns, strict=False)), columns[len(op.names) :]
+
+
+def _backward(op, columns):
+    """(m, n, shape of every input by name, names of the needed gradients) of <op>_bwd."""
+    dy, columns = columns[0], columns[1:]
+    sizes, dims = columns[len(op.names) + 1 : len(op.names) + 3]
+    needs = {name for name, need in zip(op.own, columns[-1], strict=True) if need}
+    return math.prod(dy[:-1]), dy[-1], op.shapes(sizes, dims), needs
 
 
 @register_flop_formula(torch.ops.peft_fused.lowrank_fwd)
-def _forward_flops(x, weight, add, bias, A, B, *rest, out_shape=None, **kwargs) -> int:
-    """Of lowrank_fwd, from shapes: two per multiply-add of its products, as the mode counts those of aten."""
-    m, n, k, r = math.prod(x[:-1]), B[-2], x[-1], A[-2]
-    return 2 * m * ((n * k if weight is not None else 0) + r * (n + k))
+def _lowrank_forward(*columns, out_shape=None, **kwargs) -> int:
+    """Two per multiply-add of its products, as the mode counts those of aten."""
+    t, _ = _forward(LOWRANK, columns)
+    m, n, k, r = math.prod(t["x"][:-1]), t["B"][-2], t["x"][-1], t["A"][-2]
+    return 2 * m * ((n * k if t["weight"] is not None else 0) + r * (n + k))
 
 
 @register_flop_formula(torch.ops.peft_fused.lowrank_bwd)
-def _backward_flops(dy, x, weight, A, B, u, v, S, *rest, out_shape=None, **kwargs) -> int:
-    """Of lowrank_bwd, in the same way."""
-    need = dict(zip(NAMES, rest[-1], strict=True))
-    m, n = math.prod(dy[:-1]), dy[-1]
-    k = A[-1] if A is not None else x[-1] if x is not None else 0
-    r = B[-1] if B is not None else 0
-    base = (need["x"] and weight is not None) + need["weight"]
-    to_ranks = (need["x"] or need["A"] or need["u"]) + (need["B"] or need["v"])
-    return 2 * m * (base * n * k + r * (n * to_ranks + k * (need["x"] + need["A"])))
+def _lowrank_backward(*columns, out_shape=None, **kwargs) -> int:
+    m, n, t, needs = _backward(LOWRANK, columns)
+    k, r = t["x"][-1], t["B"][-1]
+    base = ("x" in needs and t["weight"] is not None) + ("weight" in needs)
+    to_ranks = bool(needs & {"x", "A", "u"}) + bool(needs & {"B", "v"})
+    return 2 * m * (base * n * k + r * (n * to_ranks + k * len(needs & {"x", "A"})))
 
 
 def _structured(m: int, kind: str, p, q, passes: int) -> int:
@@ -43,28 +56,29 @@ def _structured(m: int, kind: str, p, q, passes: int) -> int:
 
 
 @register_flop_formula(torch.ops.peft_fused.structured_fwd)
-def _structured_forward_flops(x, p, q, add, kind, n, *rest, out_shape=None, **kwargs) -> int:
-    """Of structured_fwd by transforms or small products, whatever its plan makes of it."""
-    return _structured(math.prod(x[:-1]), kind, p, q, 1)
+def _structured_forward(*columns, out_shape=None, **kwargs) -> int:
+    """By transforms or small products, whatever its plan makes of it."""
+    t, (kind, *_) = _forward(STRUCTURED, columns)
+    return _structured(math.prod(t["x"][:-1]), kind, t["p"], t["q"], 1)
 
 
 @register_flop_formula(torch.ops.peft_fused.structured_bwd)
-def _structured_backward_flops(dy, x, p, q, kind, k, *rest, out_shape=None, **kwargs) -> int:
-    """Of structured_bwd, in the same way: a pass for dx and one for the vectors."""
-    need_x, *need_vectors = rest[-1]
-    return _structured(math.prod(dy[:-1]), kind, p, q, need_x + any(need_vectors))
+def _structured_backward(*columns, out_shape=None, **kwargs) -> int:
+    """A pass for dx and one for the vectors."""
+    m, _, t, needs = _backward(STRUCTURED, columns)
+    kind = columns[1 + len(STRUCTURED.names) + 4]
+    return _structured(m, kind, t["p"], t["q"], ("x" in needs) + bool(needs & {"p", "q"}))
 
 
 @register_flop_formula(torch.ops.peft_fused.bottleneck_fwd)
-def _bottleneck_forward_flops(h, down, down_bias, up, *rest, out_shape=None, **kwargs) -> int:
-    """Of bottleneck_fwd: its two products. Additions and the activation count nothing, as in the mode itself."""
-    return 2 * math.prod(h[:-1]) * down[-2] * (h[-1] + up[-2])
+def _bottleneck_forward(*columns, out_shape=None, **kwargs) -> int:
+    """Its two products. Additions and the activation count nothing, as in the mode itself."""
+    t, _ = _forward(BOTTLENECK, columns)
+    return 2 * math.prod(t["h"][:-1]) * t["down"][-2] * (t["h"][-1] + t["up"][-2])
 
 
 @register_flop_formula(torch.ops.peft_fused.bottleneck_bwd)
-def _bottleneck_backward_flops(dy, h, down, up, z, experts_d, experts_u, r, *rest, out_shape=None, **kwargs) -> int:
-    """Of bottleneck_bwd, in the same way."""
-    need_h, need_down, need_down_bias, need_up, _ = rest[-1]
-    n, k = dy[-1], h[-1] if h is not None else down[-1] if down is not None else 0
-    passes = (need_h or need_down or need_down_bias) + need_up
-    return 2 * math.prod(dy[:-1]) * r * (n * passes + k * (need_h + need_down))
+def _bottleneck_backward(*columns, out_shape=None, **kwargs) -> int:
+    m, n, t, needs = _backward(BOTTLENECK, columns)
+    passes = bool(needs & {"h", "down", "down_bias"}) + ("up" in needs)
+    return 2 * m * t["down"][-2] * (n * passes + t["h"][-1] * len(needs & {"h", "down"}))

@@ -170,7 +170,7 @@ def test_arithmetic_of_transforms():
     large = part_groups._triton_flops(problem("circulant", 8192, dtype="float32"))
     assert large[1] > large[0]
     # 23 x 32 for 500 x 200: neither the 200 inputs nor the 500 outputs fill more than half of 32 leading rows.
-    assert structured.plan(problem("toeplitz", 500, 200)).length <= 32 * 32
+    assert structured.plan_structured(problem("toeplitz", 500, 200)).length <= 32 * 32
     assert part_groups._triton_flops(problem("toeplitz", 500, 200))[0] == 2 * 8 * 1024 * (16 + 32)
 
 

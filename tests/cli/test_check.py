@@ -7,7 +7,7 @@ import torch
 
 from peft_fused.cli import check
 from peft_fused.ops import dispatch, lowrank_linear, native, structured
-from peft_fused.ops.bottleneck import ACTIVATIONS
+from peft_fused.ops.bottleneck import BOTTLENECK_ACTIVATIONS
 from peft_fused.ops.cases import make_bottleneck, make_case, make_structured
 from peft_fused.ops.structured.engine import STRUCTURES
 
@@ -179,7 +179,7 @@ def test_a_verdict_names_its_case(op):
 def test_the_bottleneck_cases_reach_every_option():
     entry = check.OPS["bottleneck"]
     cases = list(entry.cases("bottleneck", torch.float32, torch.float32, "cpu"))
-    assert {case.options.get("activation", "gelu") for case in cases} == set(ACTIVATIONS)
+    assert {case.options.get("activation", "gelu") for case in cases} == set(BOTTLENECK_ACTIVATIONS)
     assert {entry.problem(case).groups for case in cases} == {1, 2, 5, 6}
     assert {case.tensors["residual"] is None for case in cases} == {True, False}
     assert any(case.tensors["down_bias"] is None for case in cases)

@@ -38,11 +38,11 @@ def test_a_reason_of_all_ops_is_stated_once(cli, monkeypatch):
     assert text.count("not cuda: ldr has no CUDA C++ kernel\n") == 1  # a reason of its own, and that alone
     monkeypatch.setattr(native, "module", None)
     monkeypatch.setattr(native, "why_missing", "not built: a test took it away")
-    dispatch._why_not.cache_clear()
+    dispatch.forget()
     try:
         assert cli("env").stdout.count("a test took it away") == 1
     finally:
-        dispatch._why_not.cache_clear()
+        dispatch.forget()
 
 
 def missing(found):

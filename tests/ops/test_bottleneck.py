@@ -14,9 +14,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_fused
-from peft_fused.ops import bottleneck_adapter, bottleneck_adapter_reference, bottleneck_torch, dispatch, native
+from peft_fused.ops import bottleneck_adapter, bottleneck_adapter_reference, common, dispatch, native
 from peft_fused.ops.accuracy import SHOWS_IN, compare, compare_mutated
-from peft_fused.ops.bottleneck import ACTIVATIONS, NAMES, problem_of
+from peft_fused.ops.bottleneck import BOTTLENECK, BOTTLENECK_ACTIVATIONS, BottleneckCall, bottleneck_problem
 from peft_fused.ops.cases import bottleneck_cases, make_bottleneck
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -41,7 +41,7 @@ FORMS = {
     "groups and one": ((3, 3), (torch.tensor([2, 0]), torch.tensor(1))),
 }
 every_form = pytest.mark.parametrize("form", FORMS)
-every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+every_activation = pytest.mark.parametrize("activation", BOTTLENECK_ACTIVATIONS)
 
 
 def failures(verdicts):
@@ -149,9 +149,9 @@ def test_the_cpp_node_takes_every_case(types):
     for case in bottleneck_cases("bottleneck", *types):
         t, o = case.tensors, {"activation": "gelu", "expert": None, **case.options}
         parameters = (t["down"], t["down_bias"], t["up"], t["up_bias"])
-        arguments = (t["h"], *parameters, o["activation"], t["residual"], o["scale"], o["expert"])
-        assert native.module.bottleneck(*arguments, None).grad_fn is not None, case.name
-        assert native.module.bottleneck(*arguments, "triton") is None
+        arguments = (t["h"], *parameters, t["residual"], o["activation"], o["scale"], o["expert"])
+        BOTTLENECK(*arguments)
+        assert native.module.bottleneck(BOTTLENECK.decisions, *arguments).grad_fn is not None, case.name
 
 
 @both_nodes
@@ -195,9 +195,9 @@ def test_large_enough_for_onednn_and_row_blocks(types, expert, cpp, poisoned):
 @pytest.mark.parametrize("block", [None, 40])
 def test_indices_that_stay_on_a_device(types, form, block, monkeypatch, poisoned):
     """What the composition does where indices and scale may not be read, without the device."""
-    monkeypatch.setattr(bottleneck_torch.Controls, "on_host", lambda self: self)
+    monkeypatch.setattr(BottleneckCall, "on_host", lambda self: self)
     if block is not None:
-        monkeypatch.setitem(bottleneck_torch.BLOCK_ELEMENTS, "cpu", block)
+        monkeypatch.setitem(common.BLOCK_ELEMENTS, "cpu", block)
     scale = torch.tensor(2.0)
     for residual in ("h", "zeros"):
         case = form_case(form, 48, 20, 20, 6, dtype=types[0], adapter_dtype=types[1], residual=residual, scale=scale)
@@ -207,7 +207,7 @@ def test_indices_that_stay_on_a_device(types, form, block, monkeypatch, poisoned
 
 @both_nodes
 def test_any_subset_may_be_frozen(cpp, poisoned):
-    every = (*NAMES, "residual")
+    every = (*BOTTLENECK.own, "residual")
     options = dict(dtype=F64, residual="other", experts=(3, 3), expert=torch.tensor([2, 0]))
     full = make_bottleneck(12, 7, 5, 3, **options)
     dy = torch.randn(12, 5, dtype=F64)
@@ -238,7 +238,7 @@ def test_leading_dimensions_and_no_tokens(shape, form, cpp):
         y = bottleneck_adapter(**options)
     assert y.shape == (*shape, 5)
     y.square().sum().backward()
-    names = ("h", *NAMES[1:])
+    names = ("h", *BOTTLENECK.own[1:])
     want = torch.autograd.grad(bottleneck_adapter_reference(**options).square().sum(), [options[n] for n in names])
     for name, grad in zip(names, want, strict=True):
         torch.testing.assert_close(options[name].grad, grad)
@@ -333,8 +333,8 @@ def test_frozen_parameters_save_nothing(cpp):
         return sorted(known.get(t.data_ptr(), str(tuple(t.shape))) for t in tensors)
 
     z = str((50, 4))
-    assert kept(NAMES) == sorted(["h", "down", "up", z])
-    assert kept(NAMES[1:]) == sorted(["h", "up", z]), "an h without gradient keeps no down"
+    assert kept(BOTTLENECK.own) == sorted(["h", "down", "up", z])
+    assert kept(BOTTLENECK.own[1:]) == sorted(["h", "up", z]), "an h without gradient keeps no down"
     assert kept(("h", "up")) == sorted(["down", "up", z]), "a frozen down keeps no h"
     assert kept(("down",)) == kept(("down", "down_bias")) == sorted(["h", "up", z])
     assert kept(("down_bias",)) == sorted(["up", z])
@@ -431,7 +431,9 @@ def test_no_second_derivative_without_saying_so(cpp):
 
 
 @both_nodes
-@pytest.mark.parametrize("wrt", [NAMES, NAMES[1:], ("h", "up"), ("down_bias",), ("up",), ("up_bias",)])
+@pytest.mark.parametrize(
+    "wrt", [BOTTLENECK.own, BOTTLENECK.own[1:], ("h", "up"), ("down_bias",), ("up",), ("up_bias",)]
+)
 def test_operations_are_counted_as_those_of_the_formula(wrt, cpp):
     importlib.import_module("peft_fused.ops.flops")
     case = make_bottleneck(40, 30, 20, 4, wrt=wrt)
@@ -527,11 +529,11 @@ def test_opcheck(form, types):
     pair = expert if isinstance(expert, tuple) else (expert, expert)
     controls = ("gelu", 2.0, None, 0, pair[0], 0, pair[1], "torch")
     torch.library.opcheck(torch.ops.peft_fused.bottleneck_fwd, (*t.values(), *controls))
-    h, down, up = (t[name].detach() for name in ("h", "down", "up"))
     dy, z = torch.randn(12, 5, dtype=types[0]), torch.randn(12, 3, dtype=types[1])
-    experts = [p.shape[0] if p.dim() == 3 else 0 for p in (down, up)]
+    inputs = [x.detach() for x in t.values()]
+    sizes = [size for x in inputs for size in x.shape], [x.dim() for x in inputs]
     for needs in ([True] * 5, [False, False, True, False, True]):
-        arguments = (dy, h, down, up, z, *experts, 3, types[1], True, *controls, needs)
+        arguments = (dy, *inputs, z, *sizes, types[1], *controls, needs)
         torch.library.opcheck(torch.ops.peft_fused.bottleneck_bwd, arguments)
 
 
@@ -597,9 +599,9 @@ def test_a_forced_backend_that_cannot_run_says_why(every_backend):
 def test_the_problem_of_a_call():
     case = form_case("two numbers of groups")
     t = case.tensors
-    problem = problem_of(t["h"], t["down"], t["up"], "relu", case.options["expert"])
+    problem = bottleneck_problem(t["h"], t["down"], t["up"], "relu", case.options["expert"])
     assert (problem.m, problem.n, problem.k, problem.r, problem.groups) == (12, 5, 5, 3, 6)
-    assert problem_of(t["h"], t["down"][0], t["up"][0], "relu", case.options["expert"]).groups == 1
+    assert bottleneck_problem(t["h"], t["down"][0], t["up"][0], "relu", case.options["expert"]).groups == 1
     assert "torch: " in str(peft_fused.explain(problem))
 
 
@@ -682,7 +684,7 @@ def test_an_index_of_a_parameter_that_is_no_stack_is_not_used():
 def test_both_nodes_agree():
     if native.module is None:
         pytest.skip(native.why_missing)
-    assert dispatch.state.native_serves
+    assert dispatch.state.keys
     case = form_case("groups", dtype=F64, residual="h")
     results = []
     for cpp in (True, False):

@@ -2,37 +2,43 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from peft_fused.triton_kernels.plan import Problem
+from peft_fused.triton_kernels.plan import LowRankProblem
 
 import peft_fused
 from peft_fused.cli.check import OPS
 from peft_fused.layers import AfLoraLinear, LoraLinear
-from peft_fused.ops import bottleneck_torch, dispatch, lowrank_linear, lowrank_linear_reference, lowrank_torch, native
+from peft_fused.ops import (
+    bottleneck,
+    bottleneck_torch,
+    dispatch,
+    lowrank,
+    lowrank_adapter,
+    lowrank_adapter_reference,
+    lowrank_torch,
+    native,
+)
+from peft_fused.ops.lowrank import LOWRANK
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
 from peft_fused.ops.structured.plan import StructuredProblem
-
-# The package's functions hide the modules of their names.
-lowrank, bottleneck = (import_module(f"peft_fused.ops.{name}") for name in ("lowrank", "bottleneck"))
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU as far as the choice of a backend goes, with everything built."""
-    dispatch._why_not.cache_clear()
-    monkeypatch.setattr(dispatch, "_gpu", lambda device: ("a GPU", 132, (9, 0)))
+    dispatch.forget()
+    monkeypatch.setattr(dispatch, "_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if native.module is None:
-        pytest.skip(f"the rule of the C++ node is its own: {native.why_missing}")
+        monkeypatch.setattr(native, "module", object())
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     yield
-    dispatch._why_not.cache_clear()
+    dispatch.forget()
 
 
 def problems():
@@ -41,12 +47,12 @@ def problems():
         (1, 4096), (64, 4096), (8, 128), types, (False, True), (False, True)
     ):
         for uv in (False, True):
-            yield Problem(m, n, n, r, dtype, adapter, "cuda", "a GPU", 132, dropout, weight, uv)
+            yield LowRankProblem(m, n, n, r, dtype, adapter, "cuda", "a GPU", 132, dropout, weight, uv)
 
 
 def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
-    """csrc/autograd/lowrank.cpp declines mixed types, and halves with u or v, where nobody forces it."""
-    chosen = {problem: dispatch.choose(problem) for problem in problems()}
+    """Not for mixed types, nor for halves with u or v."""
+    chosen = {problem: dispatch.decide(problem).backend for problem in problems()}
     assert set(chosen.values()) == {"cuda", "triton"}
     taken = [problem for problem, name in chosen.items() if name == "cuda"]
     assert all(p.dtype == p.adapter_dtype and not (p.uv and p.adapter_dtype == "float16") for p in taken)
@@ -54,12 +60,12 @@ def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
 
 
 def test_without_triton_what_the_node_declines_runs_on_torch(gpu, monkeypatch):
-    with_triton = {problem: dispatch.choose(problem) for problem in problems()}
-    dispatch._why_not.cache_clear()
+    with_triton = {problem: dispatch.decide(problem).backend for problem in problems()}
+    dispatch.forget()
     monkeypatch.setattr(dispatch, "_triton_missing", lambda: "triton is not installed")
     for problem, name in with_triton.items():
         want = "cuda" if name == "cuda" else "torch"
-        assert dispatch.choose(problem) == want
+        assert dispatch.decide(problem).backend == want
         assert dispatch.path_of(problem).startswith(f"{want}: {'C++' if want == 'cuda' else 'Python'} autograd node")
         with peft_fused.use_backend("cuda"):
             assert dispatch.path_of(problem).startswith("cuda: C++ autograd node")
@@ -67,21 +73,21 @@ def test_without_triton_what_the_node_declines_runs_on_torch(gpu, monkeypatch):
 
 def test_explain_tells_the_same_choice_and_the_node_that_hosts_it(gpu):
     for problem in problems():
-        node = "C++" if dispatch.choose(problem) == "cuda" else "Python"
-        assert dispatch.path_of(problem).startswith(f"{dispatch.choose(problem)}: {node} autograd node")
+        node = "C++" if dispatch.decide(problem).backend == "cuda" else "Python"
+        assert dispatch.path_of(problem).startswith(f"{dispatch.decide(problem).backend}: {node} autograd node")
         with peft_fused.use_backend("torch"):
             assert dispatch.path_of(problem).startswith("torch: Python autograd node")
 
 
 def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
-    small = Problem(16, 64, 64, 8, "bfloat16", "bfloat16", "cuda", "a GPU", 132, False, True)
+    small = LowRankProblem(16, 64, 64, 8, "bfloat16", "bfloat16", "cuda", "a GPU", 132, False, True)
     circulant = StructuredProblem(
         "circulant", 4096, 3072, 3072, (3072,), "float32", "float32", "cuda", "a GPU", 132, False, False
     )
     for problem in (small, circulant):
-        assert dispatch.choose(problem) == "cuda"
+        assert dispatch.decide(problem).backend == "cuda"
         with peft_fused.use_backend(None, native=False):
-            assert dispatch.choose(problem) == "triton"
+            assert dispatch.decide(problem).backend == "triton"
             assert any("native=False" in reason for reason in dispatch.why_not("cuda", problem))
     with pytest.raises(RuntimeError, match=r"nothing can run on 'cuda'.*native=False"):
         peft_fused.use_backend("cuda", native=False)
@@ -92,8 +98,8 @@ def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
     [
         (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), "triton", "torch sees no CUDA device; Triton"),
         (lambda m: m.setattr(torch.cuda, "is_available", lambda: False), "cuda", "torch sees no CUDA device; CUDA"),
-        (lambda m: m.setattr(dispatch, "_gpu", lambda device: ("old", 80, (7, 5))), "triton", "capability 7.5"),
-        (lambda m: m.setattr(dispatch, "_gpu", lambda device: ("old", 80, (7, 5))), "cuda", "capability 7.5"),
+        (lambda m: m.setattr(dispatch, "_capability", lambda: (7, 5)), "triton", "capability 7.5"),
+        (lambda m: m.setattr(dispatch, "_capability", lambda: (7, 5)), "cuda", "capability 7.5"),
         (lambda m: m.setattr(dispatch, "_triton_missing", lambda: "it is missing"), "triton", "it is missing"),
         (lambda m: m.setattr(native, "has_cuda", lambda: False), "cuda", "without CUDA kernels"),
         (lambda m: m.setattr(native, "module", None), "cuda", "C.. extension: "),
@@ -117,13 +123,40 @@ def test_under_the_interpreter_triton_needs_no_gpu(monkeypatch):
         assert dispatch.forced() == "triton"
 
 
-def test_what_the_cuda_node_declines_runs_elsewhere(monkeypatch):
-    """Half-precision factors with u or v, which the description of a problem does not tell."""
-    x, weight, A, B = (torch.randn(*size) for size in ((5, 6), (7, 6), (2, 6), (7, 2)))
-    monkeypatch.setattr(dispatch, "choose", lambda problem: "cuda")
-    with peft_fused.use_backend(None, native=False):
-        y = lowrank_linear(x, weight, None, A, B)
-    torch.testing.assert_close(y, lowrank_linear_reference(x, weight, None, A, B))
+def test_what_the_node_cannot_hold_runs_elsewhere(gpu):
+    """A call that is recorded, or has a tensor of a subclass; forced there, it is refused."""
+    for problem in problems():
+        assert dispatch.decide(problem, node=False).backend == "triton"
+        with pytest.raises(RuntimeError, match="takes no tensor subclasses"):
+            dispatch.decide(problem, node=False, forced="cuda")
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+@pytest.mark.parametrize("adapter", [torch.float16, torch.float32])
+def test_a_scale_that_the_type_does_not_hold_is_for_the_python_node(adapter):
+    """ATen takes no such number as a factor of a product."""
+    x, A, B = torch.ones(2, 3, dtype=torch.float16), torch.full((1, 3), 1e-3, dtype=adapter), torch.ones(2, 1)
+    x.requires_grad_()
+    y = lowrank_adapter(x, A, B.to(adapter) / 1024, scale=1e5)
+    assert ("Cpp" in type(y.grad_fn).__name__) == (adapter == torch.float32)
+    torch.testing.assert_close(y, lowrank_adapter_reference(x, A, B.to(adapter) / 1024, scale=1e5))
+
+
+def test_a_call_is_checked_and_decided_once(monkeypatch):
+    if native.module is None:
+        pytest.skip(native.why_missing)
+    checked = []
+    monkeypatch.setattr(LOWRANK, "check", lambda call: checked.append(1))
+    x, A, B = torch.randn(5, 6), torch.randn(2, 6), torch.randn(7, 2)
+    dispatch.forget()
+    for rank in (1, 2, 1, 2):
+        lowrank_adapter(x, A, B, rank=rank)
+        lowrank_adapter(torch.randn(5, 6), A, B, rank=torch.tensor(rank))
+    assert len(checked) == 4  # numbers and tensors of 1 and 2
+    with peft_fused.use_backend("torch"):
+        lowrank_adapter(x, A, B, rank=1)
+    lowrank_adapter(x, A, B, rank=1)
+    assert len(checked) == 6
 
 
 def test_equal_layers_are_explained_in_one_line():
@@ -135,16 +168,6 @@ def test_equal_layers_are_explained_in_one_line():
 # ----------------------------------------------------------------------------------- what is told, and what really runs
 
 
-def _of_node(name, arguments):
-    """As `path_of` begins, and of a structured map its method as well."""
-    tensor = next(a for a in arguments if isinstance(a, torch.Tensor))
-    path = f"{'cuda' if tensor.is_cuda else 'torch'}: C++ autograd node"
-    if name != "structured" or tensor.is_cuda:
-        return path
-    words = {"fft": f", torch.fft of {arguments[8]}", "dense": ", dense matrix by", "gemm": ", two GEMMs"}
-    return path + words[arguments[1]]
-
-
 class Recorder:
     """Notes which implementations are entered, by standing in front of each of them."""
 
@@ -153,7 +176,7 @@ class Recorder:
         if native.module is not None:
             node = {name: getattr(native.module, name) for name in dir(native.module) if not name.startswith("_")}
             for name in ("lowrank", "bottleneck", "structured"):
-                node[name] = self.noting(node[name], lambda arguments, name=name: _of_node(name, arguments))
+                node[name] = self.noting_node(node[name])
             stack.enter_context(mock.patch.object(native, "module", SimpleNamespace(**node)))
         here = {
             "torch: Python autograd node": (
@@ -176,15 +199,27 @@ class Recorder:
             )  # fmt: skip
         for path, places in here.items():
             for module, name in places:
-                noting = self.noting(getattr(module, name), lambda arguments, path=path: path)
+                noting = self.noting(getattr(module, name), lambda *_, path=path: path)
                 stack.enter_context(mock.patch.object(module, name, noting))
+
+    def noting_node(self, fn):
+        """As `path_of` begins, and of a structured map its method as well."""
+
+        def run(decisions, x, *arguments):
+            y = fn(decisions, x, *arguments)
+            if isinstance(y, torch.Tensor):
+                (decision,) = decisions.values()
+                method, length, *_ = decision.plan if decision.plan and not x.is_cuda else ("", 0)
+                words = {"fft": f", torch.fft of {length}", "dense": ", dense matrix by", "gemm": ", two GEMMs"}
+                self.ran.append(f"{'cuda' if x.is_cuda else 'torch'}: C++ autograd node{words.get(method, '')}")
+            return y
+
+        return run
 
     def noting(self, fn, path):
         def run(*arguments, **options):
-            y = fn(*arguments, **options)
-            if y is not None:  # the node declines with None
-                self.ran.append(path(arguments))
-            return y
+            self.ran.append(path(*arguments))
+            return fn(*arguments, **options)
 
         return run
 
@@ -208,7 +243,7 @@ TYPES = [
 def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch, every_backend):
     """Of every case there is: the path by `dispatch.path_of`, and the implementation that the call enters first."""
     if not triton:
-        dispatch._why_not.cache_clear()
+        dispatch.forget()
         monkeypatch.setattr(dispatch, "_triton_missing", lambda: "triton is not installed")
     check, count = OPS[op], 0
     try:
@@ -228,7 +263,7 @@ def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch, ever
                     assert told.startswith(recorder.ran[-1]), (case.op, case.name, dtype, adapter, told, recorder.ran)
                     count += 1
     finally:
-        dispatch._why_not.cache_clear()
+        dispatch.forget()
     assert count > 0 or (forced == "cuda" and device == "cpu")
 
 

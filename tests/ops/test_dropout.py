@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,18 +163,14 @@ def test_cpp_refuses_what_it_cannot_read(case):
 
 C = torch.randn(6)
 BAD_MAPS = {
-    "empty seed": (dict(threshold=100, seed=NO_SEED), "seed must be a 0-d int64 tensor"),
-    "no seed": (dict(threshold=100), "seed must be a tensor, got none"),
-    "threshold": (dict(threshold=65536, seed=SEED), r"threshold must be in 0\.\.65535"),
-    "meta x": (dict(x=X.to("meta")), "x must lie in memory"),
-    "freed x": (dict(x=freed(X.clone())), "x must lie in memory"),
-    "freed c": (dict(p=freed(C.clone())), "c must lie in memory"),
+    "empty seed": (dict(dropout_p=0.1, seed=NO_SEED), "seed must be a 0-d int64 tensor"),
+    "dropout": (dict(dropout_p=1.5, seed=SEED), r"dropout_p must be in \[0, 1\)"),
     "2-D c": (dict(p=X), "c must have 1 dimensions"),
     "0-d x": (dict(x=X[0, 0]), "x must have shape"),
-    "structure": (dict(structure="hankel"), "structure is unknown: hankel"),
+    "structure": (dict(kind="hankel"), "structure is unknown: hankel"),
     "method": (dict(method="gemm"), "method must be gemm for a Kronecker map and for no other"),
     "matrix": (dict(method="dense"), "matrix must be the dense matrix"),
-    "tail": (dict(structure="toeplitz"), "factor must be a tensor, got none"),
+    "tail": (dict(kind="toeplitz"), "factor must be a tensor, got none"),
 }
 
 
@@ -182,9 +179,24 @@ BAD_MAPS = {
 def test_cpp_refuses_maps_it_cannot_read(case):
     changed, told = BAD_MAPS[case]
     call = dict(
-        structure="circulant", method="fft", names=("c", "factor"), x=X, p=C, q=None, add=None, n=6, length=6,
-        scale=1.0, threshold=0, seed=None, matrix=None,
+        x=X, p=C, q=None, add=None, kind="circulant", out_features=None, scale=1.0, dropout_p=0.0, seed=None,
+        transposed=False, names=("c", "factor"),
     )  # fmt: skip
-    native.module.structured(*call.values())
+
+    def run(method="fft", **changed):
+        """As if it were decided that the node takes the call."""
+        key = native.module.structured({}, *(call | changed).values())
+        decision = SimpleNamespace(native=True, plan=(method, 6, 6, None))
+        return native.module.structured({key: decision}, *(call | changed).values())
+
+    run()
     with pytest.raises(ValueError, match=told):
-        native.module.structured(*(call | changed).values())
+        run(**changed)
+
+
+@pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")
+def test_a_call_without_memory_has_no_key():
+    rest = (None, None, "circulant", None, 1.0, 0.0, None, False, ("c", "factor"))
+    assert isinstance(native.module.structured({}, X, C, *rest), bytes)
+    for x, c in ((X.to("meta"), C), (freed(X.clone()), C), (X, freed(C.clone()))):
+        assert native.module.structured({}, x, c, *rest) is None

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from peft_fused.triton_kernels.plan import LowRankProblem
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -450,11 +451,12 @@ def test_opcheck(options):
     tensors = (t["x"], t["weight"], None, t["bias"], t["A"], t["B"], t["u"], t["v"])
     torch.library.opcheck(torch.ops.peft_fused.lowrank_fwd, (*tensors, *controls))
     detached = [None if x is None else x.detach() for x in tensors]
-    x, weight, _, _, A, B, u, v = detached
-    S = torch.randn(6, 3)
-    needs = [True, False, True, True, True, u is not None, v is not None]
+    needs = [True, False, True, True, True, t["u"] is not None, t["v"] is not None]
+    shapes = [[-1] if x is None else list(x.shape) for x in tensors]
+    sizes = [size for shape in shapes for size in shape if size >= 0], [-1 if -1 in s else len(s) for s in shapes]
     torch.library.opcheck(
-        torch.ops.peft_fused.lowrank_bwd, (torch.randn(6, 4), x, weight, A, B, u, v, S, *controls, needs)
+        torch.ops.peft_fused.lowrank_bwd,
+        (torch.randn(6, 4), *detached, torch.randn(6, 3), *sizes, torch.float32, *controls, needs),
     )
 
 
@@ -536,20 +538,21 @@ def test_use_backend_is_undone():
 
 
 def test_explain_names_path_and_reasons():
-    problem = dispatch.Problem(64, 32, 32, 8, "float32", "float32", "cpu", "", 1, False, True)
+    problem = LowRankProblem(64, 32, 32, 8, "float32", "float32", "cpu", "", 1, False, True)
     text = str(peft_fused.explain(problem))
     assert "torch: " in text and "not triton: x is on cpu" in text and "not reference: torch comes first" in text
     with peft_fused.use_backend("reference"):
         assert "not torch: reference is forced" in str(peft_fused.explain(problem))
-    with pytest.raises(TypeError, match=r"Problem or a torch\.nn\.Module, got int"):
+    with pytest.raises(TypeError, match=r"problem or a torch\.nn\.Module, got int"):
         peft_fused.explain(3)
 
 
 def test_a_gpu_without_kernels_is_reported_once(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_why_not", lambda name, *_: () if name in ("torch", "reference") else ("not here",))
     monkeypatch.setattr(dispatch, "_said", set())
-    problem = dispatch.Problem(64, 32, 32, 8, "float32", "float32", "cuda", "any", 1, False, True)
-    assert [dispatch.choose(problem) for _ in range(2)] == ["torch", "torch"]
+    dispatch._decide.cache_clear()
+    problem = LowRankProblem(64, 32, 32, 8, "float32", "float32", "cuda", "any", 1, False, True)
+    assert [dispatch.decide(problem).backend for _ in range(2)] == ["torch", "torch"]
     assert [r.message for r in caplog.records if "runs on plain torch" in r.message and "not here" in r.message] == [
         caplog.records[0].message
     ]

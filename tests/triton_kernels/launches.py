@@ -10,7 +10,7 @@ that begins at 0, so that views are aligned as in torch's CUDA allocator, whose 
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import pytest
 import torch
@@ -23,7 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from peft_fused import ops
 from peft_fused.ops import dispatch
+from peft_fused.ops.structured import engine
 
 GPU = ("NVIDIA H200", 132)
 TARGET = GPUTarget("cuda", 90, 32)
@@ -110,19 +112,24 @@ class _Driver:
         return TARGET
 
 
+def _on_cuda(problem, *fields, **more):
+    return replace(problem(*fields, **more), device="cuda")
+
+
 @contextmanager
 def recording():
     """A Recorder of every launch until the end of the block, on tensors that pass for those of an H200."""
     recorder, driver, patch = Recorder(), _Driver(), pytest.MonkeyPatch()
     patch.setattr(triton.runtime.driver, "_active", driver)
     patch.setattr(JITFunction, "_do_compile", lambda kernel, *arguments: recorder.compile(kernel, *arguments))
-    for module in (lowrank, bottleneck, structured, kronecker):
-        patch.setattr(module, "_gpu", lambda device: GPU)
-    problem, why_not = lowrank.Problem, dispatch._why_not.__wrapped__
-    patch.setattr(lowrank, "Problem", lambda *fields: replace(problem(*fields), device="cuda"))
-    patch.setattr(dispatch, "gpu_of", lambda x: GPU)
-    patch.setattr(dispatch, "_gpu", lambda device: (*GPU, (9, 0)))
-    patch.setattr(dispatch, "_why_not", lambda name, p, *wanted: why_not(name, replace(p, device="cuda"), *wanted))
+    for module in (lowrank, bottleneck, structured, kronecker, ops.lowrank, ops.bottleneck, engine):
+        patch.setattr(module, "gpu_of", lambda device: GPU)
+    for module, name in (
+        (lowrank, "LowRankProblem"), (ops.lowrank, "LowRankProblem"), (bottleneck, "BottleneckProblem"),
+        (ops.bottleneck, "BottleneckProblem"), (engine, "StructuredProblem"),
+    ):  # fmt: skip
+        patch.setattr(module, name, partial(_on_cuda, getattr(module, name)))
+    patch.setattr(dispatch, "_capability", lambda: (9, 0))
     patch.setattr(torch.cuda, "is_available", lambda: True)
     try:
         yield recorder

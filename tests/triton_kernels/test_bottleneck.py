@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from peft_fused.triton_kernels import bottleneck as launchers
 from peft_fused.triton_kernels.bottleneck import bottleneck_bwd, bottleneck_fwd
-from peft_fused.triton_kernels.bottleneck_plan import ACTIVATIONS
+from peft_fused.triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS
 
 import peft_fused
 from peft_fused.ops import bottleneck_adapter, bottleneck_adapter_reference
 from peft_fused.ops.accuracy import SHOWS_IN, compare, compare_mutated
+from peft_fused.ops.bottleneck import BOTTLENECK, BottleneckCall
 from peft_fused.ops.cases import bottleneck_cases, make_bottleneck
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -88,7 +89,7 @@ def multiprocessors(request, monkeypatch):
     """In the interpreter a case says how many there are, on which the size and number of blocks depends."""
     if INTERPRETED:
         case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-        monkeypatch.setattr(launchers, "_gpu", lambda _: ("", case.sm_count if case else 1))
+        monkeypatch.setattr(launchers, "gpu_of", lambda _: ("", case.sm_count if case else 1))
 
 
 def make(case, device, draw=0):
@@ -177,22 +178,21 @@ def needs_of(t):
 def run(case, t, needs=None, **overrides):
     """The kernels, forward and backward; backward is given what it reads, None for the rest."""
     c = controls(case, t["h"].device) | {"activation": case.activation} | overrides
-    y, z = bottleneck_fwd(t["h"], t["down"], t["down_bias"], t["up"], t["up_bias"], t["residual"], **c)
+    call = BottleneckCall(**{name: t[name] for name in BOTTLENECK.names}, **c)
+    y, z = bottleneck_fwd(call)
     needs = needs_of(t) if needs is None else needs
     need_dz = needs & {"h", "down", "down_bias"}
     reads_z = "up" in needs or (need_dz and case.activation != "identity")
-    grads = bottleneck_bwd(
-        t["dy"],
-        t["h"] if "down" in needs else None,
-        t["down"] if "h" in needs else None,
-        t["up"] if need_dz else None,
-        z if reads_z else None,
-        **c,
-        needs=needs,
-        residual_is_h=case.residual == "h",
-        shapes={name: t[name].shape for name in needs},
-        dtype=t["down"].dtype,
+    kept = replace(
+        call,
+        h=t["h"] if "down" in needs else None,
+        down=t["down"] if "h" in needs else None,
+        up=t["up"] if need_dz else None,
+        down_bias=None,
+        up_bias=None,
+        residual=None,
     )
+    grads = bottleneck_bwd(t["dy"], kept, z if reads_z else None, like=BOTTLENECK.likeness(call), needs=needs)
     assert grads.keys() == needs
     return {"y": y, "z": z} | {f"d{name}": grad for name, grad in grads.items()}
 
@@ -232,7 +232,11 @@ def check(case, device):
 SMALL = Case(K=40, N=40)
 CASES = [
     *(Case(r=r, types=types, draws=8 if r == 1 else 1) for types in TYPES for r in (1, 5, 16, 48)),
-    *(replace(SMALL, activation=act, types=types, r=16) for types in ("fp32", "fp16") for act in ACTIVATIONS),
+    *(
+        replace(SMALL, activation=act, types=types, r=16)
+        for types in ("fp32", "fp16")
+        for act in BOTTLENECK_ACTIVATIONS
+    ),
     *(replace(SMALL, types=types, residual="h", strided=True, K=50, N=50) for types in TYPES),
     *(Case(types=types, residual="other", strided=True, biases=False) for types in ("fp32", "fp16-fp32", "bf16")),
     *(Case(rows=1, groups=groups, sm_count=132, draws=8) for groups in (1, 2, 7)),
@@ -335,7 +339,8 @@ def test_activations_keep_the_digits_of_small_numbers(device):
     z = torch.cat([torch.logspace(-6, 1.2, 200), -torch.logspace(-6, 1.2, 200), torch.zeros(1)]).to(device)
     one = torch.ones(1, 1, device=device)
     for name in ("tanh", "gelu", "silu", "gelu_tanh"):
-        y, _ = bottleneck_fwd(z[:, None], one, None, one, None, torch.zeros_like(z)[:, None], activation=name)
+        call = BottleneckCall(z[:, None], one, None, one, None, torch.zeros_like(z)[:, None], activation=name)
+        y, _ = bottleneck_fwd(call)
         exact = ACT[name](z.double())
         # x Phi(x) and x sigmoid(x) cancel far to the left in torch too.
         kept = z > -1 if name != "tanh" else torch.ones_like(z, dtype=torch.bool)
@@ -344,17 +349,16 @@ def test_activations_keep_the_digits_of_small_numbers(device):
         assert y[-1] == 0
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", BOTTLENECK_ACTIVATIONS)
 def test_nan_and_the_kink(activation, device):
     """A NaN is not lost, and the slope at 0 is torch's."""
     one = torch.ones(1, 1, device=device)
     h = torch.tensor([[0.0], [float("nan")]], device=device, requires_grad=True)
     zeros = torch.zeros(2, 1, device=device)
-    y, z = bottleneck_fwd(h.detach(), one, None, one, None, zeros, activation=activation)
+    call = BottleneckCall(h.detach(), one, None, one, None, zeros, activation=activation)
+    y, z = bottleneck_fwd(call)
     assert y[0] == 0 and y[1].isnan()
-    dh = bottleneck_bwd(
-        one.expand(2, 1), None, one, one, z, activation=activation, needs={"h"}, residual_is_h=False
-    )["h"]  # fmt: skip
+    dh = bottleneck_bwd(one.expand(2, 1), call, z, like=BOTTLENECK.likeness(call), needs={"h"})["h"]
     (expected,) = torch.autograd.grad(ACT[activation](h).sum(), [h])
     torch.testing.assert_close(dh, expected, equal_nan=True)
 

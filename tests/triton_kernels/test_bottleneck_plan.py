@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from peft_fused.triton_kernels import bottleneck_plan as plans
 from peft_fused.triton_kernels.bottleneck_plan import (
-    ACTIVATIONS,
+    BOTTLENECK_ACTIVATIONS,
     BottleneckProblem,
     configurations,
     kernel_configs,
@@ -93,7 +93,7 @@ def test_compiled_configurations_are_all_that_plans_give():
                     problem = BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", 132, groups, "gelu")
                     assert set(kernel_configs(problem)) <= known, problem
     for dtype, adapter in TYPES:
-        for activation in ACTIVATIONS:
+        for activation in BOTTLENECK_ACTIVATIONS:
             problem = replace(PROBLEM, dtype=dtype, adapter_dtype=adapter, activation=activation)
             assert set(kernel_configs(problem)) <= known, problem
 

@@ -170,7 +170,7 @@ def test_many_rows_for_each_program(types, device, monkeypatch):
     for programs in (1, 3):
         plans = {"forward": programs, "backward": programs}
         monkeypatch.setattr("peft_fused.triton_kernels.kronecker_plan.PROGRAMS_PER_SM", plans)
-        monkeypatch.setattr(launchers, "_gpu", lambda _: ("", 1))
+        monkeypatch.setattr(launchers, "gpu_of", lambda _: ("", 1))
         case = Case(M=20 + programs, types=types, sizes=(16, 24, 7, 20), p=0.1)
         t = make(case, device)
         truth = reference(case, t, (torch.float64, torch.float64))

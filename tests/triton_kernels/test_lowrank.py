@@ -13,6 +13,8 @@ from peft_fused.triton_kernels import lowrank
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
 from peft_fused.triton_kernels.lowrank import lowrank_bwd, lowrank_fwd
 
+from peft_fused.ops.lowrank import LowRankCall
+
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu
 
 NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
@@ -182,16 +184,15 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
             if getattr(plan, name) is not None
         }
         plan = replace(plan, **parts) if case.parts > 1 else plan
-    factors = (t["A"], t["B"], t["u"], t["v"])
-    y, S = lowrank_fwd(t["x"], t["weight"], t["add"], t["bias"], *factors, **c, seed=seed, plan=plan)
+    tensors = {name: t[name] for name in ("x", "weight", "add", "bias", "A", "B", "u", "v")}
+    call = LowRankCall(**tensors, **c, seed=seed, frozen=case.frozen)
+    y, S = lowrank_fwd(call, plan=plan)
     needs = needs_of(t) if needs is None else needs
     x, A, kept_S = (
         value if needs & wanted else None
         for value, wanted in ((t["x"], {"A", "weight"}), (t["A"], {"x", "A"}), (S, {"B", "u", "v"}))
     )
-    grads = lowrank_bwd(
-        t["dy"], x, t["weight"], A, *factors[1:], kept_S, **c, seed=seed, frozen=case.frozen, needs=needs, plan=plan
-    )
+    grads = lowrank_bwd(t["dy"], replace(call, x=x, A=A), kept_S, needs=needs, plan=plan)
     assert grads.keys() == needs
     return {"y": y, "S": S} | {f"d{name}": grad for name, grad in grads.items()}
 

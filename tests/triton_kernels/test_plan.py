@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from peft_fused.triton_kernels import plan as plans
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
-from peft_fused.triton_kernels.plan import Launch, Problem, configurations, plan, table_key
+from peft_fused.triton_kernels.plan import Launch, LowRankProblem, configurations, plan, table_key
 
-PROBLEM = Problem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, False, True)
+PROBLEM = LowRankProblem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, False, True)
 
 
 @pytest.fixture
@@ -56,7 +56,9 @@ def test_any_problem_has_a_plan():
         for sm_count in (1, 7, 148):
             for dtype in ("float16", "bfloat16", "float32"):
                 for adapter in {dtype, "float32"}:
-                    chosen = plan(Problem(m, n, k, r, dtype, adapter, "cuda", "unheard of", sm_count, True, False))
+                    chosen = plan(
+                        LowRankProblem(m, n, k, r, dtype, adapter, "cuda", "unheard of", sm_count, True, False)
+                    )
                     assert min(chosen.shrink.parts, chosen.db.parts, chosen.grad_a.parts) >= 1
 
 

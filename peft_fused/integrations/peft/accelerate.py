@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ...layers.checks import check_module
 from ...ops import lowrank_adapter, lowrank_linear, native
-from ...ops.dispatch import Problem, explainers, first_of, problem_of
-from ...ops.lowrank import MAX_RANK
+from ...ops.dispatch import explainers, first_of
+from ...ops.lowrank import MAX_RANK, LowRankProblem, lowrank_problem
 from .quantised import unpack
 from .tuner import is_hooked
 
@@ -189,11 +189,11 @@ class _FusedForward:
         """
         return self._explained(self._typical_input() if x is None else x)[:2]
 
-    def op_problem(self, rows: int) -> Problem | None:
+    def op_problem(self, rows: int) -> LowRankProblem | None:
         """What the first fused op of a forward pass on x [rows, K] is given; None if there is none."""
         return self._explained(self._typical_input().expand(rows, -1))[2]
 
-    def _explained(self, x: torch.Tensor) -> tuple[str, list[str], Problem | None]:
+    def _explained(self, x: torch.Tensor) -> tuple[str, list[str], LowRankProblem | None]:
         if self._disable_adapters:
             return "base layer alone: the adapters are disabled", [], None
         if self.merged_adapters:
@@ -206,7 +206,7 @@ class _FusedForward:
         operands = _base_operands(self._modules["base_layer"], x)
         fused = type(operands) is not str
         A, B, _, _, p = adapters[0]
-        problem = problem_of(x, A, B, has_weight=fused, dropout=p > 0)
+        problem = lowrank_problem(x, A, B, has_weight=fused, dropout=p > 0)
         if fused:
             return " + ".join(["lowrank_linear"] + ["lowrank"] * (len(adapters) - 1)), [], problem
         path = "base layer called as a module, then " + " + ".join(["lowrank"] * len(adapters))

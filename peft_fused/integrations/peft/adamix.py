@@ -10,8 +10,8 @@ from torch import nn
 from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
 from ...methods.stepping import unwrap_model
-from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
-from ...ops.dispatch import Problem
+from ...ops.bottleneck import BOTTLENECK_ACTIVATIONS, BottleneckProblem
+from ...ops.lowrank import LowRankProblem
 from .config import FusedConfig, check_after
 from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
@@ -80,7 +80,7 @@ class AdaMixConfig(FusedConfig):
         check_choice("kind", self.kind, KINDS)
         self.policy()
         check_rank("r", self.r)
-        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("activation", self.activation, BOTTLENECK_ACTIVATIONS)
         check_choice("position", self.position, tuple(POSITIONS))
         check_alpha("lora_alpha", self.lora_alpha)
         check_dropout("adamix_dropout", self.adamix_dropout)
@@ -158,7 +158,7 @@ class AdaMixLinear(FusedLayer):
     def delta_path(self, name: str) -> str:
         return "bottleneck on its output" if self.on_output(name) else "bottleneck added to it"
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem | BottleneckProblem:
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem | BottleneckProblem:
         block = self.adamix_block[name]
         if not self.on_output(name):
             return block.problem(x, has_weight)

@@ -13,7 +13,7 @@ from torch import nn
 from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_delta, draw_factors, keep_frozen
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...ops import lowrank_adapter, lowrank_linear
-from ...ops.dispatch import Problem, problem_of
+from ...ops.lowrank import LowRankProblem, lowrank_problem
 from .config import FusedConfig, check_names, check_pattern
 from .loading import awaits_checkpoint
 from .tuner import EXTRA_STATE, FusedLayer, FusedPeftType, FusedTuner, register
@@ -213,11 +213,11 @@ class AfLoraPeftLinear(FusedLayer):
         A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
         return lowrank_adapter(x, A, B, add=result, **self._arguments(name))
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
         dropout = self.aflora_dropout[name]
         dropped = dropout.training and dropout.p > 0
         A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return problem_of(x, A, B, has_weight=has_weight, dropout=dropped, uv=True)
+        return lowrank_problem(x, A, B, has_weight=has_weight, dropout=dropped, uv=True)
 
     def dense_delta(self, name: str) -> torch.Tensor:
         vectors = self.aflora_vectors[name]

@@ -10,7 +10,7 @@ from torch import nn
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.dylora import RankMember, RankPolicy, RankState, use_ranks
 from ...ops import lowrank_adapter, lowrank_linear
-from ...ops.dispatch import Problem, problem_of
+from ...ops.lowrank import LowRankProblem, lowrank_problem
 from .config import FusedConfig, check_pattern
 from .loading import awaits_checkpoint
 from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
@@ -148,10 +148,10 @@ class DyLoraPeftLinear(FusedLayer):
         A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
         return lowrank_adapter(x, A, B, add=result, **self._arguments(name, x))
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
         dropout = self.dylora_dropout[name]
         dropped = dropout.training and dropout.p > 0
-        return problem_of(
+        return lowrank_problem(
             x, self.dylora_A[name].weight, self.dylora_B[name].weight, has_weight=has_weight, dropout=dropped
         )
 

@@ -26,7 +26,7 @@ from ...layers.rosa import (
 from ...layers.sharded import is_sharded, whole
 from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING
-from ...ops.dispatch import Problem, problem_of
+from ...ops.lowrank import LowRankProblem, lowrank_problem
 from .config import FusedConfig, check_pattern
 from .loading import Snapshot, awaits_checkpoint
 from .sharing import HeldMemory
@@ -314,8 +314,8 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         self._count(name)
         return lowrank_adapter(x, *self.factors(name), add=result)
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
-        return problem_of(x, *self.factors(name), has_weight=has_weight, dropout=False)
+    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
+        return lowrank_problem(x, *self.factors(name), has_weight=has_weight, dropout=False)
 
     def dense_delta(self, name: str) -> torch.Tensor:
         return self._total_change(name).to(self.rosa_state[name].dtype)

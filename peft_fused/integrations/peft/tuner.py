@@ -32,7 +32,7 @@ from ...layers.replaced import ReplacedWeight, kept_through
 from ...layers.scheduled import EXTRA_STATE, ScheduleState
 from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
-from ...ops.dispatch import Problem
+from ...ops.lowrank import LowRankProblem
 from .effective import EffectiveWeight
 from .loading import (
     Snapshot,
@@ -511,7 +511,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             return path, [f"{self.linear_op}: {reason}" for reason in reasons]
         return self.linear_op, []
 
-    def op_problem(self, rows: int) -> Problem | None:
+    def op_problem(self, rows: int) -> LowRankProblem | None:
         """What the first op of a forward pass on x [rows, K] is given; None if there is none."""
         names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
         if not names:

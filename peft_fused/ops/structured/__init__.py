@@ -11,10 +11,10 @@ from .circulant import (
     skew_circulant_matmul,
     skew_circulant_matmul_reference,
 )
-from .engine import problem_of
+from .engine import structured_problem
 from .kronecker import kronecker_matmul, kronecker_matmul_reference
 from .ldr import ldr_matmul, ldr_matmul_reference
-from .plan import StructuredPlan, StructuredProblem, plan
+from .plan import StructuredPlan, StructuredProblem, plan_structured
 from .toeplitz import (
     toeplitz_matmul,
     toeplitz_matmul_reference,
@@ -33,10 +33,10 @@ __all__ = [
     "kronecker_matmul_reference",
     "ldr_matmul",
     "ldr_matmul_reference",
-    "plan",
-    "problem_of",
+    "plan_structured",
     "skew_circulant_matmul",
     "skew_circulant_matmul_reference",
+    "structured_problem",
     "toeplitz_matmul",
     "toeplitz_matmul_reference",
     "toeplitz_product_matmul",

@@ -29,10 +29,6 @@ def _plain_skew_circulant(x, h, _, n):
     return plain_toeplitz(x, h, -h.flip(0)[:-1], n)
 
 
-engine.STRUCTURES["circulant"] = engine.Structure("circulant", ("c", "factor"), _plain_circulant)
-engine.STRUCTURES["skew_circulant"] = engine.Structure("skew_circulant", ("h", None), _plain_skew_circulant)
-
-
 def circulant_matmul(
     x, c, *, factor=None, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False
 ):
@@ -51,15 +47,14 @@ def circulant_matmul(
     Convolutions are computed in fp32 at least and rounded once to x's dtype.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
     """
-    n = _circulant_outputs(x, c, factor, out_features, transposed)
     return engine.run(
-        "circulant", x, c, factor, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
-    )
+        "circulant", x, c, factor, out_features=out_features, add=add, scale=scale, dropout_p=dropout_p, seed=seed,
+        transposed=transposed,
+    )  # fmt: skip
 
 
 def _circulant_outputs(x, c, factor, out_features, transposed) -> int:
     engine.check_parameter("c", c, (1, 3), "[n] or [O, I, n]")
-    engine.check_flag("transposed", transposed)
     if factor is not None:
         engine.check_parameter("factor", factor, (1, 3), "c's shape")
         if factor.shape != c.shape:
@@ -86,8 +81,7 @@ def _circulant_outputs(x, c, factor, out_features, transposed) -> int:
 
 def circulant_matmul_reference(x, c, *, factor=None, out_features=None, **options):
     """`circulant_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    n = _circulant_outputs(x, c, factor, out_features, options.get("transposed", False))
-    return engine.reference("circulant", x, c, factor, n, **options)
+    return engine.reference("circulant", x, c, factor, out_features=out_features, **options)
 
 
 def skew_circulant_matmul(x, h, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
@@ -95,13 +89,12 @@ def skew_circulant_matmul(x, h, *, add=None, scale=1.0, dropout_p=0.0, seed=None
 
     x: [..., n]; h: [n]; the rest: see `circulant_matmul`.
     """
-    n = _skew_outputs(x, h)
     return engine.run(
-        "skew_circulant", x, h, None, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+        "skew_circulant", x, h, None, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
     )
 
 
-def _skew_outputs(x, h) -> int:
+def _skew_outputs(x, h, _, out_features, transposed) -> int:
     engine.check_parameter("h", h, (1,), "[n]")
     check_input(x, h.shape[0], "the length of h")
     return h.shape[0]
@@ -109,4 +102,8 @@ def _skew_outputs(x, h) -> int:
 
 def skew_circulant_matmul_reference(x, h, **options):
     """`skew_circulant` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    return engine.reference("skew_circulant", x, h, None, _skew_outputs(x, h), **options)
+    return engine.reference("skew_circulant", x, h, None, **options)
+
+
+engine.register("circulant", ("c", "factor"), _plain_circulant, _circulant_outputs)
+engine.register("skew_circulant", ("h", None), _plain_skew_circulant, _skew_outputs)

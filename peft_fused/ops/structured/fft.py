@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from ..dropout import load
+from ..common import cast_and_drop
 from . import maps
 
 # Elements of a block of rows: few enough to bound the temporary memory and to stay near a CPU's caches, enough for
@@ -169,7 +169,7 @@ def forward(x2, p, q, add2, *, kind, n, length, scale, threshold, seed, transpos
         chain = _transposed(chain, n)
     y = x2.new_empty(x2.shape[0], n)
     for i, j in _blocks(x2.shape[0], length, x2.device):
-        delta = _through(chain, chain[0].transform(load(x2[i:j], dtype, seed, threshold, i)))
+        delta = _through(chain, chain[0].transform(cast_and_drop(x2[i:j], dtype, seed, threshold, i)))
         if add2 is None:
             y[i:j] = delta
         elif add2.dtype == delta.dtype:
@@ -193,7 +193,7 @@ def backward(dy2, x2, p, q, *, kind, k, length, scale, threshold, seed, needs):
     sums = [torch.zeros_like(stage.spectra) for stage in chain] if need_params else None
     for i, j in _blocks(dy2.shape[0], length, dy2.device):
         Y = back[0].transform(dy2[i:j].to(dtype))
-        X = chain[0].transform(load(x2[i:j], dtype, seed, threshold, i)) if need_params else None
+        X = chain[0].transform(cast_and_drop(x2[i:j], dtype, seed, threshold, i)) if need_params else None
         if len(chain) == 1:
             if need_params:
                 part = chain[0].correlate(X, Y)
@@ -202,7 +202,7 @@ def backward(dy2, x2, p, q, *, kind, k, length, scale, threshold, seed, needs):
         else:
             dX = _two_stage_backward(chain, back, X, Y, sums, need_x)
         if need_x:
-            dx[i:j] = load(back[-1].back(dX), dtype, seed, threshold, i)
+            dx[i:j] = cast_and_drop(back[-1].back(dX), dtype, seed, threshold, i)
     if not need_params:
         return dx, None, None
     dks = [stage.ring.inverse(total) for stage, total in zip(chain, sums, strict=True)]

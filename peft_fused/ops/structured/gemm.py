@@ -7,8 +7,7 @@ With X [b2, a2] a row of x and Y [b1, a1] one of dy: y = B X A^T and, summed ove
 
 import torch
 
-from ..dropout import load
-from ..lowrank_torch import product_in_parts, unview
+from ..common import cast_and_drop, product_in_parts, scaled, unview
 
 # Of the sum in a factor's gradient, that are added up in one chain.
 TERMS = 64
@@ -31,7 +30,7 @@ def forward(x2, A, B, add2, *, scale, threshold, seed, transposed) -> torch.Tens
     A, B = (A.t(), B.t()) if transposed else (A, B)
     # In half precision a scaled factor may leave the range that the result stays in.
     half = A.dtype.itemsize == 2
-    delta = _apply(load(x2, A.dtype, seed, threshold), A if half else A * scale, B)
+    delta = _apply(cast_and_drop(x2, A.dtype, seed, threshold), A if half else A * scale, B)
     if half:
         delta.mul_(scale)
     if add2 is not None:
@@ -44,13 +43,12 @@ def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
     need_x, need_A, need_B = needs
     A, B = A.detach(), B.detach()
     (a1, a2), (b1, b2), m = A.shape, B.shape, dy2.shape[0]
-    Y = dy2.to(A.dtype)
-    Y = (Y if isinstance(scale, float) and scale == 1.0 else Y * scale).reshape(m * b1, a1)
+    Y = scaled(dy2.to(A.dtype), scale).reshape(m * b1, a1)
     dx = dA = dB = None
     E = (Y @ A).view(m, b1, a2) if need_x or need_B else None
     if need_x:
-        dx = load(torch.matmul(B.t(), E).view(m, b2 * a2), A.dtype, seed, threshold).to(dy2.dtype)
-    x3 = load(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
+        dx = cast_and_drop(torch.matmul(B.t(), E).view(m, b2 * a2), A.dtype, seed, threshold).to(dy2.dtype)
+    x3 = cast_and_drop(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
     if need_B:
         left, right = (t.transpose(0, 1).reshape(-1, m * a2) for t in (E, x3))
         dB = product_in_parts(left, right.t(), TERMS)

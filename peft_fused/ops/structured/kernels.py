@@ -11,7 +11,7 @@ from .plan import CONVOLUTIONS, fft_lengths
 def _kernels(kind, p, q):
     """[(kernels of one term's convolutions, in order)]; fp32."""
     p, q = p.float(), None if q is None else q.float()
-    length = fft_lengths(kind, maps.sizes_of(kind, p, q)).triton
+    length = fft_lengths(kind, maps.sizes_of(kind, p.shape, None if q is None else q.shape)).triton
     if kind in CONVOLUTIONS:
         return [(maps.kernel(kind, p, q, length).contiguous(),)]
     if kind == "toeplitz_product":

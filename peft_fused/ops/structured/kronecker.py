@@ -15,25 +15,18 @@ def _plain_kronecker(x, A, B, n):
     return (B @ x @ A.mT).flatten(-2)
 
 
-engine.STRUCTURES["kronecker"] = engine.Structure("kronecker", ("A", "B"), _plain_kronecker)
-
-
 def kronecker_matmul(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * (B (x) A) drop(x), differentiable in x, A, B and add.
 
     x: [..., a2 b2]; A: [a1, a2], B: [b1, b2] in x's dtype or fp32, in which the products are computed. add: [...,
     a1 b1]. The rest: see `circulant_matmul`. transposed: x [..., a1 b1] gives [..., a2 b2].
     """
-    n = _outputs(x, A, B, transposed)
-    return engine.run(
-        "kronecker", x, A, B, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
-    )
+    return engine.run("kronecker", x, A, B, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
 
 
-def _outputs(x, A, B, transposed) -> int:
+def _outputs(x, A, B, out_features, transposed) -> int:
     engine.check_parameter("A", A, (2,), "[a1, a2]")
     engine.check_parameter("B", B, (2,), "[b1, b2]")
-    engine.check_flag("transposed", transposed)
     n, k = A.shape[0] * B.shape[0], A.shape[1] * B.shape[1]
     sizes = f"A {list(A.shape)} and B {list(B.shape)}"
     check_input(x, n if transposed else k, f"the {'rows' if transposed else 'columns'} of {sizes}, multiplied")
@@ -42,4 +35,7 @@ def _outputs(x, A, B, transposed) -> int:
 
 def kronecker_matmul_reference(x, A, B, **options):
     """`kronecker_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    return engine.reference("kronecker", x, A, B, _outputs(x, A, B, options.get("transposed", False)), **options)
+    return engine.reference("kronecker", x, A, B, **options)
+
+
+engine.register("kronecker", ("A", "B"), _plain_kronecker, _outputs)

@@ -15,19 +15,15 @@ def _plain_ldr(x, G, H, n):
     return sum(circulant(skew(x, h, None, n), g, None, n) for g, h in zip(G, H, strict=True))
 
 
-STRUCTURES["ldr"] = engine.Structure("ldr", ("G", "H"), _plain_ldr)
-
-
 def ldr_matmul(x, G, H, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * sum_i C(G[i]) S(H[i]) drop(x), differentiable in x, G, H and add.
 
     x: [..., n]; G, H: [q, n] with q >= 1. On Triton each term is one kernel. The rest: see `circulant_matmul`.
     """
-    n = _outputs(x, G, H)
-    return engine.run("ldr", x, G, H, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
+    return engine.run("ldr", x, G, H, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
 
 
-def _outputs(x, G, H) -> int:
+def _outputs(x, G, H, out_features, transposed) -> int:
     engine.check_parameter("G", G, (2,), "[q, n]")
     engine.check_parameter("H", H, (2,), "[q, n]")
     if G.shape != H.shape:
@@ -38,4 +34,7 @@ def _outputs(x, G, H) -> int:
 
 def ldr_matmul_reference(x, G, H, **options):
     """`ldr_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    return engine.reference("ldr", x, G, H, _outputs(x, G, H), **options)
+    return engine.reference("ldr", x, G, H, **options)
+
+
+engine.register("ldr", ("G", "H"), _plain_ldr, _outputs)

@@ -88,8 +88,8 @@ def fold_dense(
     return fold(kind, dk, p, q)
 
 
-def sizes_of(kind: str, p: torch.Tensor, q: torch.Tensor | None) -> tuple[int, ...]:
-    """The sizes of a map as `plan.StructuredProblem` lists them."""
+def sizes_of(kind: str, p: torch.Size, q: torch.Size | None) -> tuple[int, ...]:
+    """The sizes of a map of parameters of these shapes, as `plan.StructuredProblem` lists them."""
     if kind == "toeplitz":
-        return p.shape[0], q.shape[0] + 1
-    return (*p.shape, *q.shape) if kind == "kronecker" else tuple(p.shape)
+        return p[0], q[0] + 1
+    return (*p, *q) if kind == "kronecker" else tuple(p)

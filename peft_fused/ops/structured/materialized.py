@@ -8,8 +8,7 @@ version counters (through `.data`, outside of training) has to call `forget`; on
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..dropout import load
-from ..lowrank_torch import product_in_parts
+from ..common import cast_and_drop, product_in_parts, scaled
 from . import maps
 
 # Of a sum, that are added up in one chain: few enough for the error of an FFT, enough to cost little beside it.
@@ -62,17 +61,20 @@ def work_dtype(x, p):
     return x.dtype if x.is_cuda else torch.promote_types(torch.promote_types(x.dtype, p.dtype), torch.float32)
 
 
+def matrix_of(problem, x, p, q) -> torch.Tensor:
+    """The dense matrix that a problem's rows x are multiplied by."""
+    return matrix(problem.kind, p, q, problem.n, problem.k, work_dtype(x, p))
+
+
 def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> torch.Tensor:
     """y [m, n] in x2's type."""
     k, dtype = x2.shape[1], work_dtype(x2, p)
     M = matrix(kind, p, q, *((k, n) if transposed else (n, k)), dtype)
-    xd = load(x2, dtype, seed, threshold)
+    xd = cast_and_drop(x2, dtype, seed, threshold)
     right = M if transposed else M.t()
     if add2 is not None and add2.dtype == dtype and isinstance(scale, float) and x2.is_cuda:
         return torch.addmm(add2, xd, right, alpha=scale)
-    delta = product_in_parts(xd, right, TERMS)
-    if not (isinstance(scale, float) and scale == 1.0):
-        delta = delta * scale
+    delta = scaled(product_in_parts(xd, right, TERMS), scale)
     if add2 is not None:
         delta = delta.add_(add2)
     return delta.to(x2.dtype)
@@ -86,17 +88,17 @@ def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, correlate
     """
     need_x, need_p, need_q = needs
     n, dtype = dy2.shape[1], work_dtype(dy2, p)
-    gd = dy2.to(dtype)
-    if not (isinstance(scale, float) and scale == 1.0):
-        gd = gd * scale
+    gd = scaled(dy2.to(dtype), scale)
     dx = dp = dq = None
     if need_x:
-        dx = load(product_in_parts(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(dy2.dtype)
+        dx = cast_and_drop(product_in_parts(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(
+            dy2.dtype
+        )
     if need_p or need_q:
         forget(p)  # an optimizer that bypasses version counters is about to change it
         if dtype.itemsize < 4:
             return dx, *correlate()[1:]
-        gradient = product_in_parts(gd.t(), load(x2, dtype, seed, threshold), TERMS)
+        gradient = product_in_parts(gd.t(), cast_and_drop(x2, dtype, seed, threshold), TERMS)
         wide = [None if t is None else t.to(dtype) for t in (p, q)]
         dp, dq = maps.fold_dense(kind, gradient, *wide)
         dp, dq = dp.to(p.dtype) if need_p else None, dq.to(q.dtype) if need_q else None

@@ -5,9 +5,10 @@ Pure functions of the problem; nothing is measured at run time.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 from ...triton_kernels import fft_plan, kronecker_plan
+from . import materialized
 
 KINDS = ("circulant", "skew_circulant", "toeplitz", "toeplitz_product", "kronecker", "ldr")
 # Kinds that are one convolution: their dense matrix is a gather, and its gradient folds onto the vector.
@@ -85,7 +86,7 @@ class StructuredProblem:
 
     @cached_property
     def plan(self) -> "StructuredPlan":
-        return plan(self)
+        return plan_structured(self)
 
     def describe(self) -> str:
         types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} parameters"
@@ -114,7 +115,7 @@ class StructuredProblem:
         sizes = (a2, a1, b2, b1) if self.transposed else self.sizes
         return kronecker_plan.limits(*sizes, self.dtype, self.adapter_dtype, self.dropout)
 
-    def preference(self, hosted: bool) -> tuple[str, ...]:
+    def preference(self) -> tuple[str, ...]:
         """Backends on CUDA, the best first."""
         if self.plan.method == "dense":
             return ("torch",)
@@ -123,11 +124,18 @@ class StructuredProblem:
             return ("cuda", "triton", "torch")
         return ("triton", "cuda", "torch")
 
-    def hosted(self, node, backend: str) -> bool:
-        """Whether the C++ node takes a call on a backend."""
+    def native(self, backend: str) -> bool:
+        """Whether the C++ node runs the problem on a backend."""
         if self.kind not in ("circulant", "toeplitz", "kronecker") or self.blocks or self.transposed:
             return False
         return backend == "cuda" or (backend == "torch" and self.device == "cpu")
+
+    def launch_plan(self, backend: str) -> tuple:
+        """What the C++ node is given to run by: (method, length of the FFT, n, matrix(x, p, q) where it reads one)."""
+        if backend == "cuda" and self.plan.method != "gemm":
+            return "fft", self.lengths.cuda, self.n, None
+        matrix = partial(materialized.matrix_of, self) if self.plan.method == "dense" else None
+        return self.plan.method, self.plan.length, self.n, matrix
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""
@@ -185,7 +193,7 @@ def _triton_length(least: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: StructuredProblem) -> StructuredPlan:
+def plan_structured(problem: StructuredProblem) -> StructuredPlan:
     """The method of a problem on the torch backend. ValueError for an unknown kind."""
     p = problem
     if p.kind not in KINDS:

@@ -25,10 +25,6 @@ def _plain_product(x, a, b, n):
     return plain_toeplitz(plain_toeplitz(x, a, a[1:], n), b, b[1:], n)
 
 
-engine.STRUCTURES["toeplitz"] = engine.Structure("toeplitz", ("col", "row"), plain_toeplitz)
-engine.STRUCTURES["toeplitz_product"] = engine.Structure("toeplitz_product", ("a", "b"), _plain_product)
-
-
 def toeplitz_matmul(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
     """add + scale * T(col, row) drop(x), differentiable in x, col, row and add.
 
@@ -36,10 +32,14 @@ def toeplitz_matmul(x, col, row, *, add=None, scale=1.0, dropout_p=0.0, seed=Non
     read and its gradient is zero. Pass the same tensor twice for a symmetric matrix. Rectangular maps are native.
     add: [..., N]. The rest: see `circulant_matmul`. transposed: x [..., N] gives [..., K].
     """
-    n = _toeplitz_outputs(x, col, row, transposed)
     return engine.run(
-        "toeplitz", x, col, row[1:], n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+        "toeplitz", x, col, _tail_of(row), add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
     )
+
+
+def _tail_of(row):
+    engine.check_parameter("row", row, (1,), "[K]")
+    return row[1:]
 
 
 def toeplitz_tail(x, col, tail, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
@@ -47,32 +47,25 @@ def toeplitz_tail(x, col, tail, *, add=None, scale=1.0, dropout_p=0.0, seed=None
 
     A tail that is a parameter, which `row[1:]` is not, lets a dense matrix made of it be kept.
     """
+    return engine.run(
+        "toeplitz", x, col, tail, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed,
+        names=("col", "tail"),
+    )  # fmt: skip
+
+
+def _toeplitz_outputs(x, col, tail, out_features, transposed) -> int:
     engine.check_parameter("col", col, (1,), "[N]")
     engine.check_tensor("tail", tail)
     if tail.dim() != 1:
         raise ValueError(f"tail must have shape [K - 1], got {list(tail.shape)}")
-    engine.check_flag("transposed", transposed)
     n, k = col.shape[0], tail.shape[0] + 1
-    check_input(x, n if transposed else k, "the length of col" if transposed else "1 + the length of tail")
-    return engine.run(
-        "toeplitz", x, col, tail, k if transposed else n, add=add, scale=scale, dropout_p=dropout_p, seed=seed,
-        transposed=transposed, names=("col", "tail"),
-    )  # fmt: skip
-
-
-def _toeplitz_outputs(x, col, row, transposed) -> int:
-    engine.check_parameter("col", col, (1,), "[N]")
-    engine.check_parameter("row", row, (1,), "[K]")
-    engine.check_flag("transposed", transposed)
-    n, k = col.shape[0], row.shape[0]
-    check_input(x, n if transposed else k, f"the length of {'col' if transposed else 'row'}")
+    check_input(x, n if transposed else k, "the length of col" if transposed else "the length of row, 1 + that of tail")
     return k if transposed else n
 
 
 def toeplitz_matmul_reference(x, col, row, **options):
     """`toeplitz_matmul` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    n = _toeplitz_outputs(x, col, row, options.get("transposed", False))
-    return engine.reference("toeplitz", x, col, row[1:], n, **options)
+    return engine.reference("toeplitz", x, col, _tail_of(row), **options)
 
 
 def toeplitz_product_matmul(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False):
@@ -81,13 +74,12 @@ def toeplitz_product_matmul(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed
     x: [..., n]; a, b: [n]. T(a) comes first. On Triton both products are one kernel, whose intermediate never leaves
     the chip. The rest: see `circulant_matmul`.
     """
-    n = _product_outputs(x, a, b)
     return engine.run(
-        "toeplitz_product", x, a, b, n, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
+        "toeplitz_product", x, a, b, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed
     )
 
 
-def _product_outputs(x, a, b) -> int:
+def _product_outputs(x, a, b, out_features, transposed) -> int:
     engine.check_parameter("a", a, (1,), "[n]")
     engine.check_parameter("b", b, (1,), "[n]")
     if a.shape != b.shape:
@@ -98,4 +90,8 @@ def _product_outputs(x, a, b) -> int:
 
 def toeplitz_product_matmul_reference(x, a, b, **options):
     """`toeplitz_product` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
-    return engine.reference("toeplitz_product", x, a, b, _product_outputs(x, a, b), **options)
+    return engine.reference("toeplitz_product", x, a, b, **options)
+
+
+engine.register("toeplitz", ("col", "row"), plain_toeplitz, _toeplitz_outputs)
+engine.register("toeplitz_product", ("a", "b"), _plain_product, _product_outputs)
