@@ -316,14 +316,8 @@ def test_messages_are_those_of_the_code():
 # ------------------------------------------------------------------------------------------------------------ options
 
 
-CONFIGS = {
-    "docs/usage.md": FusedConfig,
-    "docs/dylora.md": peft_fused.DyLoraConfig,
-    "docs/surm.md": peft_fused.SurmConfig,
-    "docs/aflora.md": peft_fused.AfLoraConfig,
-    "docs/adamix.md": peft_fused.AdaMixConfig,
-    "docs/rosa.md": peft_fused.RosaConfig,
-}
+METHODS = [getattr(peft_fused, name) for name in peft_fused.__all__ if name.endswith("Config")]
+CONFIGS = {"docs/usage.md": FusedConfig} | {f"docs/{cls.fused_type.value.lower()}.md": cls for cls in METHODS}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
