@@ -173,7 +173,9 @@ def test_readme_is_short():
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """(page and line, words of a command) of every line of shell, without comments and what is set before it."""
+    """(page and line, words of a command) of every line of shell, without comments and what is set before it, and of our
+    own commands in the text.
+    """
     for name, path in PAGES.items():
         for block in blocks(path):
             if block.language == "bash":
@@ -184,6 +186,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
                         words.pop(0)
                     if words:
                         yield f"{name}:{number}", words
+        for inline in re.findall(r"`((?:make|peft-fused) [^`]+)`", path.read_text()):
+            yield f"{name}: {inline}", shlex.split(inline)
 
 
 VARIABLES = {
