@@ -173,8 +173,8 @@ def test_readme_is_short():
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """(page and line, words of a command) of every line of shell, without comments and what is set before it, and of our
-    own commands in the text.
+    """(page and line, words of a command) of every line of shell, without comments and what is set before it, and of
+    our own commands in the text.
     """
     for name, path in PAGES.items():
         for block in blocks(path):
