@@ -1,7 +1,6 @@
 """An accelerated PEFT model against an untouched copy of it: same results, same abilities, nothing silent."""
 
 import copy
-import importlib
 import logging
 import pickle
 import warnings
@@ -26,12 +25,10 @@ from transformers import (
 )
 
 import peft_fused
-from peft_fused.integrations.peft.accelerate import FusedLoraLinear, accelerate, restore
+from peft_fused.integrations.peft.acceleration import accelerate, layer, lora, restore
+from peft_fused.integrations.peft.acceleration.layer import AcceleratedLayer
 from peft_fused.layers import LoraLinear
 from peft_fused.ops import dispatch, lowrank_linear_reference, native
-
-# The package may export a function of the same name, which `import ... as` would find first.
-module = importlib.import_module("peft_fused.integrations.peft.accelerate")
 
 FP32 = 1e-5
 
@@ -39,7 +36,7 @@ FP32 = 1e-5
 @pytest.fixture(autouse=True)
 def fixed_seed(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(module, "_said", set())
+    monkeypatch.setattr(layer, "_said", set())
 
 
 @pytest.fixture
@@ -52,10 +49,10 @@ def calls(monkeypatch):
             made.append(name)
             return op(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, wrapper)
+        monkeypatch.setattr(lora, name, wrapper)
 
-    spy("lowrank_linear", module.lowrank_linear)
-    spy("lowrank", module.lowrank)
+    spy("lowrank_linear", lora.lowrank_linear)
+    spy("lowrank_adapter", lora.lowrank_adapter)
     return made
 
 
@@ -99,7 +96,13 @@ def first(model):
 
 
 def names(model):
-    return [name for name, child in model.named_modules() if isinstance(child, FusedLoraLinear)]
+    return [name for name, child in model.named_modules() if isinstance(child, AcceleratedLayer)]
+
+
+def explained(adapted, x=None):
+    """(what the layer runs on x, or on an input such as it is meant for; reasons against each faster way)."""
+    route = adapted.route(adapted.typical_input() if x is None else x)
+    return route.path, route.reasons
 
 
 def error(ours, truth):
@@ -151,8 +154,8 @@ def test_small_model_matches_peft(options, calls):
 
 def test_a_wrong_scale_is_noticed(monkeypatch):
     reference, fused = pair()
-    op = module.lowrank_linear
-    monkeypatch.setattr(module, "lowrank_linear", lambda *a, scale, **k: op(*a, scale=scale * 1.02, **k))
+    op = lora.lowrank_linear
+    monkeypatch.setattr(lora, "lowrank_linear", lambda *a, scale, **k: op(*a, scale=scale * 1.02, **k))
     x = torch.randn(5, 24)
     ours, truth = results(fused, x), results(reference, x)
     assert all(error(ours[name], truth[name]) > 100 * FP32 for name in truth)
@@ -274,8 +277,8 @@ def test_dropout_is_the_operations_dropout(monkeypatch):
     """With the seed fixed the layer is the reference operation on its own weights, gradients included."""
     _, fused = pair(lora_dropout=0.4)
     layer = first(fused.train())
-    op = module.lowrank_linear
-    monkeypatch.setattr(module, "lowrank_linear", lambda *args, **kwargs: op(*args, **kwargs, seed=11))
+    op = lora.lowrank_linear
+    monkeypatch.setattr(lora, "lowrank_linear", lambda *args, **kwargs: op(*args, **kwargs, seed=11))
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     x = torch.randn(9, 24, requires_grad=True)
     g = torch.randn(9, 40)
@@ -323,10 +326,10 @@ def test_each_adapter_has_its_own_dropout(monkeypatch):
     accelerate(reference)
     reference.base_model.set_adapter(["a", "b", "c"])
     seen = []
-    for name in ("lowrank_linear", "lowrank"):
-        op = getattr(module, name)
+    for name in ("lowrank_linear", "lowrank_adapter"):
+        op = getattr(lora, name)
         monkeypatch.setattr(
-            module,
+            lora,
             name,
             lambda *a, op=op, dropout_p, **k: (seen.append(dropout_p), op(*a, dropout_p=dropout_p, **k))[1],
         )
@@ -382,8 +385,8 @@ def test_several_active_adapters(calls):
     for model in (reference, fused):
         model.base_model.set_adapter(["c", "a", "b"])
     same(fused, reference)
-    assert calls == ["lowrank_linear", "lowrank", "lowrank", "lowrank_linear", "lowrank"]
-    assert first(fused).explain_path() == ("lowrank_linear + lowrank + lowrank", [])
+    assert calls == ["lowrank_linear", "lowrank_adapter", "lowrank_adapter", "lowrank_linear", "lowrank_adapter"]
+    assert explained(first(fused)) == ("lowrank_linear + lowrank + lowrank", [])
 
 
 def test_switching_adapters(calls):
@@ -395,7 +398,7 @@ def test_switching_adapters(calls):
     # c has no weights on the second layer, which then is its base layer alone.
     assert calls == ["lowrank_linear"] * 5
     second = fused.get_submodule("base_model.model.second")
-    assert second.explain_path() == ("base layer alone: no active adapter has weights here", [])
+    assert explained(second) == ("base layer alone: no active adapter has weights here", [])
 
 
 def test_deleting_and_adding_adapters(calls):
@@ -423,7 +426,7 @@ def test_layers_that_come_later_need_another_call():
     report = accelerate(fused)
     assert report.swapped == ["base_model.model.second"]
     assert report.already == ["base_model.model.first"]
-    assert type(second) is FusedLoraLinear
+    assert layer.is_accelerated(second)
 
 
 def test_disabled_adapters(calls):
@@ -432,7 +435,7 @@ def test_disabled_adapters(calls):
     enabled = fused(x)
     with fused.disable_adapter(), reference.disable_adapter():
         assert torch.equal(fused(x), reference(x))
-        assert first(fused).explain_path() == ("base layer alone: the adapters are disabled", [])
+        assert explained(first(fused)) == ("base layer alone: the adapters are disabled", [])
     assert calls == ["lowrank_linear"] * 2
     assert torch.equal(fused(x), enabled)
 
@@ -457,7 +460,7 @@ def test_merging_and_unmerging(safe, calls):
     calls.clear()
     fused.merge_adapter(safe_merge=safe)
     reference.merge_adapter(safe_merge=safe)
-    assert first(fused).explain_path() == ("base layer alone: default merged into it", [])
+    assert explained(first(fused)) == ("base layer alone: default merged into it", [])
     assert torch.equal(first(fused).base_layer.weight, first(reference).base_layer.weight)
     assert torch.equal(fused(x), reference(x))
     assert error(fused(x), before) <= FP32
@@ -569,11 +572,11 @@ def test_an_unusual_base_is_called_as_a_module(change, when, lora_bias, calls):
         change(first(model))
     report = accelerate(fused)
     same(fused, reference)
-    assert calls == ["lowrank"]
+    assert calls == ["lowrank_adapter"]
     assert CountCalls.seen == (2 if change is accelerate_hook else 0)
     if change not in (accelerate_hook, tensor_subclass):
         assert error(reference(torch.ones(1, 24)), bare) > 0.01  # the change matters
-    path, reasons = first(fused).explain_path()
+    path, reasons = explained(first(fused))
     assert path == "base layer called as a module, then lowrank"
     assert len(reasons) == 1 and reasons[0].startswith("lowrank_linear: the base ")
     assert report.slower == {"base_model.model.first": reasons[0]}
@@ -633,7 +636,7 @@ def test_a_quantised_base(calls):
     assert isinstance(fused[0], GPTQLoraLinear) and type(fused[0]).__name__ == "FusedGPTQLoraLinear"
     x = torch.randn(5, 24)
     same(fused, reference, x)
-    assert calls == ["lowrank"]
+    assert calls == ["lowrank_adapter"]
     loaded = pickle.loads(pickle.dumps(fused))
     assert type(loaded[0]) is type(fused[0]) and torch.equal(loaded(x), fused(x))
     fused[0].enable_adapters(False)
@@ -745,7 +748,7 @@ def test_peft_computes_what_the_operations_do_not(change, calls, caplog):
     assert not calls
     if change is not inplace_dropout:
         assert any(truth[key].shape != before[key].shape or error(truth[key], before[key]) > 1e-3 for key in before)
-    path, reasons = first(fused).explain_path()
+    path, reasons = explained(first(fused))
     assert path == "PEFT's own forward" and reason in reasons[0]
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 1 and reason in said[0]
@@ -759,7 +762,7 @@ def test_global_hooks_see_every_module(calls):
     try:
         assert torch.equal(fused(x), reference(x))
         assert first(fused).lora_A["default"] in seen and first(fused).base_layer in seen
-        assert "global module hooks" in first(fused).explain_path()[1][0]
+        assert "global module hooks" in explained(first(fused))[1][0]
     finally:
         handle.remove()
     assert not calls
@@ -811,10 +814,10 @@ def test_float64_adapters_under_autocast_go_to_peft(calls):
 def test_integer_and_subclass_inputs_go_to_peft():
     _, fused = pair()
     layer = first(fused)
-    assert "x is torch.int64; the fused" in layer.explain_path(torch.ones(1, 24, dtype=torch.int64))[1][0]
-    assert "Tagged" in layer.explain_path(torch.ones(1, 24).as_subclass(Tagged))[1][0]
-    assert "meta" in layer.explain_path(torch.ones(1, 24, device="meta"))[1][0]
-    assert layer.explain_path(torch.ones(1, 24)) == ("lowrank_linear", [])
+    assert "x is torch.int64; the fused" in explained(layer, torch.ones(1, 24, dtype=torch.int64))[1][0]
+    assert "Tagged" in explained(layer, torch.ones(1, 24).as_subclass(Tagged))[1][0]
+    assert "meta" in explained(layer, torch.ones(1, 24, device="meta"))[1][0]
+    assert explained(layer, torch.ones(1, 24)) == ("lowrank_linear", [])
 
 
 def test_torch_func_transforms_go_to_peft(calls):
@@ -859,7 +862,7 @@ def test_dora_added_later_goes_to_peft(calls):
         model.set_adapter("dora")
     same(fused, reference, tolerance=0)
     assert not calls
-    assert "it is a variant (DoraLinearVariant)" in first(fused).explain_path()[1][0]
+    assert "it is a variant (DoraLinearVariant)" in explained(first(fused))[1][0]
     fused.set_adapter("default")
     fused(torch.randn(2, 24))
     assert calls == ["lowrank_linear"]
@@ -991,7 +994,7 @@ def test_fsdp2(one_rank, leaves, calls):
         assert error(ours.full_tensor(), truth) <= FP32
     assert calls == ([] if leaves else ["lowrank_linear"])
     if leaves:
-        assert "FSDPLinear" in first(fused).explain_path(x)[1][0]
+        assert "FSDPLinear" in explained(first(fused), x)[1][0]
 
 
 def test_fsdp2_on_the_layer_itself(one_rank):
@@ -1002,7 +1005,7 @@ def test_fsdp2_on_the_layer_itself(one_rank):
     assert "accelerate before sharding" in accelerate(fused).skipped["base_model.model.first"]
     with pytest.raises(RuntimeError, match="FSDPFusedLoraLinear"):
         restore(fused)
-    assert isinstance(first(fused), FusedLoraLinear)
+    assert isinstance(first(fused), AcceleratedLayer)
 
 
 def test_sharded_parameters_go_to_peft(one_rank, calls):
@@ -1013,7 +1016,7 @@ def test_sharded_parameters_go_to_peft(one_rank, calls):
     layer = first(fused)
     x = distribute_tensor(torch.randn(3, 24), one_rank, [Replicate()])
     assert layer(x).full_tensor().shape == (3, 40)
-    assert "DTensor" in layer.explain_path(x)[1][0]
+    assert "DTensor" in explained(layer, x)[1][0]
     assert not calls
 
 
