@@ -59,10 +59,10 @@ class AcceleratedLayer(Routed):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As PEFT's. Raises what the fused operations and the base layer raise on inputs that do not fit."""
-        return self.route(x, *args, **kwargs).run(x)
+        return self.route(x, args, kwargs).run(x)
 
-    def route(self, x: torch.Tensor, *args, **kwargs) -> Route:
-        """What `forward` runs on these arguments, in the layer's present state.
+    def route(self, x: torch.Tensor, args: tuple = (), kwargs: dict | None = None) -> Route:
+        """What `forward` runs on x and what else it is called with, in the layer's present state.
 
         Parameters that are gathered for the forward only (FSDP2) are outside of it what they are there.
         """

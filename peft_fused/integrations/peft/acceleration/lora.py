@@ -124,8 +124,8 @@ class AcceleratedQuantisedLora(AcceleratedLora):
 def _why_not(layer: LoraLayer) -> str | None:
     if getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None:
         return "tensor parallel: its inputs and outputs are redistributed by hooks on lora_A and lora_B"
-    variants = {name: type(variant) for name, variant in layer.lora_variant.items()}
-    if variants and all(variants.get(name, object) not in {object, *VARIANTS} for name in layer.lora_A):
+    variants = {name: type(variant) for name, variant in layer.lora_variant.items() if type(variant) not in VARIANTS}
+    if variants and all(name in variants for name in layer.lora_A):
         return f"LoRA variant: {', '.join(sorted({variant.__name__ for variant in variants.values()}))}"
     return None
 
