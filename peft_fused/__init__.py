@@ -29,7 +29,7 @@ _HOMES = {
         "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
         "merge_experts",
     ),
-    ".integrations.peft.accelerate": ("accelerate", "restore"),
+    ".integrations.peft.acceleration": ("accelerate", "restore"),
     ".integrations.transformers": ("AdaMixTrainerMixin", "PeftFusedCallback"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -64,7 +64,7 @@ if not _OWN_COMMAND:
             export_lora,
             merge_experts,
         )
-        from .integrations.peft.accelerate import accelerate, restore
+        from .integrations.peft.acceleration import accelerate, restore
 
     # Whoever asks for a pure Python package knows what it lacks, and our command's reports say so themselves.
     if ops.native.not_built and os.environ.get("PEFT_FUSED_BUILD") != "off":

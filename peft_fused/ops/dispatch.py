@@ -346,8 +346,9 @@ def explain(target, *, rows: int = 2048) -> Explanation:
     """Path of a problem, or of every adapter layer of a model, with the reasons against the other backends.
 
     rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
-    `explain_path() -> (path, reasons)`, which names the ops they call, and `op_problem(rows) -> problem | None`, what
-    they give the first of them. TypeError for anything else, ValueError for a number of rows outside 1..2^31 - 1.
+    `explain_route(rows) -> (path, reasons, problem)`, which names the ops that they call and what they give the first
+    of them, or None: see layers/route.py. TypeError for anything else, ValueError for a number of rows outside
+    1..2^31 - 1.
     """
     if isinstance(rows, bool) or not isinstance(rows, int):
         raise TypeError(f"explain: rows must be an int, got {type(rows).__name__}")
@@ -359,9 +360,11 @@ def explain(target, *, rows: int = 2048) -> Explanation:
         raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")
     lines = []
     for name, module in target.named_modules():
-        if hasattr(type(module), "explain_path"):
-            path, reasons = module.explain_path()
-            problem = module.op_problem(rows)
+        if hasattr(type(module), "explain_route") or hasattr(type(module), "explain_path"):
+            if hasattr(type(module), "explain_route"):
+                path, reasons, problem = module.explain_route(rows)
+            else:  # until every layer has a route
+                (path, reasons), problem = module.explain_path(), module.op_problem(rows)
             if problem is not None:
                 path, reasons = f"{path} -> {path_of(problem)}", [*reasons, *reasons_against_others(problem)]
         elif left := next(filter(None, (explainer(module) for explainer in explainers)), None):

@@ -1,7 +1,7 @@
 """Our methods as PEFT tuners. Importing this makes them known to PEFT's loaders."""
 
 from ...ops import flops as flops  # PEFT has imported Triton by now, if it is there
-from . import accelerate as accelerate  # which tells `explain` of PEFT's own layers
+from . import acceleration as acceleration  # which tells `explain` of PEFT's own layers
 from .adamix import AdaMixConfig, AdaMixModel, merge_experts
 from .aflora import AfLoraConfig, AfLoraModel
 from .copying import copy_adapter
