@@ -29,10 +29,12 @@ $(STAMP): $(VENV)/.requirements $(SOURCES)
 demo: venv
 	$(BIN)/peft-fused demo
 
-# Ahead-of-time compiles come last: the longest stage, and the last to be reached when something simpler is broken.
+# A process per core, each with one thread, and the tests of a file in one process (tests/conftest.py).
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: export OMP_NUM_THREADS ?= 1
 test: venv
-	$(BIN)/pytest -q -m "not aot"
-	$(BIN)/pytest -q -m aot
+	$(BIN)/pytest -q $(PARALLEL)
 
 # Random cases, kills and full disks that `make test` has a few of: what was tried, and what became of it.
 fuzz: venv

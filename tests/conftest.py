@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +16,50 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    # Single tests that take a minute start first, so that no process is left alone with one; ahead-of-time compiles
+    # come last: they fill the processes evenly, and are reached last when something simpler is broken.
+    items.sort(key=lambda item: ("aot" in item.keywords) - (item.path.name == "test_interpreter.py"))
     if torch.cuda.is_available():
         return
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadfile: tests of a file run in one process and share its fixtures, but those that share nothing."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::", 1)[0]
+            return nodeid if Path(file).name.startswith(("test_aot", "test_interpreter")) else file
+
+    return ByFile(config, log)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A table of what the compiled Triton kernels take, by kernel the worst of each resource: triton_kernels/aot.py."""
+    tables = {}
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "aot" and report.when == "call":
+                title, kernel, resources = value
+                tables.setdefault(title, {}).setdefault(kernel, []).append(resources)
+    for title, kernels in sorted(tables.items()):
+        terminalreporter.write_line(f"\n{title}")
+        terminalreporter.write_line(
+            "kernel       configurations  registers  spilled bytes  shared KiB  with wgmma  with mma.sync"
+        )
+        for kernel, found in sorted(kernels.items()):
+            registers, stack, shared = (max(r[field] for r in found) for field in ("registers", "stack", "shared"))
+            wgmma, mma = (sum(r[field] > 0 for r in found) for field in ("wgmma", "mma"))
+            terminalreporter.write_line(
+                f"{kernel:12} {len(found):14} {registers:10} {stack:14} {shared / 1024:11.1f} {wgmma:11} {mma:14}"
+            )
 
 
 @pytest.fixture(autouse=True)

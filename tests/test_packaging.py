@@ -84,9 +84,9 @@ def test_pure_wheel(sdist, tmp_path):
     assert {name.split("/")[0] for name in names} == {"peft_fused", wheel.name.rsplit("-py3", 1)[0] + ".dist-info"}
     python = fresh(wheel, tmp_path / "env")
     code = (
-        "import importlib.util, peft_fused, torch; from peft_fused.ops import lowrank;"
+        "import importlib.util, peft_fused, torch; from peft_fused.ops import lowrank_adapter;"
         "assert importlib.util.find_spec('triton_kernels') is None;"
-        "x = torch.randn(2, 4); y = lowrank(x, torch.randn(3, 4), torch.randn(5, 3));"
+        "x = torch.randn(2, 4); y = lowrank_adapter(x, torch.randn(3, 4), torch.randn(5, 3));"
         "import peft_fused.layers; print(tuple(y.shape), peft_fused.build_info()['why_not'])"
     )
     found, told = ask(python, code, tmp_path)
@@ -107,8 +107,8 @@ def test_native_wheel(sdist, tmp_path):
     python = fresh(wheel, tmp_path / "env")
     found, told = ask(
         python,
-        "import torch, peft_fused; from peft_fused.ops import lowrank, native;"
-        "x = torch.randn(2, 4); y = lowrank(x, torch.randn(3, 4), torch.randn(5, 3, requires_grad=True));"
+        "import torch, peft_fused; from peft_fused.ops import lowrank_adapter, native;"
+        "x = torch.randn(2, 4); y = lowrank_adapter(x, torch.randn(3, 4), torch.randn(5, 3, requires_grad=True));"
         "print(type(y.grad_fn).__name__, native.module.has_cuda(), native.stamp['architectures'])",
         tmp_path,
     )

@@ -56,6 +56,36 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
 
 
+def _hasten(interpreter, patch):
+    """The interpreter replaces the functions of the language anew for every call of a device function, though those of
+    the kernel around it are in place; and to look up a type it makes a table of all: both together half of its time."""
+    import triton.language as tl
+
+    patch_lang, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    modules, replaced, types = {}, set(), {}
+
+    def patch_once(fn):
+        if fn not in modules:
+            modules[fn] = {value.__name__ for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if modules[fn] <= replaced:
+            return None  # a device function's, which nobody asks for
+        scope = patch_lang(fn)
+        if not replaced:  # a kernel's
+            restore = scope.restore
+            scope.restore = lambda: (restore(), replaced.clear())
+        replaced.update(modules[fn])
+        return scope
+
+    def known_type(kind):
+        name = "pointer" if kind.scalar.is_ptr() else kind.scalar.name
+        if name not in types:
+            types[name] = numpy_type(kind)
+        return types[name]
+
+    patch.setattr(interpreter, "_patch_lang", patch_once)
+    patch.setattr(interpreter, "_get_np_dtype", known_type)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def mended_interpreter():
     """The interpreter keeps bf16 as its bit pattern: conversion truncates and a dot multiplies the patterns. That of
@@ -96,6 +126,7 @@ def mended_interpreter():
 
     patch = pytest.MonkeyPatch()
     patch.setattr(interpreter, "_patch_lang_tensor", patched)
+    _hasten(interpreter, patch)
     patch.setattr(builder, "create_dot", dot)
     patch.setattr(builder, "cast_impl", cast)
     yield

@@ -1,10 +1,9 @@
-"""Compiles the bottleneck kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+"""Compiles the bottleneck kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py."""
 
-It prints a table by kernel; `pytest -s` shows every configuration.
-"""
+from functools import partial
 
 import pytest
-from aot import TRITON_TYPES, compile_all, launch_source, table
+from aot import TRITON_TYPES, Row, launch_source
 from peft_fused.triton_kernels import bottleneck_kernels
 from peft_fused.triton_kernels.bottleneck_plan import configurations
 
@@ -79,20 +78,17 @@ def source(config, aligned_rank):
     return launch_source(kernel, types, constants, frozenset() if aligned_rank else ranked)
 
 
-@pytest.mark.parametrize("target, aligned_rank", [(80, True), (90, True), (90, False)])
-def test_every_configuration_fits(target, aligned_rank, capsys):
-    # fp16 differs from bf16 in the name of its instructions, and beside fp32 parameters it is upcast like fp32.
-    configs = [config for config in configurations() if config.dtype != "float16"]
-    if not aligned_rank:  # which changes how factors are loaded, whatever their type
-        configs = [config for config in configs if config.adapter_dtype == "bfloat16"]
-    found = list(zip(configs, compile_all(configs, lambda config: source(config, aligned_rank), target), strict=True))
-    print("", *(f"{describe(config, aligned_rank)} {resources}" for config, resources in found), sep="\n")
-    with capsys.disabled():
-        rows = [(config.kernel[:-7], resources) for config, resources in found]
-        print("", table(f"sm_{target}, bottleneck, r {'' if aligned_rank else 'not '}a multiple of 16", rows), sep="\n")
-    bad = [
-        f"{describe(config, aligned_rank)} {resources}: {', '.join(problems(config, resources))}"
-        for config, resources in found
-        if problems(config, resources)
-    ]
-    assert not bad, "\n" + "\n".join(bad)
+def rows():
+    for target, aligned_rank in ((80, True), (90, True), (90, False)):
+        title = f"bottleneck, r {'' if aligned_rank else 'not '}a multiple of 16"
+        for c in configurations():
+            # fp16 differs from bf16 in the name of its instructions, and beside fp32 parameters it is upcast like fp32.
+            # An unaligned rank changes how factors are loaded, whatever their type.
+            if c.dtype != "float16" and (aligned_rank or c.adapter_dtype == "bfloat16"):
+                text, made = describe(c, aligned_rank), partial(source, c, aligned_rank)
+                yield Row(target, title, c.kernel[:-7], c, text, made)
+
+
+@pytest.mark.parametrize("row", rows(), ids=str)
+def test_configuration_fits(row, record_property):
+    row.check(problems, record_property)

@@ -1,10 +1,9 @@
-"""Compiles the Kronecker kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+"""Compiles the Kronecker kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py."""
 
-It prints a table by kernel; `pytest -s` shows every configuration.
-"""
+from functools import partial
 
 import pytest
-from aot import TRITON_TYPES, compile_all, launch_source, table
+from aot import TRITON_TYPES, Row, launch_source
 from peft_fused.triton_kernels import kronecker_kernels
 from peft_fused.triton_kernels.kronecker_plan import configurations
 
@@ -84,14 +83,14 @@ def source(config):
     return launch_source(kernel, types, constants, {name for name, stride in strides.items() if stride % 16})
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_every_configuration_fits(target, capsys):
+def rows():
     # fp16 differs from bf16 in the name of its instructions, and beside fp32 factors it is upcast like fp32.
     configs = [config for config in configurations() if config.dtype != "float16"]
-    found = list(zip(configs, compile_all(configs, source, target), strict=True))
-    print("", *(f"{describe(config)} {resources}" for config, resources in found), sep="\n")
-    with capsys.disabled():
-        rows = [(config.kernel[:-7], resources) for config, resources in found]
-        print("", table(f"sm_{target}, Kronecker", rows), sep="\n")
-    bad = [f"{describe(c)} {r}: {', '.join(problems(c, r))}" for c, r in found if problems(c, r)]
-    assert not bad, "\n" + "\n".join(bad)
+    for target in (80, 90):
+        for c in configs:
+            yield Row(target, "Kronecker", c.kernel[:-7], c, describe(c), partial(source, c))
+
+
+@pytest.mark.parametrize("row", rows(), ids=str)
+def test_configuration_fits(row, record_property):
+    row.check(problems, record_property)

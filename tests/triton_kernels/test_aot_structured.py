@@ -1,11 +1,12 @@
 """Compiles the convolution kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
 
-Of configurations that differ in their true length alone, whose code differs in constants, one is compiled. It prints
-a table by kernel; `pytest -s` shows every configuration.
+Of configurations that differ in their true length alone, whose code differs in constants, one is compiled.
 """
 
+from functools import partial
+
 import pytest
-from aot import TRITON_TYPES, compile_all, launch_source, table
+from aot import TRITON_TYPES, Row, launch_source
 from peft_fused.triton_kernels import structured_kernels
 from peft_fused.triton_kernels.fft_plan import configurations
 
@@ -71,19 +72,17 @@ def source(config):
     return launch_source(kernel, types, {name: value for name, value in constants.items() if name in names})
 
 
-@pytest.mark.parametrize("target", [80, 90])
-def test_every_configuration_fits(target, capsys):
-    configs = representatives(target)
-    results = compile_all(configs, source, target)
-    rows = list(zip(configs, results, strict=True))
-    for config, resources in rows:
-        print(describe(config), resources)
-    with capsys.disabled():
-        for precision in (False, True):
-            of = [(config.kernel[:-7], r) for config, r in rows if config.plan.split == precision]
-            print("", table(f"sm_{target}, {'split' if precision else 'half'} precision", of), sep="\n")
-    bad = []
-    for config, resources in rows:
-        problems = resources.problems() + ([] if resources.mma or resources.wgmma else ["expected tensor cores"])
-        bad += [f"{describe(config)} {resources}: {', '.join(problems)}"] if problems else []
-    assert not bad, "\n" + "\n".join(bad)
+def rows():
+    for target in (80, 90):
+        for c in representatives(target):
+            title = f"{'split' if c.plan.split else 'half'} precision"
+            yield Row(target, title, c.kernel[:-7], c, describe(c), partial(source, c))
+
+
+def problems(config, resources):
+    return resources.problems() + ([] if resources.mma or resources.wgmma else ["expected tensor cores"])
+
+
+@pytest.mark.parametrize("row", rows(), ids=str)
+def test_configuration_fits(row, record_property):
+    row.check(problems, record_property)
