@@ -84,7 +84,7 @@ py::object decided(const py::dict& decisions, Arguments& arguments, bool readabl
   if (!readable) return py::none();
   const auto key = peft_fused::key_of(arguments);
   if (!key.usual()) return py::none();
-  py::bytes bytes(key.bytes());
+  py::bytes bytes(key.data(), key.size());
   PyObject* found = PyDict_GetItemWithError(decisions.ptr(), bytes.ptr());
   if (found == nullptr) {
     if (PyErr_Occurred()) throw py::error_already_set();

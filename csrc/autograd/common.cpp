@@ -37,24 +37,19 @@ bool plain(const Tensor& t) {
 }
 
 Key::Key(const Tensor& x) {
-  bytes_.reserve(384);
   usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
            !at::autocast::is_autocast_enabled(x.device().type());
 }
 
-void Key::describe(const Tensor& t) {
-  put(static_cast<int8_t>(t.scalar_type()));
-  put(static_cast<int8_t>(t.device().type()));
-  put(static_cast<int8_t>(t.device().index()));
-  put(static_cast<int8_t>(t.dim()));
-  bytes_.append(reinterpret_cast<const char*>(t.sizes().data()), t.dim() * sizeof(int64_t));
-}
-
 void Key::add(const Tensor& t) {
   if (!t.defined()) return put('-');
+  usual_ = usual_ && plain(t);
   if (!usual_) return;
-  usual_ = plain(t) && t.dim() < 128;
-  if (usual_) describe(t);
+  const auto device = t.device();
+  const std::array<int8_t, 4> kind{static_cast<int8_t>(t.scalar_type()), static_cast<int8_t>(device.type()),
+                                   static_cast<int8_t>(device.index()), static_cast<int8_t>(t.dim())};
+  put(kind);
+  put(t.sizes().data(), t.dim() * sizeof(int64_t));
 }
 
 void Key::add(double number) { put(number); }
@@ -66,7 +61,7 @@ void Key::add(const Dropout& dropout) {
 
 void Key::add(const std::string& word) {
   put(word.size());
-  bytes_ += word;
+  put(word.data(), word.size());
 }
 
 void Key::add(Control& control, bool present) {

@@ -5,6 +5,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
+#include <cstring>
 #include <optional>
 #include <string>
 
@@ -39,8 +41,8 @@ constexpr int64_t kMaxRank = 256;
 // An ordinary dense tensor: no subclass, and its memory holds its values as they are (see memory.h).
 bool plain(const at::Tensor& t);
 
-// All of a call that its checks and the choice of its path depend on, in a string: calls of one key are checked and
-// decided once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain
+// All of a call that its checks and the choice of its path depend on, in bytes: calls of one key are checked and decided
+// once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain
 // tensor, a number is none, autocast is on, or a dispatch mode, such as selective checkpointing or fake tensors, has to
 // see one operation where a node would show it pieces.
 class Key {
@@ -55,14 +57,22 @@ class Key {
   void add(const std::string& word);
   void unusual() { usual_ = false; }
   bool usual() const { return usual_; }
-  const std::string& bytes() const { return bytes_; }
+  const char* data() const { return bytes_.data(); }
+  size_t size() const { return size_; }
 
  private:
+  // Unusual, too, is what has no room: tensors of dozens of dimensions.
+  void put(const void* data, size_t size) {
+    usual_ = usual_ && size_ + size <= bytes_.size();
+    if (!usual_) return;
+    std::memcpy(bytes_.data() + size_, data, size);
+    size_ += size;
+  }
   template <typename T>
-  void put(T value) { bytes_.append(reinterpret_cast<const char*>(&value), sizeof(T)); }
-  void describe(const at::Tensor& t);
+  void put(T value) { put(&value, sizeof(T)); }
 
-  std::string bytes_;
+  std::array<char, 1024> bytes_;
+  size_t size_ = 0;
   bool usual_ = true;
 };
 

@@ -288,33 +288,6 @@ struct LowRank : torch::autograd::Function<LowRank> {
   }
 };
 
-// Memory safety only: what a call may be, ops/lowrank.py has checked.
-void check_sizes(const LowRankArguments& a) {
-  const auto known = [&](const Tensor& t, int64_t rows, int64_t columns) {
-    return !t.defined() || (t.dim() >= 2 && t.size(-2) == rows && t.size(-1) == columns && t.device() == a.x.device());
-  };
-  const auto vector = [&](const Tensor& t, int64_t size) {
-    return !t.defined() || (t.dim() == 1 && t.size(0) == size && t.device() == a.x.device());
-  };
-  TORCH_CHECK_VALUE(a.x.dim() >= 1 && a.A.dim() >= 2 && a.A.dim() <= 3 && a.B.dim() >= 2 && a.B.dim() <= 3,
-                    "x, A and B must have 1, 2 or 3, and 2 or 3 dimensions, got ", a.x.sizes(), ", ", a.A.sizes(), " and ",
-                    a.B.sizes());
-  const int64_t k = a.x.size(-1), r = a.A.size(-2), n = a.B.size(-2);
-  TORCH_CHECK_VALUE(r >= 1 && r <= kMaxRank && known(a.A, r, k) && known(a.B, n, r) && known(a.weight, n, k) &&
-                        vector(a.bias, n) && vector(a.u, r) && vector(a.v, n),
-                    "the sizes and devices of x, weight, bias, A, B, u and v must fit each other");
-  TORCH_CHECK_VALUE(!a.add.defined() || a.add.sizes().slice(0, a.add.dim() - 1) == a.x.sizes().slice(0, a.x.dim() - 1),
-                    "add must have shape [..., N], got ", a.add.sizes());
-  const auto within = [](const Control& c, bool present, int64_t least, int64_t most) {
-    return !present || c.tensor.defined() || (c.number >= least && c.number <= most);
-  };
-  TORCH_CHECK_VALUE(within(a.rank, a.has_rank, 1, r), "rank must be in 1..", r, ", got ", a.rank.number);
-  for (const auto& [expert, factor] : {std::pair(a.expert_a, a.A), std::pair(a.expert_b, a.B)})
-    TORCH_CHECK_VALUE(factor.dim() == 2 || within(expert, true, 0, factor.size(0) - 1), "expert must be in 0..",
-                      factor.size(0) - 1, ", got ", expert.number);
-  TORCH_CHECK_VALUE(a.dropout.p >= 0 && a.dropout.p < 1, "dropout_p must be in [0, 1), got ", a.dropout.p);
-}
-
 }  // namespace
 
 Key key_of(LowRankArguments& a) {
@@ -330,7 +303,6 @@ Key key_of(LowRankArguments& a) {
 }
 
 Tensor lowrank(const LowRankArguments& a) {
-  check_sizes(a);
   auto call = c10::make_intrusive<Call>();
   call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.A.size(-2);
   call->expert_a = static_cast<int64_t>(a.expert_a.number);

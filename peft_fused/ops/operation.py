@@ -36,6 +36,8 @@ from .dropout import dropout_threshold
 LIBRARY = torch.library.Library("peft_fused", "DEF")
 # Keys of decisions that an op remembers; then it begins anew.
 MOST_KEYS = 4096
+# Names that every call looks up.
+_state, _Tensor = dispatch.state, torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class Operation:
         self._register()
 
     def __call__(self, *arguments) -> torch.Tensor:
-        if dispatch.state.keys and not is_recorded():
+        if _state.keys and not is_recorded():
             # The C++ node's result, if it was decided to run there; else the decision, or the key of one to be made.
             found = getattr(native.module, self.name)(self.decisions, *arguments)
-            if type(found) is torch.Tensor:
+            if type(found) is _Tensor:
                 return found
             if type(found) is bytes:
                 self._decide(found, self.read(*arguments))
@@ -225,7 +227,7 @@ class Operation:
             check_dense(name, tensor)
         x_name, _, x = given[0]
         parameters = [(name, tensor) for name, declared, tensor in given if declared.parameter and tensor is not None]
-        for name, tensor in ((x_name, x), parameters[0]):
+        for name, tensor in ((x_name, x), *parameters):
             if tensor.dtype not in FLOATING:
                 floating = dtype_names(FLOATING)
                 raise TypeError(f"{name} must be floating point ({floating}), got {dtype_names((tensor.dtype,))}")

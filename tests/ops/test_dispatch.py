@@ -139,7 +139,8 @@ def test_a_scale_that_the_type_does_not_hold_is_for_the_python_node(adapter):
     x.requires_grad_()
     y = lowrank_adapter(x, A, B.to(adapter) / 1024, scale=1e5)
     assert ("Cpp" in type(y.grad_fn).__name__) == (adapter == torch.float32)
-    torch.testing.assert_close(y, lowrank_adapter_reference(x, A, B.to(adapter) / 1024, scale=1e5))
+    exact = lowrank_adapter_reference(x.double(), A.double(), B.double() / 1024, scale=1e5)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=0)
 
 
 def test_a_call_is_checked_and_decided_once(monkeypatch):
