@@ -11,7 +11,7 @@ from ..ops import bottleneck_adapter, lowrank_linear
 from ..ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ..ops.bottleneck import problem_of as bottleneck_problem
 from ..ops.dispatch import Problem, problem_of
-from .adapted import AdaptedLinear
+from .adapted import NO_DELTA, AdaptedLinear
 from .checks import (
     check_adapter_dtype,
     check_alpha,
@@ -24,7 +24,8 @@ from .checks import (
     features,
 )
 from .scheduled import PlacedState
-from .surm_adapter import NO_DELTA
+
+__all__ = ["AdaMixAdapter", "AdaMixDelta", "AdaMixLinear", "RoutePolicy"]
 
 ROUTINGS = ("batch", "sequence")
 EXPERT_INITS = ("independent", "identical")

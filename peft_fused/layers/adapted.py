@@ -7,6 +7,9 @@ from torch import nn
 from .checks import check_linear, is_conv1d
 from .replaced import ReplacedWeight, kept_through
 
+# Of an adapter that works on a layer's output, as the end of a sentence.
+NO_DELTA = "its non-linear block on the layer's output is no change of the weight"
+
 
 class AdaptedLinear(nn.Module):
     """A linear map with W and bias frozen, and an adapter beside it. Subclasses define `adapted`, `delta`, `op_name`,

@@ -13,6 +13,8 @@ from .lowrank import LowRankLinear
 from .scheduled import SavedState, check_saved_with
 from .sharded import is_sharded, local, shard, whole
 
+__all__ = ["AfLoraLinear", "FreezingPolicy"]
+
 MATRICES = ("A", "B")
 RAMPS = ("cubic", "quadratic")
 RULES = ("paper", "code")

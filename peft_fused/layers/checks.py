@@ -142,6 +142,11 @@ def features(module: nn.Module) -> tuple[int, int]:
     return k, n
 
 
+def span(tensor: torch.Tensor) -> int:
+    """How many elements its first and last are apart in memory, both counted."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _is_dense(tensor, shape: tuple[int, ...]) -> bool:
     return (
         isinstance(tensor, torch.Tensor)

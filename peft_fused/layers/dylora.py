@@ -11,6 +11,8 @@ from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
 from .lowrank import LowRankLinear
 from .scheduled import PlacedState
 
+__all__ = ["DyLoraLinear", "RankPolicy"]
+
 DISTRIBUTIONS = ("uniform", "geometric")
 RESAMPLE = ("step", "micro")
 

@@ -36,9 +36,12 @@ from .checks import (
     check_linear,
     check_rank,
     features,
+    span,
 )
 from .scheduled import SavedState, check_saved_with
 from .sharded import is_sharded, local, part_of, whole
+
+__all__ = ["RosaLinear", "SubspacePolicy"]
 
 SPLITS = ("us_v", "sqrt")
 SAMPLES = ("random", "window", "top", "bottom")
@@ -155,11 +158,6 @@ def _top_directions(W: torch.Tensor, r: int, count: int) -> tuple[torch.Tensor, 
 
 
 # ----------------------------------------------------------------------------------------------------- the base weight
-
-
-def span(tensor: torch.Tensor) -> int:
-    """How many elements its first and last are apart in memory, both counted."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def check_writable(name: str, base: nn.Module) -> None:
@@ -547,7 +545,9 @@ def _after_load(module: SubspaceHost, incompatible_keys) -> None:
 
 
 class SubspaceFactor(nn.Module):
-    """weight: one of the two factors. It has pretrained content, which is why weight decay is not for it."""
+    """weight: one of the two factors. Its content is pretrained: decay would pull that to zero, not the change."""
+
+    spared_from_decay = True
 
     def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device):
         super().__init__()

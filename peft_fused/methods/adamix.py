@@ -17,8 +17,10 @@ from torch import nn
 from .. import draws
 from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
-from .stepping import METHODS, Method, Step, members_of, unwrap_model
+from .schedule import SCHEDULES, Schedule, Step, members_of, unwrap_model
 from .strict import Kept, check_guarded
+
+__all__ = ["adamix_loss", "consistency_loss", "draw_route", "set_adamix_pass", "set_adamix_routing"]
 
 SIDES = ("down", "up")
 EVAL_ROUTINGS = ("merged", "random")
@@ -45,7 +47,7 @@ def _by_adapter(members: list[RouteMember]) -> Iterable[tuple[int, RouteMember]]
         places[member.state.group] += 1
 
 
-class AdaMix(Method):
+class AdaMixSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it: new routes for every micro-batch."""
 
     def before_step(self, members: list[RouteMember], step: Step) -> None:
@@ -87,7 +89,7 @@ class AdaMix(Method):
             state.kept = []
 
 
-METHODS["adamix"] = AdaMix()
+SCHEDULES["adamix"] = AdaMixSchedule()
 
 
 def _strict(members: list[RouteMember]) -> list[RouteMember]:

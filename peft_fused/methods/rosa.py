@@ -18,7 +18,9 @@ from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from ..layers.rosa import EPOCH, Maker, RosaMember, SubspacePolicy
-from .stepping import METHODS, Method, Step
+from .schedule import SCHEDULES, Schedule, Step
+
+__all__ = ["phase_of"]
 
 
 def phase_of(policy: SubspacePolicy, step: Step) -> int:
@@ -32,7 +34,7 @@ def phase_of(policy: SubspacePolicy, step: Step) -> int:
     return step.epoch
 
 
-class Rosa(Method):
+class RosaSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it."""
 
     def before_step(self, members: list[RosaMember], step: Step) -> None:
@@ -65,7 +67,7 @@ class Rosa(Method):
                 _reset(step.optimizer, parameter)
 
 
-METHODS["rosa"] = Rosa()
+SCHEDULES["rosa"] = RosaSchedule()
 
 
 def _check_due(members: list[RosaMember], optimizer: Optimizer | None) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 import peft_fused
 from peft_fused import AdaMixConfig, AdaMixTrainerMixin, PeftFusedCallback
 from peft_fused.integrations.peft.adamix import AdaMixLinear, AdaMixNorm
-from peft_fused.methods.stepping import members_of
+from peft_fused.methods.schedule import members_of
 
 LORA = dict(kind="lora", target_modules=["query", "value"])
 

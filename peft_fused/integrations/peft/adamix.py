@@ -7,15 +7,21 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
+from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, AdaMixLinear, RouteMember, RoutePolicy
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
-from ...methods.stepping import unwrap_model
+from ...layers.sharded import whole
+from ...methods.adamix import adamix_loss
+from ...methods.schedule import unwrap_model
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ...ops.dispatch import Problem
 from .config import FusedConfig, check_after
+from .export import Exported, ExportedLayer, check_additive, refuse_rank
 from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import FusedLayer, FusedTuner
+
+__all__ = ["AdaMixConfig", "AdaMixModel", "merge_experts"]
 
 KINDS = ("adapter", "lora")
 
@@ -100,7 +106,7 @@ class AdaMixConfig(FusedConfig):
         )
 
 
-class AdaMixLinear(FusedLayer):
+class AdaMixPeftLinear(FusedLayer):
     """A linear layer with AdaMix adapters of either kind, applied in the order in which they are active."""
 
     adapter_layer_names = ("adamix_block",)
@@ -168,7 +174,7 @@ class AdaMixLinear(FusedLayer):
         return self.adamix_block[name].delta()
 
 
-class AdaMixNorm(AdaMixLinear):
+class AdaMixPeftNorm(AdaMixPeftLinear):
     """A norm with AdaMix adapters in Pfeiffer's position: y = norm(z + block(norm(z))), several one after the other."""
 
     @staticmethod
@@ -194,7 +200,7 @@ class AdaMixModel(FusedTuner):
     """The AdaMix tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "adamix_"
-    tuner_layer_cls = AdaMixLinear
+    tuner_layer_cls = AdaMixPeftLinear
 
     def layer_options(self, config: AdaMixConfig, key: str) -> dict:
         return dict(
@@ -217,7 +223,7 @@ class AdaMixModel(FusedTuner):
             raise TypeError(
                 f"target module {key!r} is a {type(base).__name__}; position='pfeiffer' adapts a torch.nn.LayerNorm"
             )
-        return AdaMixNorm
+        return AdaMixPeftNorm
 
     def _prepare_adapter_config(self, peft_config: AdaMixConfig, model_config: dict) -> AdaMixConfig:
         if peft_config.kind == "adapter" and peft_config.target_modules is None:
@@ -259,7 +265,7 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     """
     check_module("model", model)
     model = unwrap_model(model, "peft_config")
-    layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdaMixPeftLinear)]
     names = sorted({name for layer in layers for name in layer.adamix_block})
     if not names:
         raise ValueError("merge_experts: the model has no AdaMix adapter")
@@ -276,4 +282,47 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
         config.num_experts, config.routing, config.strict_experts = 1, "batch", False
 
 
-register(FusedPeftType.ADAMIX, AdaMixConfig, AdaMixModel)
+def _export(config: AdaMixConfig, layers: dict[str, AdaMixPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """The average of the experts, which is what is evaluated with."""
+    check_additive(config, adapter_name)
+    refuse_rank("an AdaMix", rank)
+    if all(config.policy().stacks):
+        warn_of_products(adapter_name)
+    found = {}
+    for name, layer in layers.items():
+        block = layer.adamix_block[adapter_name]
+        found[name] = ExportedLayer(whole(block.down.averaged()[0]), whole(block.up.averaged()[0]), block.alpha)
+    return Exported(found, config.r, config.lora_alpha, config.adamix_dropout)
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> AdaMixConfig:
+    known = settings.target_modules is None and model.config.model_type in POSITIONS["adamix"]
+    return AdaMixConfig(seed=seed, target_modules=None if known else names)
+
+
+def _demo_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, outputs = adamix_loss(model, batch)
+    return loss, outputs.loss
+
+
+register(
+    Registration(
+        name="adamix",
+        config=AdaMixConfig,
+        tuner=AdaMixModel,
+        layers=(AdaMixLinear,),
+        export=_export,
+        contract={
+            "adamix": dict(r=3, share_up=False, num_experts=3),
+            "adamix_lora": dict(kind="lora", r=3, num_experts=3),
+            "adamix_sequence": dict(r=3, routing="sequence", num_experts=3),
+        },
+        demo=Demo(
+            "AdaMix",
+            _demo_config,
+            loss=_demo_loss,
+            note="AdaMix makes two passes a step, by different experts, and so takes about twice the time and memory; "
+            "its final loss is that of the task, without the divergence of the two",
+        ),
+    )
+)

@@ -10,13 +10,26 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_delta, draw_factors, keep_frozen
+from ...layers.aflora import (
+    AfLoraLinear,
+    AfLoraMember,
+    AfLoraState,
+    FreezingPolicy,
+    dense_delta,
+    draw_factors,
+    keep_frozen,
+)
 from ...layers.checks import check_alpha, check_dropout, check_rank
+from ...layers.sharded import whole
 from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_names, check_pattern
+from .export import Exported, ExportedLayer, refuse_rank
 from .loading import awaits_checkpoint
-from .tuner import EXTRA_STATE, FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import EXTRA_STATE, FusedLayer, FusedTuner
+
+__all__ = ["AfLoraConfig", "AfLoraModel"]
 
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -268,4 +281,40 @@ class AfLoraModel(FusedTuner):
         )
 
 
-register(FusedPeftType.AFLORA, AfLoraConfig, AfLoraModel)
+def _export(config: AfLoraConfig, layers: dict[str, AfLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to the adapter, at its own rank: A and B take in the vectors."""
+    refuse_rank("an AFLoRA", rank)
+    found = {}
+    for name, layer in layers.items():
+        vectors = layer.aflora_vectors[adapter_name]
+        A, B = whole(layer.aflora_A[adapter_name].weight), whole(layer.aflora_B[adapter_name].weight)
+        d, b = whole(vectors.d), whole(vectors.b)
+        found[name] = ExportedLayer(d.unsqueeze(1) * A, b.unsqueeze(1) * B, vectors.scale * len(d))
+    alpha = config.r if config.lora_alpha is None else config.lora_alpha
+    return Exported(found, config.r, alpha, config.lora_dropout)
+
+
+# Its windows are of ten steps, in runs of thousands; in a run of a hundred that leaves three decisions.
+DEMO_WINDOW, DEMO_WINDOWS = 10, 50
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> AfLoraConfig:
+    # The paper's matrices lie in the feed-forward blocks. Where they are not known, or others are asked for, these are
+    # what is frozen by and by, rather than from the start as the attention's.
+    known = settings.target_modules is None and model.config.model_type in TARGETS
+    where = {} if known else dict(target_modules=names, frozen_modules=[])
+    return AfLoraConfig(window=max(1, min(DEMO_WINDOW, settings.steps // DEMO_WINDOWS)), **where)
+
+
+register(
+    Registration(
+        name="aflora",
+        config=AfLoraConfig,
+        tuner=AfLoraModel,
+        layers=(AfLoraLinear,),
+        export=_export,
+        contract={"aflora": dict(r=3, t_i=1, t_f=7, window=1, frozen_modules=[])},
+        # The paper's rate is 1e-2.
+        demo=Demo("AFLoRA", _demo_config, rate=3.0),
+    )
+)

@@ -8,12 +8,18 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...layers.checks import check_alpha, check_dropout, check_rank
-from ...layers.dylora import RankMember, RankPolicy, RankState, use_ranks
+from ...layers.dylora import DyLoraLinear, RankMember, RankPolicy, RankState, use_ranks
+from ...layers.sharded import whole
+from ...methods.schedule import members_of
 from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
+from .export import Exported, ExportedLayer
 from .loading import awaits_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import FusedLayer, FusedTuner
+
+__all__ = ["DyLoraConfig", "DyLoraModel"]
 
 
 @dataclass
@@ -180,4 +186,38 @@ class DyLoraModel(FusedTuner):
         )
 
 
-register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
+def _export(config: DyLoraConfig, layers: dict[str, DyLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to the adapter at a rank, 1..r, None for the one set for evaluation; a smaller r of a layer is kept.
+
+    The factors are copied: with r = b and an unchanged lora_alpha, LoRA's scale alpha / r is DyLoRA's alpha / b.
+    """
+    states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
+    rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
+    found = {}
+    for name, layer in layers.items():
+        state = layer.dylora_ranks[adapter_name]
+        b = min(rank, state.r)
+        A, B = whole(layer.dylora_A[adapter_name].weight), whole(layer.dylora_B[adapter_name].weight)
+        found[name] = ExportedLayer(A[:b], B[:, :b], state.alpha)
+    return Exported(found, min(rank, config.r), config.lora_alpha, config.lora_dropout)
+
+
+def _factors(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    return [(member.A, member.B) for member in members_of(model).get("dylora", ())]
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> DyLoraConfig:
+    return DyLoraConfig(r=settings.rank, lora_alpha=settings.alpha, seed=seed, target_modules=names)
+
+
+register(
+    Registration(
+        name="dylora",
+        config=DyLoraConfig,
+        tuner=DyLoraModel,
+        layers=(DyLoraLinear,),
+        export=_export,
+        contract={"dylora": dict(r=4)},
+        demo=Demo("DyLoRA", _demo_config, factors=_factors),
+    )
+)

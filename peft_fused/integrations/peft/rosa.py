@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from ...layers.rosa import (
+    RosaLinear,
     RosaMember,
     RosaState,
     SubspaceFactor,
@@ -28,9 +29,13 @@ from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING
 from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
+from .export import Exported, ExportedLayer, refuse_rank
 from .loading import Snapshot, awaits_checkpoint
+from .registration import Demo, FusedPeftType, Registration, register
 from .sharing import HeldMemory
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, has_accelerate_hook, register
+from .tuner import FusedLayer, FusedTuner, has_accelerate_hook
+
+__all__ = ["RosaConfig", "RosaModel"]
 
 
 @dataclass
@@ -414,4 +419,37 @@ class RosaModel(FusedTuner):
                     layer.narrow(adapter_name, layer.base_weight().dtype)
 
 
-register(FusedPeftType.ROSA, RosaConfig, RosaModel)
+@torch.no_grad()
+def _export(config: RosaConfig, layers: dict[str, RosaPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw. ValueError once a
+    layer's change is kept dense, which `peft.convert_to_lora` can approximate.
+    """
+    refuse_rank("a ROSA", rank)
+    found = {}
+    for name, layer in layers.items():
+        B, A = layer.learned(adapter_name)
+        found[name] = ExportedLayer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
+    most = max(len(layer.A) for layer in found.values())
+    return Exported(found, most, most)
+
+
+# A run of the demo draws subspaces so often, whatever its length.
+DEMO_DRAWS = 4
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> RosaConfig:
+    every = max(1, settings.steps // DEMO_DRAWS)
+    return RosaConfig(r=settings.rank, resample_every=every, seed=seed, target_modules=names)
+
+
+register(
+    Registration(
+        name="rosa",
+        config=RosaConfig,
+        tuner=RosaModel,
+        layers=(RosaLinear,),
+        export=_export,
+        contract={"rosa": dict(r=3, resample_every=2)},
+        demo=Demo("ROSA", _demo_config),
+    )
+)

@@ -1,4 +1,4 @@
-"""What all our PEFT tuners share: registration, target checks, the forward pass, exact merging, strict loading.
+"""What all our PEFT tuners share: target checks, the forward pass, exact merging, strict loading.
 
 A method adds a config on the base class in `config.py`, a layer with `update_layer`, `add_delta`, `dense_delta` and
 perhaps `fused_linear`, and a tuner that names them; see `dylora.py` and `surm.py`.
@@ -8,14 +8,8 @@ import copy
 import warnings
 from collections.abc import Container
 from contextlib import contextmanager
-from enum import Enum
 
 import torch
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -27,10 +21,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.adapted import NO_DELTA
 from ...layers.checks import COMPUTED, MAKE_PERMANENT, is_computed
 from ...layers.replaced import ReplacedWeight, kept_through
 from ...layers.scheduled import EXTRA_STATE, ScheduleState
-from ...layers.surm_adapter import NO_DELTA
 from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
 from .effective import EffectiveWeight
@@ -46,36 +40,6 @@ from .loading import (
 )
 from .quantised import is_packed, unpack
 from .sharing import HeldMemory
-
-
-class FusedPeftType(str, Enum):
-    """Our members of PEFT's mappings. PEFT compares types as strings, so its own closed enum need not be changed."""
-
-    DYLORA = "DYLORA"
-    SURM = "SURM"
-    ADAMIX = "ADAMIX"
-    AFLORA = "AFLORA"
-    ROSA = "ROSA"
-
-
-def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> None:
-    """Makes a method known to PEFT's loaders. Repeated calls change nothing; RuntimeError if the name is taken."""
-    for mapping, value in (
-        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
-        (PEFT_TYPE_TO_TUNER_MAPPING, tuner_cls),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, tuner_cls.prefix),
-    ):
-        present = mapping.get(peft_type, value)
-        # A reloaded module defines its classes anew; those may take the place of the old ones.
-        if getattr(present, "__module__", present) != getattr(value, "__module__", value):
-            raise RuntimeError(
-                f"this version of peft has a method {peft_type.value} of its own ({present}); "
-                "peft_fused does not replace it. Use that method, or a version of peft without it."
-            )
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
-
 
 NOT_ADDITIVE = f"is of kind 'adapter' and cannot be merged: {NO_DELTA}"
 

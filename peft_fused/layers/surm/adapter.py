@@ -3,11 +3,11 @@
 import torch
 from torch import nn
 
-from ..ops.structured import StructuredProblem
-from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_flag, check_linear, check_size, features
-from .structured import StructuredDelta
-from .structured_maps import MapSpec
+from ...ops.structured import StructuredProblem
+from ..adapted import NO_DELTA, AdaptedLinear
+from ..checks import check_adapter_dtype, check_flag, check_linear, check_size, features
+from .linear import StructuredDelta
+from .maps import MapSpec
 
 
 class LiveReLU(nn.Module):
@@ -17,7 +17,7 @@ class LiveReLU(nn.Module):
         return torch.where(x < 0, 0, x)  # whose derivative no version of torch changes, unlike clamp's at its bound
 
 
-ACTIVATIONS = {
+MODULES = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu": LiveReLU,
@@ -30,7 +30,6 @@ ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
     "softplus": nn.Softplus,
 }
-NO_DELTA = "its non-linear block on the layer's output is no change of the weight"
 
 
 def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False, features: int = 1) -> nn.Module:
@@ -41,11 +40,11 @@ def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False
     torch.nn.ReLU(), with which the map would never leave its start.
     """
     check_flag("allow_nonidentity", allow_nonidentity)
-    names = ", ".join(map(repr, ACTIVATIONS))
+    names = ", ".join(map(repr, MODULES))
     if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
+        if activation not in MODULES:
             raise ValueError(f"activation must be one of {names} or a torch.nn.Module, got {activation!r}")
-        module = ACTIVATIONS[activation]()
+        module = MODULES[activation]()
     elif isinstance(activation, nn.Module):
         module = activation
     else:
@@ -83,6 +82,8 @@ class SurmAdapter(StructuredDelta):
     None means 1, for "kronecker" it is alpha / r. dropout: in [0, 1), on h, in training only. dtype, device: of the
     parameters. Raises TypeError or ValueError naming the argument, the value and what is allowed.
     """
+
+    spared_from_decay = True
 
     def __init__(
         self, n: int, structure: str = "circulant", *, activation: str | nn.Module = "gelu",

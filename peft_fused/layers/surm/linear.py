@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from ..ops.structured import StructuredProblem
-from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, features
-from .structured_maps import MapSpec, StructuredMap
+from ...ops.structured import StructuredProblem
+from ..adapted import AdaptedLinear
+from ..checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, features
+from .maps import MapSpec, StructuredMap
 
 TOEPLITZ = {"symmetric": "symmetric_toeplitz", "general": "toeplitz"}
 
