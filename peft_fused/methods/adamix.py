@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import draws
-from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
+from ..layers.adamix.blocks import Experts
+from ..layers.adamix.routes import PASSES, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
 from .schedule import SCHEDULES, Schedule, Step, members_of, unwrap_model
 from .strict import Kept, check_guarded
@@ -257,9 +258,9 @@ def adamix_loss(
     inputs: what the model takes, with "labels". weight: of the consistency loss, 1 for classification; the authors
     take 100 for language models, where it is averaged over tokens. detach: see `consistency_loss`. doubled: both
     passes as one batch of twice the size, whose halves take different experts; outputs.logits then holds the first
-    half. For a single logit it is the plain loss of one pass. The task loss is that of the first
-    pass only, as the authors have it. Under gradient accumulation divide the sum by the number of micro-batches, as
-    any mean loss. Raises TypeError or ValueError naming the argument.
+    half. Activation checkpointing needs it. For a single logit it is the plain loss of one pass. The task loss is that
+    of the first pass only, as the authors have it. Under gradient accumulation divide the sum by the number of
+    micro-batches, as any mean loss. Raises TypeError or ValueError naming the argument.
     """
     check_module("model", model)
     if not isinstance(inputs, Mapping):

@@ -18,15 +18,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers.aflora import (
-    FROM_THE_START,
-    MATRICES,
-    NOT_FROZEN,
-    AfLoraMember,
-    AfLoraState,
-    FreezingPolicy,
-    keep_frozen,
-)
+from ..layers.aflora import FROM_THE_START, MATRICES, NOT_FROZEN, AfLoraMember, AfLoraState, FreezingPolicy, keep_frozen
 from ..layers.checks import check_module
 from ..layers.sharded import is_sharded, local
 from .schedule import SCHEDULES, Schedule, Step

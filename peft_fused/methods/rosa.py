@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from ..layers.rosa import EPOCH, Maker, RosaMember, SubspacePolicy
+from ..layers.rosa.state import Maker, RosaMember
+from ..layers.rosa.subspace import EPOCH, SubspacePolicy
 from .schedule import SCHEDULES, Schedule, Step
 
 __all__ = ["phase_of"]

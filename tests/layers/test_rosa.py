@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_fused.layers import RosaLinear, SubspacePolicy
-from peft_fused.layers.rosa import check_subspace_rank, draw_directions, split_weight, subspace_rank
+from peft_fused.layers.rosa.subspace import check_subspace_rank, draw_directions, split_weight, subspace_rank
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import decay_groups
 from peft_fused.ops.dispatch import explain

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from peft_fused.layers import RosaLinear, SubspacePolicy
-from peft_fused.layers.rosa import draw_directions, split_weight
+from peft_fused.layers.rosa.subspace import draw_directions, split_weight
 from peft_fused.methods import decay_groups, on_step, phase_of
 from peft_fused.methods.schedule import Step
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, AdaMixLinear, RouteMember, RoutePolicy
+from ...layers.adamix import AdaMixAdapter, AdaMixDelta, AdaMixLinear, RoutePolicy
+from ...layers.adamix.routes import EXPERT_INITS, RouteMember
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
 from ...layers.sharded import whole
 from ...methods.adamix import adamix_loss

@@ -11,19 +11,11 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from ...layers.rosa import (
-    RosaLinear,
-    RosaMember,
-    RosaState,
-    SubspaceFactor,
-    SubspaceHost,
-    SubspacePolicy,
-    check_finite,
-    check_subspace_rank,
-    check_writable,
-    draw_factors,
-    subspace_rank,
-)
+from ...layers.rosa import RosaLinear, SubspacePolicy
+from ...layers.rosa.host import SubspaceHost
+from ...layers.rosa.pretrained import check_finite, check_writable
+from ...layers.rosa.state import RosaMember, RosaState, SubspaceFactor, draw_factors
+from ...layers.rosa.subspace import check_subspace_rank, subspace_rank
 from ...layers.sharded import is_sharded, whole
 from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING

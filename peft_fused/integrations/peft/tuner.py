@@ -22,9 +22,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.adapted import NO_DELTA
-from ...layers.checks import COMPUTED, MAKE_PERMANENT, is_computed
+from ...layers.checks import check_own_weight
 from ...layers.replaced import ReplacedWeight, kept_through
-from ...layers.scheduled import EXTRA_STATE, ScheduleState
+from ...layers.scheduled import EXTRA_STATE, ScheduleState, check_saved_with
 from ...methods.sync import refuse_zero3
 from ...ops.dispatch import Problem
 from .effective import EffectiveWeight
@@ -358,11 +358,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if self.quantization_backend is not None:
             return
-        if is_computed(base):
-            raise ValueError(
-                f"cannot merge into {self.module_name!r}: the weight of this {type(base).__name__} {COMPUTED}. "
-                f"{MAKE_PERMANENT}"
-            )
+        check_own_weight(f"cannot merge into {self.module_name!r}:", base, ValueError)
         if others := memory.other_holders(base):
             raise ValueError(
                 f"cannot merge into {self.module_name!r}, which shares its weight with {', '.join(map(repr, others))}: "
@@ -436,14 +432,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         prefix: of this layer's keys in the state dict.
         """
         for name in self.adapters_here() if self.state_names else ():
-            found = (
-                f"{prefix}{container}.{name}.{key}" in keys
+            parameters = [
+                f"{prefix}{container}.{name}.{key}"
                 for container in self.adapter_layer_names
                 for key, _ in self._modules[container][name].named_parameters()
-            )
-            saved = (f"{prefix}{container}.{name}.{EXTRA_STATE}" for container in self.state_names)
-            if any(found) and not any(key in keys for key in saved):
-                self.check_state(name, {})
+            ]
+            for container in self.state_names:
+                check_saved_with(parameters, self._modules[container][name], f"{prefix}{container}.{name}", keys)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_complete(prefix, state_dict)

@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from ...layers.adamix import PASSES
+from ...layers.adamix.routes import PASSES
 from ...methods.adamix import (
     can_double,
     double,
