@@ -118,7 +118,7 @@ class RouteState(PlacedState):
         if len(self.passes_run) > 1:
             raise RuntimeError(
                 "AdaMix: activation checkpointing repeats forwards of two passes and cannot tell whose they are. Run "
-                "both as one batch, with AdaMixTrainerMixin.consistency_doubled = True or adamix_loss(doubled=True), or "
+                "both as one batch (AdaMixTrainerMixin.consistency_doubled, or adamix_loss(doubled=True)), or "
                 "switch checkpointing off"
             )
         return next(iter(self.passes_run))
