@@ -318,7 +318,7 @@ def test_explains_itself(kind):
     assert ("lowrank_linear" if kind == "lora" else "F.linear, then bottleneck") in text
     set_adamix_pass(layer, None)
     assert "bottleneck" in str(explain(layer)) and "2 groups" in explain(layer).lines[0][1] + str(
-        layer.op_problem(8).describe()
+        layer.explain_route(8)[2].describe()
     )
 
 

@@ -482,9 +482,9 @@ def test_bf16_with_fp32_factors_is_as_exact_as_its_weight():
 def test_explain_names_the_op():
     layer = make()
     assert [path.split(" -> ")[0] for _, path, _ in explain(layer).lines] == ["lowrank_linear"]
-    assert layer.op_problem(4) is not None
+    assert layer.explain_route(4)[2] is not None
     layer.merge()
-    assert "merged" in str(explain(layer)) and layer.op_problem(4) is None
+    assert "merged" in str(explain(layer)) and layer.explain_route(4)[2] is None
 
 
 def test_training_without_a_schedule_warns():

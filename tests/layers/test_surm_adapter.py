@@ -100,7 +100,7 @@ def test_on_the_output_of_a_linear_layer(make_base):
     assert not layer.merged and torch.equal(base.weight, weight)
     path = explain(layer, rows=64).lines[0][1]
     assert path.startswith("F.linear, then kronecker, activation and bias on its output -> torch: ")
-    assert layer.op_problem(64).k == 12
+    assert layer.explain_route(64)[2].k == 12
 
 
 def test_half_precision_beside_fp32_parameters_and_autocast():

@@ -8,19 +8,21 @@ import torch
 from torch import nn
 
 from ...layers.adamix import AdaMixAdapter, AdaMixDelta, AdaMixLinear, RoutePolicy
+from ...layers.adamix.blocks import RoutedBlock
 from ...layers.adamix.routes import EXPERT_INITS, RouteMember
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
+from ...layers.lowrank import LowRankStep
+from ...layers.route import Route
 from ...layers.sharded import whole
 from ...methods.adamix import adamix_loss
 from ...methods.schedule import unwrap_model
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
-from ...ops.dispatch import Problem
 from .config import FusedConfig, check_after
 from .export import Exported, ExportedLayer, check_additive, refuse_rank
 from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
 from .registration import Demo, FusedPeftType, Registration, register
-from .tuner import FusedLayer, FusedTuner
+from .tuner import BaseLayer, FusedLayer, FusedTuner, mixes
 
 __all__ = ["AdaMixConfig", "AdaMixModel", "merge_experts"]
 
@@ -128,23 +130,25 @@ class AdaMixPeftLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def adapter(self, name: str) -> RoutedBlock:
+        return self.block("adamix_block", name)
+
+    def linear_step(self, name: str, x: torch.Tensor) -> LowRankStep:
+        return self.adapter(name).linear_step(x)
+
     def schedule_members(self) -> list[RouteMember]:
         return [block.member() for block in self.adamix_block.values()]
 
-    def on_output(self, name: str) -> bool:
-        return isinstance(self.adamix_block[name], AdaMixAdapter)
-
-    def factor(self, name: str) -> torch.Tensor:
-        return self.adamix_block[name].down.weight
-
-    def is_untouched(self, name: str) -> bool:
-        return name not in self.adamix_block or self.adamix_block[name].is_zero()
+    def typical_input(self, rows: int = 1) -> torch.Tensor:
+        names = self._names_to_run()
+        shape = self.adamix_block[names[0]].typical_shape(rows) if names else (rows,)
+        return super().typical_input().expand(*shape, -1)
 
     def reasons_against_linear(self, name: str) -> list[str]:
         if self.on_output(name):
             return ["the adapter works on the output of the base layer"]
-        if self.adamix_block[name].routes.grouped:
-            return ["rows of one batch go to different experts"]
+        if reason := self.adamix_block[name].against_linear():
+            return [reason]
         return super().reasons_against_linear(name)
 
     def reason_against_weight(self, name: str) -> str | None:
@@ -152,27 +156,30 @@ class AdaMixPeftLinear(FusedLayer):
             return "sends the rows of one batch to different experts"
         return super().reason_against_weight(name)
 
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.adamix_block[name].linear(x, weight, bias)
 
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        block = self.adamix_block[name]
-        if not self.on_output(name):
-            return block(x, result)
-        # x is the result, or a copy of it in the dtype of the adapter, whose change alone is wanted then.
-        return block(x) if result is not None else block(x, torch.zeros_like(x))
+class PfeifferSteps(BaseLayer):
+    """The forward pass of a norm with adapters in Pfeiffer's position."""
 
-    def delta_path(self, name: str) -> str:
-        return "bottleneck on its output" if self.on_output(name) else "bottleneck added to it"
+    __slots__ = ("layer", "names")
+    name = "base layer, then bottleneck on its output, added to its input, and base layer"
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem | BottleneckProblem:
-        block = self.adamix_block[name]
-        if not self.on_output(name):
-            return block.problem(x, has_weight)
-        return block.problem(x[..., :1].expand(*x.shape[:-1], block.in_features))
+    def __init__(self, layer: "AdaMixPeftNorm", names: list[str], args: tuple, kwargs: dict):
+        super().__init__(layer.base_layer, args, kwargs)
+        self.layer, self.names = layer, names
 
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self.adamix_block[name].delta()
+    def run(self, z: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        for name in self.names:
+            h = super().run(z, None)
+            block, dtype = self.layer.adapter(name), h.dtype
+            wide = block.factor().dtype
+            if mixes(wide, dtype) or torch.is_autocast_enabled(z.device.type):
+                z = block(h, z.to(dtype))
+            else:
+                z = block(h.to(wide), z.to(wide)).to(dtype)
+        return super().run(z, None)
+
+    def problem(self, x: torch.Tensor) -> BottleneckProblem:
+        return self.layer.adapter(self.names[0]).problem(x)
 
 
 class AdaMixPeftNorm(AdaMixPeftLinear):
@@ -182,19 +189,11 @@ class AdaMixPeftNorm(AdaMixPeftLinear):
     def sizes(base: nn.Module) -> tuple[int, int]:
         return base.normalized_shape[-1], base.normalized_shape[-1]
 
-    def _adapted(self, names: list[str], z: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        for name in names:
-            h = self.base_layer(z, *args, **kwargs)
-            block, dtype = self.adamix_block[name], h.dtype
-            if self._mixes(name, dtype) or torch.is_autocast_enabled(z.device.type):
-                z = block(h, z.to(dtype))
-            else:
-                wide = self.factor(name).dtype
-                z = block(h.to(wide), z.to(wide)).to(dtype)
-        return self.base_layer(z, *args, **kwargs)
-
-    def delta_path(self, name: str) -> str:
-        return "bottleneck on its output, added to its input, and base layer"
+    def _route(self, names: list[str], x: torch.Tensor, args: tuple, kwargs: dict) -> Route:
+        if not names:
+            return super()._route(names, x, args, kwargs)
+        against = [(self.linear_op, reason) for reason in self.reasons_against_linear(names[0])]
+        return Route((PfeifferSteps(self, names, args, kwargs),), against)
 
 
 class AdaMixModel(FusedTuner):

@@ -14,12 +14,10 @@ from torch.autograd.graph import increment_version
 from ...layers.rosa import RosaLinear, SubspacePolicy
 from ...layers.rosa.host import SubspaceHost
 from ...layers.rosa.pretrained import check_finite, check_writable
-from ...layers.rosa.state import RosaMember, RosaState, SubspaceFactor, draw_factors
+from ...layers.rosa.state import RosaAdapter, RosaMember, RosaState, SubspaceFactor, draw_factors
 from ...layers.rosa.subspace import check_subspace_rank, subspace_rank
 from ...layers.sharded import is_sharded, whole
-from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING
-from ...ops.dispatch import Problem, problem_of
 from .config import FusedConfig, check_pattern
 from .export import Exported, ExportedLayer, refuse_rank
 from .loading import Snapshot, awaits_checkpoint
@@ -119,7 +117,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, K] and B [N, r] of an adapter."""
-        return self.rosa_A[name].weight, self.rosa_B[name].weight
+        return self.block("rosa_A", name).weight, self.block("rosa_B", name).weight
 
     # -------------------------------------------------------------------------------------------------- the base weight
 
@@ -143,7 +141,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         if kind == "pretrained":
             return None
         return (
-            self._total_change(name)
+            self.adapter(name).change()
             if kind == "merged"
             else self.rosa_state[name].frozen_change(self.base_weight().device)
         )
@@ -152,15 +150,11 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         yield None
         for name, state in self.rosa_state.items():
             if not self.factor(name).is_meta:
-                yield self._total_change(name)
+                yield self.adapter(name).change()
                 yield state.frozen_change(self.base_weight().device)
 
     def suspended(self) -> bool:
         return self.disable_adapters and not self.merged
-
-    @torch.no_grad()
-    def _total_change(self, name: str) -> torch.Tensor:
-        return self.rosa_state[name].total_change(*map(whole, self.factors(name)))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -202,7 +196,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> torch.Tensor:
-        return self._pretrained.plus(self.base_weight(), self._in_layout(self._total_change(names[0])))
+        return self._pretrained.plus(self.base_weight(), self._in_layout(self.adapter(names[0]).change()))
 
     def unmerge(self) -> None:
         """Puts back, bit for bit, what `merge` replaced; the pretrained weight if the adapter is not the active one."""
@@ -261,7 +255,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
     def narrow(self, name: str, dtype: torch.dtype) -> None:
         """Casts a new adapter's factors; the base weight takes up what they lose."""
         state = self.rosa_state[name]
-        if self.factor(name).dtype == dtype or not state.is_untouched(*self.factors(name)):
+        if self.factor(name).dtype == dtype or not self.adapter(name).is_zero():
             return
         for factor in (self.rosa_A[name], self.rosa_B[name]):
             factor.weight = nn.Parameter(factor.weight.to(dtype), requires_grad=factor.weight.requires_grad)
@@ -286,36 +280,11 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             if not factor.weight.is_meta:
                 factor.to(device)
 
-    def factor(self, adapter_name: str) -> torch.Tensor:
-        return self.rosa_A[adapter_name].weight
+    def adapter(self, name: str) -> RosaAdapter:
+        return RosaAdapter(*self.factors(name), self.block("rosa_state", name), self.check_held)
 
-    def delta_path(self, adapter_name: str) -> str:
-        return "lowrank added to it"
-
-    def is_untouched(self, adapter_name: str) -> bool:
-        """Whether the adapter is as it was made, and so changes nothing."""
-        return adapter_name not in self.rosa_A or self.rosa_state[adapter_name].is_untouched(
-            *self.factors(adapter_name)
-        )
-
-    def _count(self, name: str) -> None:
-        if self.training:
-            self.rosa_state[name].count_forward()
-        self.check_held()
-
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        self._count(name)
-        return lowrank_linear(x, weight, bias, *self.factors(name))
-
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        self._count(name)
-        return lowrank_adapter(x, *self.factors(name), add=result)
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> Problem:
-        return problem_of(x, *self.factors(name), has_weight=has_weight, dropout=False)
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self._total_change(name).to(self.rosa_state[name].dtype)
+    def factor(self, name: str) -> torch.Tensor:
+        return self.block("rosa_A", name).weight
 
 
 class RosaModel(FusedTuner):

@@ -11,7 +11,6 @@ from ...layers.sharded import is_sharded
 from ...layers.surm.adapter import SurmAdapter, SurmAdapterLinear, make_activation
 from ...layers.surm.linear import CirculantLinear, KroneckerLinear, LdrLinear, StructuredDelta, ToeplitzLinear
 from ...layers.surm.maps import MapSpec
-from ...ops.structured import StructuredProblem
 from .config import FusedConfig, check_after
 from .export import Exported, ExportedLayer, check_additive
 from .loading import awaits_checkpoint
@@ -131,31 +130,8 @@ class SurmPeftLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def on_output(self, name: str) -> bool:
-        return isinstance(self.surm_block[name], SurmAdapter)
-
-    def factor(self, name: str) -> torch.Tensor:
-        return self.surm_block[name].factor()
-
-    def is_untouched(self, name: str) -> bool:
-        return name not in self.surm_block or self.surm_block[name].is_zero()
-
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        block = self.surm_block[name]
-        if self.on_output(name):  # x is the result, or a copy of it in the dtype of the adapter
-            return block.change(x) if result is None else block(x)
-        return block(x, add=result)
-
-    def delta_path(self, name: str) -> str:
-        op = self.surm_block[name].map.op_name
-        return f"{op}, activation and bias on its output" if self.on_output(name) else f"{op} added to it"
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> StructuredProblem:
-        block = self.surm_block[name]
-        return block.problem(x[..., :1].expand(*x.shape[:-1], block.map.in_features))
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self.surm_block[name].delta()
+    def adapter(self, name: str) -> StructuredDelta:
+        return self.block("surm_block", name)
 
 
 class SurmModel(FusedTuner):

@@ -6,21 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...ops import bottleneck_adapter, lowrank_linear
+from ...ops import bottleneck_adapter
 from ...ops.bottleneck import ACTIVATIONS, BottleneckProblem
 from ...ops.bottleneck import problem_of as bottleneck_problem
-from ...ops.dispatch import Problem, problem_of
 from ..checks import check_alpha, check_choice, check_dropout, check_rank
+from ..lowrank import LowRankStep
+from ..route import BlockStep
 from .routes import (
     EXPERT_INITS,
     PASSES,
-    USUAL_BATCH,
     RouteMember,
     RoutePolicy,
     RouteState,
     write_eval_routes,
     write_routes,
 )
+
+# Sequences in a batch where nobody says how many there are.
+USUAL_BATCH = 32
 
 
 class Experts(nn.Module):
@@ -116,19 +119,29 @@ class RoutedBlock(nn.Module):
         write_routes([self.routes], [((0,) * PASSES,) * 2])
         write_eval_routes([self.routes], [None])
 
-    def bottleneck_problem(self, x: torch.Tensor, activation: str) -> BottleneckProblem:
-        """What a forward pass on x [rows, K] gives the bottleneck op."""
-        groups = None
-        if self.routes.grouped and self.routes.pass_index is None:
-            groups = x.new_empty(PASSES, dtype=torch.int64)
-        elif self.routes.grouped:
-            groups = x.new_empty(math.gcd(x.shape[0], USUAL_BATCH), dtype=torch.int64)
-        return bottleneck_problem(x, self.down.weight, self.up.weight, activation, groups)
+    def step(self, x: torch.Tensor) -> BlockStep:
+        return BlockStep(self)
 
-    def _operands(self, x: torch.Tensor):
-        """(down, down_bias, up, up_bias, expert) of a forward pass: stacks with their routes, or the averages."""
+    def factor(self) -> nn.Parameter:
+        """One of the parameters, whose dtype and device all share."""
+        return self.down.weight
+
+    def typical_shape(self, rows: int) -> tuple[int, ...]:
+        """Of the rows of an input, in as many sequences as is usual where they are routed one by one."""
+        if not self.routes.grouped:
+            return (rows,)
+        batch = PASSES if self.routes.current_pass() is None else math.gcd(rows, USUAL_BATCH)
+        return (batch, max(1, rows // batch))
+
+    def _operands(self, x: torch.Tensor, count: bool = False):
+        """(down, down_bias, up, up_bias, expert) of a forward pass: stacks with their routes, or the averages.
+
+        count: it is not only asked, but will run.
+        """
         down, up, expert = self.down, self.up, None
         if down.stacked or up.stacked:
+            if count and self.training:
+                self.routes.count_forward()
             expert = self.routes.experts(self.training, x.shape[0] if x.dim() > 1 else 1, x.device)
             if expert is None:
                 return *down.averaged(), *up.averaged(), None
@@ -141,6 +154,9 @@ class AdaMixDelta(RoutedBlock):
     alpha: scale = alpha / r. The average of the experts' factors is exactly the average of their products if one side
     is shared, and an approximation of it otherwise.
     """
+
+    on_output = False
+    path = "bottleneck added to it"
 
     def __init__(
         self, in_features: int, out_features: int, r: int, policy: RoutePolicy, *, alpha: float,
@@ -165,29 +181,36 @@ class AdaMixDelta(RoutedBlock):
     def dropout_p(self) -> float:
         return self.dropout.p if self.dropout.training else 0.0
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x weight^T + bias + scale * B_j A_i drop(x) in one op; the routes must not be grouped."""
+    def linear_step(self, x: torch.Tensor) -> LowRankStep:
+        """The part in one op with the base product; ValueError if the routes are grouped."""
         A, _, B, _, expert = self._operands(x)
-        return lowrank_linear(x, weight, bias, A, B, scale=self.scale, expert=expert, dropout_p=self.dropout_p)
+        options = {"scale": self.scale, "expert": expert, "dropout_p": self.dropout_p}
+        return LowRankStep(A, B, options, self.routes if self.training and expert is not None else None)
+
+    def against_linear(self) -> str | None:
+        """Why there is no such part now."""
+        return "rows of one batch go to different experts" if self.routes.grouped else None
+
+    def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self(x, y)
 
     def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         """add + scale * B_j A_i drop(x), by the bottleneck op without activation, which takes one per sequence."""
-        A, _, B, _, expert = self._operands(x)
+        A, _, B, _, expert = self._operands(x, count=True)
         residual = x.new_zeros(*x.shape[:-1], self.out_features) if add is None else add
         x = F.dropout(x, self.dropout_p)
         return bottleneck_adapter(x, A, None, B, None, "identity", residual=residual, scale=self.scale, expert=expert)
+
+    def problem(self, x: torch.Tensor) -> BottleneckProblem:
+        """What a forward pass on x gives the op."""
+        A, _, B, _, expert = self._operands(x)
+        return bottleneck_problem(x, A, B, "identity", expert)
 
     def delta(self) -> torch.Tensor:
         """The dense change of the weight by the averaged experts, [N, K], in fp32 (fp64 for fp64)."""
         dtype = torch.promote_types(self.up.weight.dtype, torch.float32)
         (A, _), (B, _) = self.down.averaged(), self.up.averaged()
         return self.scale * (B.to(dtype) @ A.to(dtype))
-
-    def problem(self, x: torch.Tensor, has_weight: bool) -> Problem | BottleneckProblem:
-        """What a forward pass on x [rows, K] gives `linear` (has_weight) or `forward`."""
-        if not has_weight or self.routes.grouped:
-            return self.bottleneck_problem(x, "identity")
-        return problem_of(x, self.down.weight, self.up.weight, has_weight=True, dropout=self.dropout_p > 0)
 
 
 class AdaMixAdapter(RoutedBlock):
@@ -196,6 +219,9 @@ class AdaMixAdapter(RoutedBlock):
     Source: AdaMix, Wang et al. 2022, sec. 3, on the bottleneck adapter of Houlsby et al. 2019. The down side starts as
     N(0, 0.02) and the up side at zero, so that the block starts as the identity; the authors draw both.
     """
+
+    on_output = True
+    path = "bottleneck on its output"
 
     def __init__(
         self, n: int, r: int, policy: RoutePolicy, *, activation: str = "gelu", expert_init: str = "independent",
@@ -215,12 +241,18 @@ class AdaMixAdapter(RoutedBlock):
 
     def forward(self, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """residual + U_j act(D_i drop(h) + b_i) + c_j; residual None means h. h: [..., n]."""
-        down, down_bias, up, up_bias, expert = self._operands(h)
+        down, down_bias, up, up_bias, expert = self._operands(h, count=True)
         if self.dropout.training and self.dropout.p > 0:
             residual = h if residual is None else residual
             h = F.dropout(h, self.dropout.p)
         return bottleneck_adapter(h, down, down_bias, up, up_bias, self.activation, residual=residual, expert=expert)
 
-    def problem(self, h: torch.Tensor) -> BottleneckProblem:
-        """What a forward pass on h [rows, n] gives the op."""
-        return self.bottleneck_problem(h, self.activation)
+    def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """On the output y; for None what would be added to an output x, alone."""
+        return self(x, torch.zeros_like(x)) if y is None else self(y)
+
+    def problem(self, x: torch.Tensor) -> BottleneckProblem:
+        """What a forward pass gives the op where the layer's input is x."""
+        h = x[..., :1].expand(*x.shape[:-1], self.in_features)
+        down, _, up, _, expert = self._operands(h)
+        return bottleneck_problem(h, down, up, self.activation, expert)

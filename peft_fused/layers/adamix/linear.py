@@ -3,10 +3,9 @@
 import torch
 from torch import nn
 
-from ...ops.bottleneck import BottleneckProblem
-from ...ops.dispatch import Problem
-from ..adapted import NO_DELTA, AdaptedLinear
+from ..adapted import NO_DELTA, AdaptedLinear, FrozenProduct
 from ..checks import check_adapter_dtype, check_alpha, check_choice, check_linear, features
+from ..route import Route
 from .blocks import AdaMixAdapter, AdaMixDelta, RoutedBlock
 from .routes import RouteMember, RoutePolicy
 
@@ -67,20 +66,14 @@ class AdaMixLinear(AdaptedLinear):
             raise ValueError(f"an AdaMixAdapter has no dense delta: {NO_DELTA}")
         return self.block.delta()
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
+    def adapted_route(self, x: torch.Tensor) -> Route:
         if not self.additive:
-            return self.block(self.base(x))
-        if self.block.routes.grouped:
-            return self.block(x, self.base(x))
-        return self.block.linear(x, self.weight_nk(), self.bias)
+            return Route((FrozenProduct(self), self.block.step(x)))
+        if reason := self.block.against_linear():
+            return Route((FrozenProduct(self), self.block.step(x)), ((self.op_name, reason),))
+        step = self.block.linear_step(x)
+        step.weight, step.bias = self.operands()
+        return Route((step,))
 
-    def path(self) -> str:
-        if not self.additive:
-            return "F.linear, then bottleneck on its output"
-        return "F.linear, then bottleneck added to it" if self.block.routes.grouped else "lowrank_linear"
-
-    def op_problem(self, rows: int) -> Problem | BottleneckProblem:
-        """What a forward pass on x [rows, K] gives the op."""
-        if self.additive:
-            return self.block.problem(self.weight.new_empty(1, self.in_features).expand(rows, -1), True)
-        return self.block.problem(self.weight.new_empty(1, self.out_features).expand(rows, -1))
+    def typical_input(self, rows: int = 1) -> torch.Tensor:
+        return self.weight.new_empty(1, self.in_features).expand(*self.block.typical_shape(rows), -1)

@@ -13,8 +13,6 @@ EXPERT_INITS = ("independent", "identical")
 # Forward passes of one micro-batch that may be given routes of their own: the consistency loss has two.
 PASSES = 2
 MAX_EXPERTS = 1024
-# Sequences in a batch where nobody says how many there are.
-USUAL_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -101,6 +99,12 @@ class RouteState(PlacedState):
         if index != 0:
             self.note_used(1)
 
+    def count_forward(self) -> None:
+        """As the base class's, and notes the pass."""
+        super().count_forward()
+        if not torch.compiler.is_compiling():
+            self.passes_run.add(self.current_pass())
+
     def note_used(self, index: int) -> None:
         """The experts of a pass contribute to the optimizer step under way."""
         for used, routes in zip(self.used, self.values, strict=True):
@@ -134,10 +138,7 @@ class RouteState(PlacedState):
                 return None
             routes = self.eval_routes
         else:
-            self.count_forward()
             index = self.current_pass()
-            if not torch.compiler.is_compiling():
-                self.passes_run.add(index)
             if index is None:
                 return self._doubled(batch)
             routes = self.routes[:, index]

@@ -5,15 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ...ops import lowrank_linear
-from ...ops.dispatch import Problem, problem_of
-from ..adapted import AdaptedLinear
+from ..adapted import AdaptedLinear, FrozenProduct
 from ..checks import check_adapter_dtype, check_int, check_linear, features
+from ..route import Route
 from ..scheduled import check_saved_with
-from ..sharded import whole
 from .host import SubspaceHost
 from .pretrained import check_finite, check_writable
-from .state import RosaMember, RosaState, SubspaceFactor, draw_factors
+from .state import RosaAdapter, RosaMember, RosaState, SubspaceFactor, draw_factors
 from .subspace import EPOCH, SubspacePolicy, check_subspace_rank, subspace_rank
 
 
@@ -85,12 +83,12 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         if self._restored:
             return None
         if self._merged:
-            return self.rosa_state.total_change(*map(whole, self.factors()))
+            return self.adapter().change()
         return self.rosa_state.frozen_change(self.weight.device)
 
     def other_changes(self) -> Iterator[torch.Tensor | None]:
         yield None
-        yield self.rosa_state.total_change(*map(whole, self.factors()))
+        yield self.adapter().change()
         yield self.rosa_state.frozen_change(self.weight.device)
 
     def _draw(self, phase: int, agree=None) -> None:
@@ -122,15 +120,17 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         check_saved_with(factors, self.rosa_state, f"{prefix}rosa_state", state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def adapter(self) -> RosaAdapter:
+        return RosaAdapter(*self.factors(), self._modules["rosa_state"], self.check_held)
+
     def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, K] and B [N, r]."""
-        return self.rosa_A.weight, self.rosa_B.weight
+        modules = self._modules
+        return modules["rosa_A"].weight, modules["rosa_B"].weight
 
     def delta(self) -> torch.Tensor:
         """The dense change of the pretrained weight so far, [N, K] in fp32 (fp64 for an fp64 layer)."""
-        with torch.no_grad():
-            change = self.rosa_state.total_change(*map(whole, self.factors()))
-        return change.to(self.rosa_state.dtype)
+        return self.adapter().delta()
 
     def merge(self) -> None:
         """Sets the base weight to round(W0 + delta()), which the forward pass then uses alone.
@@ -155,22 +155,15 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         self._merged, self._restored = False, True
         self.refresh()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K] in the base weight's dtype. Returns [..., N]."""
-        return self.base(x) if self._merged or self._restored else self.adapted(x)
+    def route(self, x: torch.Tensor) -> Route:
+        if self._restored:
+            return Route((FrozenProduct(self),))
+        return super().route(x)
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.rosa_state.count_forward()
-        self.check_held()
-        return lowrank_linear(x, self.weight_nk(), self.bias, *self.factors())
-
-    def op_problem(self, rows: int) -> Problem | None:
-        """What a forward pass on x [rows, K] gives lowrank_linear; None if it does not call it."""
-        if self._merged or self._restored:
-            return None
-        x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
-        return problem_of(x, *self.factors(), has_weight=True, dropout=False)
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        step = self.adapter().step(x)
+        step.weight, step.bias = self.operands()
+        return Route((step,))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.rosa_state.r}"

@@ -4,11 +4,13 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from ..lowrank import LowRankStep
 from ..scheduled import SavedState
 from ..sharded import local, part_of, whole
 from .subspace import SubspacePolicy, split_weight
@@ -99,12 +101,6 @@ class RosaState(SavedState):
     def anchor(self, A: torch.Tensor, B: torch.Tensor) -> None:
         """Notes the factors as drawn."""
         self.A0, self.B0 = (t.detach().to("cpu", self.dtype, copy=True) for t in (A, B))
-
-    def is_untouched(self, A: torch.Tensor, B: torch.Tensor) -> bool:
-        """Whether the adapter changes nothing, as when it was made."""
-        if A.is_meta or B.is_meta:
-            return True
-        return not self.total_change(whole(A), whole(B)).any()
 
     def digest(self) -> str:
         """Of the factors as drawn, which all processes must have alike."""
@@ -220,3 +216,53 @@ class SubspaceFactor(nn.Module):
 
     def extra_repr(self) -> str:
         return str(list(self.weight.shape))
+
+
+class RosaStep(LowRankStep):
+    """Raises RuntimeError where the base weight no longer goes with the factors, see `SubspaceHost.check_held`."""
+
+    __slots__ = ("check_held",)
+
+    def __init__(self, adapter: "RosaAdapter", state: RosaState | None):
+        super().__init__(adapter.A, adapter.B, {}, state)
+        self.check_held = adapter.check_held
+
+    def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        self.check_held()
+        return super().run(x, y)
+
+
+class RosaAdapter(NamedTuple):
+    """B (A x), with A [r, K] and B [N, r], wherever a layer keeps them, beside a weight without their part.
+
+    check_held: of the layer.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    state: RosaState
+    check_held: Callable[[], None]
+
+    @property
+    def on_output(self) -> bool:
+        return False
+
+    def factor(self) -> nn.Parameter:
+        """One of the parameters, whose dtype and device all share."""
+        return self.A
+
+    def step(self, x: torch.Tensor) -> LowRankStep:
+        return RosaStep(self, self.state if self.state.training else None)
+
+    @torch.no_grad()
+    def change(self) -> torch.Tensor:
+        """All that the adapter has changed of the pretrained weight, [N, K] in fp64; collective if it is sharded."""
+        return self.state.total_change(whole(self.A), whole(self.B))
+
+    def delta(self) -> torch.Tensor:
+        """The same in fp32 (fp64 for an fp64 layer)."""
+        return self.change().to(self.state.dtype)
+
+    def is_zero(self) -> bool:
+        """Whether the adapter is as it was made, and so changes nothing."""
+        return self.A.is_meta or self.B.is_meta or not self.change().any()
