@@ -13,11 +13,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 STAMP = "_build_info"
+# Packages that lie elsewhere, by package-dir in pyproject.toml.
+MAPPED = ("peft_fused.bench", "peft_fused.bench.evidence", "peft_fused.triton_kernels")
 MODES = ("auto", "off", "cpu", "cuda", "force")
 # sm_90a brings wgmma; PTX of the oldest supported architecture serves whatever comes later.
 CUDA_ARCHITECTURES = ("-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=sm_90a")
@@ -177,11 +179,12 @@ def main():
     if mode not in MODES:
         sys.exit(f"PEFT_FUSED_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
     native = native_extension(mode)
+    packages = [*find_packages(str(ROOT), include=["peft_fused", "peft_fused.*"]), *MAPPED]
     if native is None:
-        setup(cmdclass={"build_py": BuildPython})
+        setup(packages=packages, cmdclass={"build_py": BuildPython})
     else:
         extensions, build = native
-        setup(ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": build})
+        setup(packages=packages, ext_modules=extensions, cmdclass={"build_py": BuildPython, "build_ext": build})
 
 
 main()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_fused.layers import AdaMixLinear
-from peft_fused.layers.adamix import PASSES, write_routes
+from peft_fused.layers.adamix.routes import PASSES, write_routes
 
 from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of, saved_bytes
 from .shapes import Shape

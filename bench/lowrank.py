@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
 import peft_fused
-from peft_fused.methods.stepping import members_of
+from peft_fused.methods.schedule import members_of
 from peft_fused.ops import dispatch
 
 from .shapes import Shape

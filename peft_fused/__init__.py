@@ -14,57 +14,44 @@ import os
 import sys
 import warnings
 
+from .registry import METHODS
+
 __version__ = "0.1.0"
 
-# Where names are that have not been imported below, by module. The Trainer callback pulls in the whole Trainer, so it
-# waits for its first use.
+# Floor -> what is offered of it here, beside what the methods add. The Trainer callback pulls in the whole Trainer, so
+# it waits for its first use.
 _HOMES = {
-    ".": ("layers", "methods", "ops"),
-    ".ops.dispatch": ("explain", "use_backend"),
-    ".methods": (
-        "adamix_loss", "check_sync", "consistency_loss", "decay_groups", "evaluate_dylora_ranks", "freezing_history",
-        "on_step", "set_adamix_pass", "set_dylora_rank", "set_adamix_routing",
-    ),
-    ".integrations.peft": (
-        "AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig", "copy_adapter", "export_lora",
-        "merge_experts",
-    ),
-    ".integrations.peft.acceleration": ("accelerate", "restore"),
-    ".integrations.transformers": ("AdaMixTrainerMixin", "PeftFusedCallback"),
-}  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+    "": ("layers", "methods", "ops"),
+    "ops.dispatch": ("explain", "use_backend"),
+    "methods": ("check_sync", "decay_groups", "on_step"),
+    "integrations.peft": ("copy_adapter", "export_lora"),
+    "integrations.peft.acceleration": ("accelerate", "restore"),
+    "integrations.transformers": ("PeftFusedCallback",),
+}
+# Name -> the module that has it.
+_HOME = {name: floor for floor, names in _HOMES.items() for name in names}
+for _method, _floors in METHODS.items():
+    _HOME |= {name: f"{floor}.{_method}" for floor, names in _floors.items() for name in names}
+
+
+def _load(name: str):
+    """Imports a name from where it is, and keeps it here."""
+    home = _HOME[name]
+    found = importlib.import_module(f".{home or name}", __name__)
+    globals()[name] = found if home == "" else getattr(found, name)
+    return globals()[name]
+
 
 # Our own command alone does without torch and PEFT, which are slow to import, until it needs them. Anyone else has the
 # methods known to PEFT's loaders from here on.
 _OWN_COMMAND = os.path.splitext(os.path.basename((getattr(sys, "argv", None) or [""])[0]))[0] == "peft-fused"
 if not _OWN_COMMAND:
-    from . import layers, methods, ops
-    from .methods import (
-        adamix_loss,
-        check_sync,
-        consistency_loss,
-        decay_groups,
-        evaluate_dylora_ranks,
-        freezing_history,
-        on_step,
-        set_adamix_pass,
-        set_adamix_routing,
-        set_dylora_rank,
-    )
-    from .ops.dispatch import explain, use_backend
+    from . import ops
 
-    if importlib.util.find_spec("peft") is not None:
-        from .integrations.peft import (
-            AdaMixConfig,
-            AfLoraConfig,
-            DyLoraConfig,
-            RosaConfig,
-            SurmConfig,
-            copy_adapter,
-            export_lora,
-            merge_experts,
-        )
-        from .integrations.peft.acceleration import accelerate, restore
+    _PEFT = importlib.util.find_spec("peft") is not None
+    for _name, _home in _HOME.items():
+        if not _home.startswith("integrations") or (_PEFT and _home.startswith("integrations.peft")):
+            _load(_name)
 
     # Whoever asks for a pure Python package knows what it lacks, and our command's reports say so themselves.
     if ops.native.not_built and os.environ.get("PEFT_FUSED_BUILD") != "off":
@@ -74,36 +61,7 @@ if not _OWN_COMMAND:
             stacklevel=2,
         )
 
-__all__ = [
-    "AdaMixConfig",
-    "AdaMixTrainerMixin",
-    "AfLoraConfig",
-    "DyLoraConfig",
-    "PeftFusedCallback",
-    "RosaConfig",
-    "SurmConfig",
-    "accelerate",
-    "adamix_loss",
-    "build_info",
-    "check_sync",
-    "consistency_loss",
-    "copy_adapter",
-    "decay_groups",
-    "evaluate_dylora_ranks",
-    "explain",
-    "export_lora",
-    "freezing_history",
-    "layers",
-    "merge_experts",
-    "methods",
-    "on_step",
-    "ops",
-    "restore",
-    "set_adamix_pass",
-    "set_adamix_routing",
-    "set_dylora_rank",
-    "use_backend",
-]
+__all__ = sorted(["build_info", *_HOME])
 
 
 def build_info() -> dict:
@@ -116,10 +74,11 @@ def build_info() -> dict:
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = _HOME[name]
     try:
-        found = importlib.import_module(f".{name}" if home == "." else home, __name__)
+        return _load(name)
     except ModuleNotFoundError as error:
         raise AttributeError(f"peft_fused.{name} needs {error.name}: pip install {error.name}") from error
-    globals()[name] = found if home == "." else getattr(found, name)
-    return globals()[name]
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from . import demo_data, demo_report
-from .demo_methods import Settings, choose
+from .demo_methods import METHODS, Settings, choose
 from .demo_train import ModelError, default_model, run_seed
 from .output import fail, plots, print_json, progress, result_folder, torch_device
 
@@ -17,7 +17,7 @@ def run(
     settings: Settings, data: Path | None, evaluation: Path | None, text_column: str, label_column: str,
     out: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Trains, prints tables or one JSON object per method, writes demo.json, demo.png and AFLoRA's log to `out`.
+    """Trains, prints tables or one JSON object per method, writes demo.json, demo.png and what methods note to `out`.
 
     Exit code 2 on bad input.
     """
@@ -68,9 +68,10 @@ def _load(data: Path | None, evaluation: Path | None, text_column: str, label_co
 
 def _train(data: demo_data.Data, settings: Settings, rows: list, as_json: bool, out: Path | None) -> list[dict]:
     results, names = [], choose(settings.methods)
-    pictures = out is not None and "aflora" in names and plots()
-    ranks = settings.rank if "dylora" in names else 0
-    total, done = settings.seeds * (settings.steps + ranks), 0
+    extras = [METHODS[name].extra for name in names]
+    pictures = out is not None and any(extra.draws for extra in extras) and plots()
+    units = sum(extra.units(settings) for extra in extras)
+    total, done = settings.seeds * (settings.steps + units), 0
     with progress(lines=as_json) as tell:
 
         def advance() -> None:

@@ -1,16 +1,15 @@
 """How AFLoRA freezes a model's matrices, noted while it is trained, as numbers and as a picture."""
 
+import statistics
 from pathlib import Path
 
 from torch import nn
 
 import peft_fused
 
+from . import demo_extra
+from .demo_extra import trainable
 from .output import to_json
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class FreezingLog:
@@ -69,6 +68,36 @@ class FreezingLog:
         if self.picture:
             plot(numbers, part)
             part.replace(self.folder / "aflora.png")
+
+
+class Extra(demo_extra.Extra):
+    draws = True
+
+    def __init__(self, model, settings, seed, folder, pictures):
+        super().__init__(model, settings, seed, folder, pictures)
+        self.log = FreezingLog(model, seed, settings.steps, folder, pictures)
+
+    def after_step(self):
+        self.log.after_step()
+
+    def measure(self, models, batches, advance):
+        return {"freezing": self.log.numbers()}
+
+    @staticmethod
+    def combine(seeds, spread):
+        freezing = [seed["freezing"] for seed in seeds]
+        return {
+            "trainable_mean": statistics.fmean(found["trainable_mean"] for found in freezing),
+            "trainable_end": freezing[0]["trainable"][-1]["parameters"],
+            "freezing": freezing[0],
+        }
+
+    @staticmethod
+    def notes(found, baseline):
+        return [
+            f"AFLoRA trains {found['trainable']:,} parameters at first, {found['trainable_end']:,} at the end and "
+            f"{found['trainable_mean']:,.0f} on average; its memory is that of the end"
+        ]
 
 
 def plot(numbers: dict, path: Path) -> None:

@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+from .demo_extra import cell
 from .demo_methods import BASELINE, METHODS
 from .output import err, plots, to_json
 from .output import out as out_console
@@ -43,33 +44,7 @@ def record(name: str, seeds: list[dict], common: dict) -> dict:
         "path": seeds[0]["path"],
         "learning_rate": common["settings"]["lr"] * METHODS[name].rate,
     }
-    if name == "dylora":
-        found["ranks"] = [_rank(entries) for entries in zip(*(seed["ranks"] for seed in seeds), strict=True)]
-    if name == "adamix":
-        found["merged_accuracy"] = found["accuracy"]
-        routes = zip(*(seed["random_route_accuracies"] for seed in seeds), strict=True)
-        found["random_route_accuracies"] = [statistics.fmean(route) for route in routes]
-    if name == "aflora":
-        found["trainable_mean"] = statistics.fmean(seed["freezing"]["trainable_mean"] for seed in seeds)
-        found["trainable_end"] = seeds[0]["freezing"]["trainable"][-1]["parameters"]
-        found["freezing"] = seeds[0]["freezing"]
-    if name == "rosa":
-        found["resample_every"] = seeds[0]["resample_every"]
-    return found | common
-
-
-def _rank(entries: tuple[dict, ...]) -> dict:
-    spreads = {key: _spread([entry[key] for entry in entries]) for key in ("dylora", "lora_truncated")}
-    return {
-        "rank": entries[0]["rank"],
-        **{key: mean for key, (mean, _) in spreads.items()},
-        "std": {key: std for key, (_, std) in spreads.items()},
-    }
-
-
-def _cell(found: dict, key: str, style: str, unit: float = 1) -> str:
-    text, std = format(found[key] / unit, style), found["std"][key]
-    return text if std is None else f"{text} ± {std / unit:.1g}"
+    return found | METHODS[name].extra.combine(seeds, _spread) | common
 
 
 def show(records: list[dict]) -> None:
@@ -91,26 +66,20 @@ def show(records: list[dict]) -> None:
     for name, found in by_name.items():
         error = found["max_relative_gradient_error"]
         rows.append([
-            METHODS[name].title, f"{found['trainable']:,}", _cell(found, "accuracy", ".3f"),
-            _cell(found, "final_loss", ".4f"),
-            "-" if name == BASELINE else _cell(found, "final_loss_difference", "+.1e"),
+            METHODS[name].title, f"{found['trainable']:,}", cell(found, "accuracy", ".3f"),
+            cell(found, "final_loss", ".4f"),
+            "-" if name == BASELINE else cell(found, "final_loss_difference", "+.1e"),
             "-" if name == BASELINE or error is None else f"{error:.1e}",
-            _cell(found, "step_ms_median", ".0f"), _cell(found, "step_ratio_to_peft", ".2f"),
-            _cell(found, "peak_bytes", ".1f", MIB), f"{found['learning_rate']:g}",
+            cell(found, "step_ms_median", ".0f"), cell(found, "step_ratio_to_peft", ".2f"),
+            cell(found, "peak_bytes", ".1f", MIB), f"{found['learning_rate']:g}",
         ])  # fmt: skip
     show_table(console, "same start, same batches, one step of each in turn", headings, rows)
     for name, found in by_name.items():
         console.print(f"path of {METHODS[name].title}: {found['path']}", soft_wrap=True, markup=False)
     for line in notes(by_name):
         console.print(line, soft_wrap=True, markup=False)
-    if "dylora" in by_name:
-        ranks = [
-            [str(entry["rank"]), _cell(entry, "dylora", ".3f"), _cell(entry, "lora_truncated", ".3f")]
-            for entry in by_name["dylora"]["ranks"]
-        ]
-        headings = ("b", "DyLoRA", "trained LoRA, cut")
-        show_table(console, "accuracy when only the first b ranks are kept", headings, ranks)
-        console.print("DyLoRA runs at its scale alpha / b; the cut LoRA keeps the alpha / r that it was trained with")
+    for name, found in by_name.items():
+        METHODS[name].extra.show(console, found)
 
 
 def notes(by_name: dict[str, dict]) -> list[str]:
@@ -121,33 +90,12 @@ def notes(by_name: dict[str, dict]) -> list[str]:
         for name, found in by_name.items()
         if found["diverged_at"] is not None
     ]
-    if {"lora", "dylora"} & by_name.keys():
-        lines.append(
-            "gradient error: largest relative difference from PEFT at the start, B filled; DyLoRA at full rank"
-        )
-    if "surm" in by_name:
-        lines.append("SURM trains other parameters than LoRA: a circulant matrix, two vectors, beside each weight")
-    if found := by_name.get("adamix"):
-        routes = found["random_route_accuracies"]
-        lines.append(
-            "AdaMix makes two passes a step, by different experts, and so takes about twice the time and memory; its "
-            "final loss is that of the task, without the divergence of the two"
-        )
-        lines.append(
-            f"AdaMix's accuracy is that of its experts averaged, {found['merged_accuracy']:.3f}; {len(routes)} random "
-            f"routes have {statistics.fmean(routes):.3f} on average, {min(routes):.3f} to {max(routes):.3f}"
-        )
-    if found := by_name.get("aflora"):
-        lines.append(
-            f"AFLoRA trains {found['trainable']:,} parameters at first, {found['trainable_end']:,} at the end and "
-            f"{found['trainable_mean']:,.0f} on average; its memory is that of the end"
-        )
-    if found := by_name.get("rosa"):
-        share = found["step_ms_mean"] / by_name[BASELINE]["step_ms_mean"]
-        lines.append(
-            f"ROSA trains each subspace for {found['resample_every']} steps. A median leaves the steps out that draw a "
-            f"new one; with them its mean step takes {share:.2f} of PEFT's"
-        )
+    if any(METHODS[name].lora and name != BASELINE for name in by_name):
+        lines.append("gradient error: largest relative difference from PEFT at the start, B filled, at full rank")
+    for name, found in by_name.items():
+        method = METHODS[name]
+        lines += [method.note] if method.note else []
+        lines += method.extra.notes(found, by_name[BASELINE])
     return lines
 
 
@@ -166,8 +114,8 @@ def _plot(records: list[dict], path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ranks = next((found["ranks"] for found in records if "ranks" in found), None)
-    figure, axes = plt.subplots(1, 3 if ranks else 2, figsize=(14 if ranks else 9, 3.6), layout="constrained")
+    panels = [found for found in records if METHODS[found["method"]].extra.panel is not None]
+    figure, axes = plt.subplots(1, 2 + len(panels), figsize=(9 + 5 * len(panels), 3.6), layout="constrained")
     for found in records:
         axes[0].errorbar(
             found["trainable"], found["accuracy"], found["std"]["accuracy"], marker="o", linestyle="", alpha=0.7,
@@ -186,12 +134,8 @@ def _plot(records: list[dict], path: Path) -> Path:
     axes[1].invert_yaxis()
     axes[1].set(xlabel="over PEFT LoRA's")
     axes[1].legend(fontsize="x-small")
-    if ranks:
-        for key, title in (("dylora", "DyLoRA, alpha / b"), ("lora_truncated", "trained LoRA, cut, alpha / r")):
-            spread = [entry["std"][key] or 0.0 for entry in ranks]
-            axes[2].errorbar([e["rank"] for e in ranks], [e[key] for e in ranks], spread, marker="o", label=title)
-        axes[2].set(xlabel="ranks kept", ylabel="accuracy")
-        axes[2].legend(fontsize="x-small")
+    for axis, found in zip(axes[2:], panels, strict=True):
+        METHODS[found["method"]].extra.panel(axis, found)
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -19,21 +19,19 @@ from transformers.utils import logging as transformers_logging
 
 import peft_fused
 from peft_fused.bench.timing import Times, order, ratio
-from peft_fused.methods.dylora import evaluate_dylora_ranks
-from peft_fused.methods.stepping import members_of
+from peft_fused.integrations.peft.registration import REGISTERED
 from peft_fused.ops import dispatch
 
-from .demo_aflora import FreezingLog, trainable
 from .demo_data import Batches, Data
+from .demo_extra import trainable
 from .demo_memory import peak_bytes
-from .demo_methods import BASELINE, METHODS, PLAIN, Method, Settings, choose, resample_every
+from .demo_methods import BASELINE, METHODS, PLAIN, Method, Settings, choose
 
 # Names of the query and value projections in the usual encoders and decoders.
 QUERY_VALUE = (("query", "value"), ("q_lin", "v_lin"), ("q_proj", "v_proj"), ("query_proj", "value_proj"), ("q", "v"))
 WARM_UP_STEPS = 3
 LAST_STEPS = 10
-RANDOM_ROUTES = 8
-# Beyond it a parameter has diverged, while products of such, which ROSA decomposes, are still finite.
+# Beyond it a parameter has diverged, while products of such, which a method may decompose, are still finite.
 LARGEST = 1e9
 
 
@@ -104,8 +102,9 @@ def lora_layers(model: torch.nn.Module) -> list[LoraLayer]:
 
 def lora_factors(model: torch.nn.Module) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """(A, B) of every adapted layer of a model whose method trains LoRA's factors, in the order of the layers."""
-    if members := members_of(model).get("dylora"):
-        return [(member.A, member.B) for member in members]
+    for method in REGISTERED.values():
+        if method.demo.factors is not None and (found := method.demo.factors(model)):
+            return found
     return [(layer.lora_A["default"].weight, layer.lora_B["default"].weight) for layer in lora_layers(model)]
 
 
@@ -248,7 +247,10 @@ def train(
 
 def _update(model, optimizer, method: Method, batch) -> torch.Tensor:
     """Forward, backward and optimizer of one step. Returns the loss of the task."""
-    loss, task_loss = method.loss(model, batch)
+    if method.loss is None:
+        loss = task_loss = model(**batch).loss
+    else:
+        loss, task_loss = method.loss(model, batch)
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -310,28 +312,6 @@ def truncated(model: torch.nn.Module, rank: int) -> Iterator[None]:
                 B.copy_(value)
 
 
-def rank_accuracies(models: dict[str, torch.nn.Module], batches: list[dict], rank: int, advance) -> list[dict]:
-    """Accuracy at every rank: DyLoRA set to it, and the trained LoRA cut to it."""
-    found = []
-    for b in range(1, rank + 1):
-        with truncated(models["peft"], b):
-            cut = accuracy(models["peft"], batches)
-        dylora = evaluate_dylora_ranks(models["dylora"], lambda model: accuracy(model, batches), [b])[b]
-        found.append({"rank": b, "dylora": dylora, "lora_truncated": cut})
-        advance()
-    return found
-
-
-def random_route_accuracies(model: torch.nn.Module, batches: list[dict]) -> list[float]:
-    """Accuracies of an AdaMix model by RANDOM_ROUTES draws of its experts, in place of their average."""
-    found = []
-    for index in range(RANDOM_ROUTES):
-        peft_fused.set_adamix_routing(model, "random", index=index)
-        found.append(accuracy(model, batches))
-    peft_fused.set_adamix_routing(model, "merged")
-    return found
-
-
 def step_memory(model: torch.nn.Module, name: str, optimizer, batch: dict, device: str) -> int:
     """Peak bytes of one training step beyond what the model, its optimizer and the batch hold. It trains the model."""
     model.train()
@@ -344,7 +324,7 @@ def run_seed(
 ) -> dict:  # fmt: skip
     """Trains and evaluates the methods from one seed.
 
-    rows: what to evaluate on. folder: where AFLoRA's log is written while it is trained, with `pictures` of it.
+    rows: what to evaluate on. folder: where methods write what they note while they are trained, with `pictures`.
     """
     torch.manual_seed(seed)
     base, tokenizer = load(settings, len(data.classes))
@@ -355,11 +335,11 @@ def run_seed(
     first = encode(next(Batches(data.train, settings.batch_size, seed)))
     errors = gradient_errors(models, first, seed)
     counts = {name: trainable(model) for name, model in models.items()}
-    log = FreezingLog(models["aflora"], seed, settings.steps, folder, pictures) if "aflora" in models else None
+    extras = {name: METHODS[name].extra(model, settings, seed, folder, pictures) for name, model in models.items()}
 
     def after_step() -> None:
-        if log:
-            log.after_step()
+        for extra in extras.values():
+            extra.after_step()
         advance()
 
     trained = train(models, data.train, encode, settings, seed, after_step)
@@ -379,15 +359,8 @@ def run_seed(
             "diverged_at": state.diverged_at,
             "path": path_of(model),
         }
-    if "dylora" in models:
-        methods["dylora"]["ranks"] = rank_accuracies(models, batches, settings.rank, advance)
-    if "adamix" in models:
-        methods["adamix"]["merged_accuracy"] = methods["adamix"]["accuracy"]
-        methods["adamix"]["random_route_accuracies"] = random_route_accuracies(models["adamix"], batches)
-    if "rosa" in models:
-        methods["rosa"]["resample_every"] = resample_every(settings)
-    if log:
-        methods["aflora"]["freezing"] = log.numbers()
+    for name, extra in extras.items():
+        methods[name] |= extra.measure(models, batches, advance)
     # Last, as it trains the models on.
     for name, model in models.items():
         methods[name]["peak_bytes"] = step_memory(model, name, trained[name].optimizer, first, settings.device)

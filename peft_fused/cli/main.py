@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from peft_fused.registry import METHODS
+
 app = typer.Typer(
     name="peft-fused",
     help="Fast drop-in PEFT adapters: what runs here, is it right, how fast is it, and does it train.",
@@ -65,7 +67,7 @@ def bench(
 def demo(
     method: Annotated[
         list[str] | None,
-        typer.Option(help="lora, dylora, surm, adamix, aflora, rosa, or all (default); may be given several times."),
+        typer.Option(help=f"lora, {', '.join(METHODS)}, or all (default); may be given several times."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Path or hub id of an encoder (default: all-MiniLM-L6-v2)")] = None,
     data: Annotated[Path | None, typer.Option(help="TSV, CSV or JSONL to train on (default: bundled text)")] = None,
@@ -77,11 +79,11 @@ def demo(
     target_modules: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated layers to adapt (default: query and value; for AdaMix and AFLoRA their papers')"
+            help="Comma-separated layers to adapt (default: query and value; for some methods those of their papers)"
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each method.")] = 100,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of LoRA, DyLoRA and ROSA.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of LoRA, and of methods with one like it.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16.0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds; more than one adds mean and spread.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,

@@ -6,16 +6,30 @@ from torch import nn
 
 from .checks import check_linear, is_conv1d
 from .replaced import ReplacedWeight, kept_through
+from .route import CallBase, Route, Routed
+
+# Of an adapter that works on a layer's output, as the end of a sentence.
+NO_DELTA = "its non-linear block on the layer's output is no change of the weight"
 
 
-class AdaptedLinear(nn.Module):
-    """A linear map with W and bias frozen, and an adapter beside it. Subclasses define `adapted`, `delta`, `op_name`,
-    `op_problem` and, where it is more than that op, `path`.
+class FrozenProduct(CallBase):
+    """x W^T + bias by the frozen map alone."""
+
+    __slots__ = ()
+    name = "F.linear"
+
+    def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self.base.base(x)
+
+
+class AdaptedLinear(Routed, nn.Module):
+    """A linear map with W and bias frozen, and an adapter beside it. Subclasses define `adapted_route`, `delta` and
+    `op_name`.
 
     weight, bias: the Parameters of the layer it was made from, shared, not copied.
     """
 
-    # The op that the adapter runs on, as `explain` names it.
+    # The op that the adapter runs on.
     op_name: str
 
     def __init__(self, base: nn.Module):
@@ -32,6 +46,15 @@ class AdaptedLinear(nn.Module):
     def weight_nk(self) -> torch.Tensor:
         """The base weight as [N, K]; a transposed view where the layer stores [K, N]."""
         return self.weight.t() if self.transposed else self.weight
+
+    def operands(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(weight [N, K], bias) as an op takes them."""
+        # torch.nn.Module takes ten times as long to find a parameter as the dictionary where it is, unless something
+        # has put it elsewhere (DataParallel, parametrizations, pruning). A default of `get` would be looked up always.
+        own = self._parameters
+        weight = own["weight"] if "weight" in own else self.weight  # noqa: SIM401
+        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        return (weight.t() if self.transposed else weight), bias
 
     @property
     def merged(self) -> bool:
@@ -75,25 +98,24 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., K] in the base weight's dtype. Returns [..., N]."""
-        return self.base(x) if self.merged else self.adapted(x)
+        return self.route(x).run(x)
+
+    def route(self, x: torch.Tensor) -> Route:
+        """What `forward` runs on x: see layers/route.py."""
+        if self.merged:
+            return Route((FrozenProduct(self),), ((self.op_name, "the adapter is merged into the base weight"),))
+        return self.adapted_route(x)
+
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        """The same while the adapter is not merged."""
+        raise NotImplementedError
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
         """The frozen map alone on x: [..., K] -> [..., N]."""
-        return F.linear(x, self.weight_nk(), self.bias)
+        return F.linear(x, *self.operands())
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        """Base and adapter on x: [..., K] -> [..., N]."""
-        raise NotImplementedError
-
-    def path(self) -> str:
-        """What a forward call runs while the adapter is not merged."""
-        return self.op_name
-
-    def explain_path(self) -> tuple[str, list[str]]:
-        """(path of a forward call, reasons against a shorter one)."""
-        if self.merged:
-            return "F.linear", [f"{self.op_name}: the adapter is merged into the base weight"]
-        return self.path(), []
+    def typical_input(self, rows: int = 1) -> torch.Tensor:
+        return self.weight.new_empty(1, self.in_features).expand(rows, -1)
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"

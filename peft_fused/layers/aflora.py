@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..ops import lowrank_linear
 from .checks import check_adapter_dtype, check_alpha, check_choice, check_flag, check_int, check_linear
-from .lowrank import LowRankLinear
+from .lowrank import LowRankLinear, LowRankStep
 from .scheduled import SavedState, check_saved_with
 from .sharded import is_sharded, local, shard, whole
+
+__all__ = ["AfLoraLinear", "FreezingPolicy"]
 
 MATRICES = ("A", "B")
 RAMPS = ("cubic", "quadratic")
@@ -209,11 +211,48 @@ def draw_factors(A: torch.Tensor, B: torch.Tensor) -> None:
     nn.init.kaiming_uniform_(B)
 
 
-def dense_delta(A, B, d, b, scale: float) -> torch.Tensor:
-    """scale * diag(b) B diag(d) A, [N, K], in fp32 (fp64 for fp64 factors)."""
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    A, B, d, b = (t.to(dtype) for t in (A, B, d, b))
-    return scale * ((b.unsqueeze(1) * B * d) @ A)
+class AfLoraAdapter(NamedTuple):
+    """scale * b . (B (d . (A drop(x)))), with A [r, K], B [N, r], d [r] and b [N], wherever a layer keeps them."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    d: nn.Parameter
+    b: nn.Parameter
+    state: AfLoraState
+    scale: float
+    dropout: nn.Dropout
+
+    @property
+    def on_output(self) -> bool:
+        return False
+
+    def factor(self) -> nn.Parameter:
+        """One of the parameters, whose dtype and device all share."""
+        return self.A
+
+    def step(self, x: torch.Tensor) -> LowRankStep:
+        state, dropout = self.state, self.dropout
+        options = {
+            "u": self.d, "v": self.b, "scale": self.scale, "dropout_p": dropout.p if dropout.training else 0.0
+        }  # fmt: skip
+        return LowRankStep(self.A, self.B, options, state if state.training and self.b.requires_grad else None)
+
+    def delta(self) -> torch.Tensor:
+        """scale * diag(b) B diag(d) A, [N, K], in fp32 (fp64 for fp64 factors)."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        A, B, d, b = (t.to(dtype) for t in self[:4])
+        return self.scale * ((b.unsqueeze(1) * B * d) @ A)
+
+    def is_zero(self) -> bool:
+        """Whether the adapter is as it was made, and so changes nothing."""
+        return self.b.is_meta or not self.b.any()
+
+    def member(self) -> AfLoraMember:
+        return AfLoraMember(self.state, self.A, self.B, self.b)
+
+    def keep_frozen(self) -> None:
+        """Sets whether the matrices get gradients: if the adapter trains and the schedule has not frozen them."""
+        keep_frozen(self.state, self.A, self.B, self.b.requires_grad)
 
 
 class AfLoraLinear(LowRankLinear):
@@ -223,8 +262,6 @@ class AfLoraLinear(LowRankLinear):
     until `peft_fused.on_step` freezes them, after which no kernel computes their gradients and, for A, the input is not
     kept for backward. Made by `from_linear`; a state dict holds what a resumed run needs.
     """
-
-    SCALES_RANKS = True
 
     def __init__(self, base, r, alpha, dropout, dtype, policy: FreezingPolicy, d_initial: float, frozen: bool):
         check_linear("base", base)
@@ -236,7 +273,7 @@ class AfLoraLinear(LowRankLinear):
         self.lora_b = nn.Parameter(self.lora_A.new_zeros(self.out_features))
         features = (self.in_features, self.out_features)
         self.freezing = AfLoraState(r, features, policy, frozen)
-        keep_frozen(self.freezing, self.lora_A, self.lora_B, True)
+        self.adapter().keep_frozen()
         self.register_load_state_dict_post_hook(_after_load)
 
     @classmethod
@@ -279,26 +316,18 @@ class AfLoraLinear(LowRankLinear):
     def scale(self) -> float:
         return self.alpha / self.r
 
-    def schedule_members(self) -> list[AfLoraMember]:
-        return [AfLoraMember(self.freezing, self.lora_A, self.lora_B, self.lora_b)]
+    def adapter(self) -> AfLoraAdapter:
+        d, b, modules = self.lora_d, self.lora_b, self._modules
+        return AfLoraAdapter(*self.factors(), d, b, modules["freezing"], self.scale, modules["dropout"])
 
-    def delta(self) -> torch.Tensor:
-        """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 factors)."""
-        return dense_delta(self.lora_A, self.lora_B, self.lora_d, self.lora_b, self.scale)
+    def schedule_members(self) -> list[AfLoraMember]:
+        return [self.adapter().member()]
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         own = [prefix + name for name in ("lora_A", "lora_B", "lora_d", "lora_b")]
         check_saved_with(own, self.freezing, f"{prefix}freezing", state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.lora_b.requires_grad:
-            self.freezing.count_forward()
-        return lowrank_linear(
-            x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, u=self.lora_d, v=self.lora_b, scale=self.scale,
-            dropout_p=self.dropout_p,
-        )  # fmt: skip
-
 
 def _after_load(layer: AfLoraLinear, incompatible_keys) -> None:
-    keep_frozen(layer.freezing, layer.lora_A, layer.lora_B, layer.lora_b.requires_grad)
+    layer.adapter().keep_frozen()

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
 from ..ops.arguments import FLOATING
 from ..ops.arguments import check_flag as check_flag
@@ -12,14 +11,18 @@ from ..triton_kernels.plan import MAX_RANK
 # What a number that an adapter computes with may be at most: factors and scales are kept in fp32.
 LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = torch.iinfo(torch.int32).max
-COMPUTED = "is no parameter but computed from others (parametrized, as by weight_norm or spectral_norm, or pruned)"
-MAKE_PERMANENT = "Make it permanent first: parametrize.remove_parametrizations, prune.remove"
 
 
-def is_computed(module: nn.Module) -> bool:
-    """Whether a module's weight is computed from other parameters, so that writing to it would be undone."""
-    sources = {"weight_orig", "weight_g"}.intersection(module._parameters)  # of pruning and spectral_norm, weight_norm
-    return "weight" not in module._parameters and (bool(sources) or parametrize.is_parametrized(module, "weight"))
+def check_own_weight(subject: str, module: nn.Module, error: type[Exception] = TypeError, but: str = "") -> None:
+    """`error`, beginning with the subject, if a module's weight is computed from other parameters, so that writing to
+    it would be undone. but: why that matters.
+    """
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        raise error(
+            f"{subject} the weight of this {type(module).__name__} is no parameter but computed from others "
+            f"(parametrized, as by weight_norm or spectral_norm, or pruned){but}. Make it permanent first: "
+            "parametrize.remove_parametrizations, prune.remove"
+        )
 
 
 def check_module(name: str, value) -> nn.Module:
@@ -115,8 +118,7 @@ def check_linear(name: str, module) -> nn.Module:
     if not isinstance(module, nn.Module) or not (isinstance(module, nn.Linear) or is_conv1d(module)):
         raise TypeError(f"{name} must be a {allowed}, got {type(module).__name__}")
     weight, bias = module._parameters.get("weight"), module.bias
-    if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"{name}: the weight of this {type(module).__name__} {COMPUTED}. {MAKE_PERMANENT}")
+    check_own_weight(f"{name}:", module)
     shape = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
     if not _is_dense(weight, shape):
         raise TypeError(
@@ -140,6 +142,11 @@ def features(module: nn.Module) -> tuple[int, int]:
     """(input, output) features of a module that `check_linear` let pass."""
     n, k = reversed(module.weight.shape) if is_conv1d(module) else module.weight.shape
     return k, n
+
+
+def span(tensor: torch.Tensor) -> int:
+    """How many elements its first and last are apart in memory, both counted."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _is_dense(tensor, shape: tuple[int, ...]) -> bool:

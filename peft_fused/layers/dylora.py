@@ -2,14 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from ..ops import lowrank_linear
 from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
-from .lowrank import LowRankLinear
+from .lowrank import LowRankLinear, LowRankStep
 from .scheduled import PlacedState
+
+__all__ = ["DyLoraLinear", "RankPolicy"]
 
 DISTRIBUTIONS = ("uniform", "geometric")
 RESAMPLE = ("step", "micro")
@@ -143,6 +145,45 @@ class RankMember:
         return (self.state.group, self.state.policy, self.state.train_value)
 
 
+class DyLoraAdapter(NamedTuple):
+    """(alpha / b) B[:, :b] A[:b] drop(x), with A [r, K] and B [N, r], wherever a layer keeps them; b is in `ranks`."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    ranks: RankState
+    dropout: nn.Dropout
+
+    @property
+    def on_output(self) -> bool:
+        return False
+
+    def factor(self) -> nn.Parameter:
+        """One of the parameters, whose dtype and device all share."""
+        return self.A
+
+    def step(self, x: torch.Tensor) -> LowRankStep:
+        ranks, dropout = self.ranks, self.dropout
+        training = ranks.training
+        rank, scale = ranks.controls(training, x)
+        options = {
+            "scale": scale, "rank": rank, "dropout_p": dropout.p if dropout.training else 0.0,
+            "frozen": ranks.policy.frozen,
+        }  # fmt: skip
+        return LowRankStep(self.A, self.B, options, ranks if training else None)
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight at the evaluation rank, [N, K], in fp32 (fp64 for fp64 factors)."""
+        b, dtype = self.ranks.eval_value, torch.promote_types(self.A.dtype, torch.float32)
+        return self.ranks.scale_at(b) * (self.B[:, :b].to(dtype) @ self.A[:b].to(dtype))
+
+    def is_zero(self) -> bool:
+        """Whether the adapter is as it was made, and so changes nothing."""
+        return self.B.is_meta or not self.B.any()
+
+    def member(self, merged: bool) -> RankMember:
+        return RankMember(self.ranks, self.A, self.B, merged)
+
+
 class DyLoraLinear(LowRankLinear):
     """y = x W^T + bias + (alpha / b) B[:, :b] A[:b] drop(x) in one fused op, with b set from outside.
 
@@ -185,20 +226,8 @@ class DyLoraLinear(LowRankLinear):
         policy = RankPolicy(r_min, rank_distribution, geometric_p, resample, frozen, strict_frozen, seed)
         return cls(base, r, alpha, dropout, use_rslora, dtype, policy)
 
+    def adapter(self) -> DyLoraAdapter:
+        return DyLoraAdapter(*self.factors(), self._modules["ranks"], self._modules["dropout"])
+
     def schedule_members(self) -> list[RankMember]:
-        return [RankMember(self.ranks, self.lora_A, self.lora_B, self.merged)]
-
-    def delta(self) -> torch.Tensor:
-        """The dense change of the weight at the evaluation rank, [N, K], in fp32 (fp64 for fp64 factors)."""
-        rank = self.ranks.eval_value
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.ranks.scale_at(rank) * (self.lora_B[:, :rank].to(dtype) @ self.lora_A[:rank].to(dtype))
-
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            self.ranks.count_forward()
-        rank, scale = self.ranks.controls(self.training, x)
-        return lowrank_linear(
-            x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=scale, rank=rank, dropout_p=self.dropout_p,
-            frozen=self.ranks.policy.frozen,
-        )  # fmt: skip
+        return [self.adapter().member(self.merged)]

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import nn
 
-from ..ops import lowrank_linear
 from .checks import check_flag
-from .lowrank import LowRankLinear
+from .lowrank import LowRankLinear, LowRankStep
+from .route import Route
 
 
 class LoraLinear(LowRankLinear):
@@ -43,10 +43,12 @@ class LoraLinear(LowRankLinear):
 
     def delta(self) -> torch.Tensor:
         """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 factors)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scale * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+        A, B = self.factors()
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        return self.scale * (B.to(dtype) @ A.to(dtype))
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return lowrank_linear(
-            x, self.weight_nk(), self.bias, self.lora_A, self.lora_B, scale=self.scale, dropout_p=self.dropout_p
-        )
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        dropout_p = self.dropout.p if self.training else 0.0
+        step = LowRankStep(*self.factors(), {"scale": self.scale, "dropout_p": dropout_p})
+        step.weight, step.bias = self.operands()
+        return Route((step,))

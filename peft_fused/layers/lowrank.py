@@ -1,24 +1,53 @@
-"""What the low-rank layers share: two factors beside a frozen linear map."""
+"""What the low-rank layers share: two factors beside a frozen linear map, and their part in a forward pass."""
 
 import math
-from typing import ClassVar
 
+import torch
 from torch import nn
 
+from ..ops import lowrank_adapter, lowrank_linear
 from ..ops.lowrank import LowRankProblem, lowrank_problem
 from .adapted import AdaptedLinear
 from .checks import check_adapter_dtype, check_alpha, check_dropout, check_linear, check_rank
+from .route import Route, Step
+from .scheduled import ScheduleState
+
+
+class LowRankStep(Step):
+    """y plus what a low-rank adapter makes of x; with a weight, the base product and that in one op.
+
+    options: of the op, such as scale, dropout_p, u, v. state: what notices whether a schedule sets it, if any. weight
+    [N, K], bias: of the base product, set by whoever has one.
+    """
+
+    __slots__ = ("A", "B", "bias", "options", "state", "weight")
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, options: dict, state: ScheduleState | None = None):
+        self.A, self.B, self.options, self.state, self.weight = A, B, options, state, None
+
+    @property
+    def name(self) -> str:
+        return "lowrank added to it" if self.weight is None else "lowrank_linear"
+
+    def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        if self.state is not None:
+            self.state.count_forward()
+        if self.weight is None:
+            return lowrank_adapter(x, self.A, self.B, add=y, **self.options)
+        return lowrank_linear(x, self.weight, self.bias, self.A, self.B, **self.options)
+
+    def problem(self, x: torch.Tensor) -> LowRankProblem:
+        dropout, uv = self.options.get("dropout_p", 0.0) > 0, "v" in self.options
+        return lowrank_problem(x, self.A, self.B, has_weight=self.weight is not None, dropout=dropout, uv=uv)
 
 
 class LowRankLinear(AdaptedLinear):
-    """y = x W^T + bias + scale * B (A drop(x)) with W and bias frozen. Base class: see LoraLinear and DyLoraLinear.
+    """y = x W^T + bias + scale * B (A drop(x)) with W and bias frozen. Base class; subclasses define `adapter`.
 
     lora_A: [r, K], lora_B: [N, r].
     """
 
     op_name = "lowrank_linear"
-
-    SCALES_RANKS: ClassVar[bool] = False  # whether it gives the op u and v
 
     def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, use_rslora: bool, dtype):
         check_linear("base", base)
@@ -39,17 +68,24 @@ class LowRankLinear(AdaptedLinear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    @property
-    def dropout_p(self) -> float:
-        return self.dropout.p if self.training else 0.0
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [r, K] and B [N, r]."""
+        own = self._parameters  # see `operands`
+        A = own["lora_A"] if "lora_A" in own else self.lora_A  # noqa: SIM401
+        return A, own["lora_B"] if "lora_B" in own else self.lora_B  # noqa: SIM401
 
-    def op_problem(self, rows: int) -> LowRankProblem | None:
-        """What a forward pass on x [rows, K] gives lowrank_linear; None if it does not call it."""
-        if self.merged:
-            return None
-        x = self.weight.new_empty(1, self.in_features).expand(rows, -1)
-        dropout = self.dropout_p > 0
-        return lowrank_problem(x, self.lora_A, self.lora_B, has_weight=True, dropout=dropout, uv=self.SCALES_RANKS)
+    def adapter(self):
+        """The adapter, with `step(x)`, a `LowRankStep`, and `delta()`."""
+        raise NotImplementedError
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight, [N, K], in fp32 (fp64 for fp64 factors)."""
+        return self.adapter().delta()
+
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        step = self.adapter().step(x)
+        step.weight, step.bias = self.operands()
+        return Route((step,))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}"

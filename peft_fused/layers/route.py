@@ -40,6 +40,25 @@ class CallBase(Step):
         return self.base(x)
 
 
+class BlockStep(Step):
+    """A module that is an adapter: it defines `path`, the step's name, `apply_to(x, y)` and `problem(x)`."""
+
+    __slots__ = ("block",)
+
+    def __init__(self, block: torch.nn.Module):
+        self.block = block
+
+    @property
+    def name(self) -> str:
+        return self.block.path
+
+    def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self.block.apply_to(x, y)
+
+    def problem(self, x: torch.Tensor):
+        return self.block.problem(x)
+
+
 class Route:
     """The steps of a forward pass in order, and what speaks against each faster way, as (way, reason)."""
 

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import draws
-from ..layers.adamix import PASSES, Experts, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
+from ..layers.adamix.blocks import Experts
+from ..layers.adamix.routes import PASSES, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
-from .stepping import METHODS, Method, Step, members_of, unwrap_model
+from .schedule import SCHEDULES, Schedule, Step, members_of, unwrap_model
 from .strict import Kept, check_guarded
+
+__all__ = ["adamix_loss", "consistency_loss", "draw_route", "set_adamix_pass", "set_adamix_routing"]
 
 SIDES = ("down", "up")
 EVAL_ROUTINGS = ("merged", "random")
@@ -45,7 +48,7 @@ def _by_adapter(members: list[RouteMember]) -> Iterable[tuple[int, RouteMember]]
         places[member.state.group] += 1
 
 
-class AdaMix(Method):
+class AdaMixSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it: new routes for every micro-batch."""
 
     def before_step(self, members: list[RouteMember], step: Step) -> None:
@@ -87,7 +90,7 @@ class AdaMix(Method):
             state.kept = []
 
 
-METHODS["adamix"] = AdaMix()
+SCHEDULES["adamix"] = AdaMixSchedule()
 
 
 def _strict(members: list[RouteMember]) -> list[RouteMember]:
@@ -255,9 +258,9 @@ def adamix_loss(
     inputs: what the model takes, with "labels". weight: of the consistency loss, 1 for classification; the authors
     take 100 for language models, where it is averaged over tokens. detach: see `consistency_loss`. doubled: both
     passes as one batch of twice the size, whose halves take different experts; outputs.logits then holds the first
-    half. For a single logit it is the plain loss of one pass. The task loss is that of the first
-    pass only, as the authors have it. Under gradient accumulation divide the sum by the number of micro-batches, as
-    any mean loss. Raises TypeError or ValueError naming the argument.
+    half. Activation checkpointing needs it. For a single logit it is the plain loss of one pass. The task loss is that
+    of the first pass only, as the authors have it. Under gradient accumulation divide the sum by the number of
+    micro-batches, as any mean loss. Raises TypeError or ValueError naming the argument.
     """
     check_module("model", model)
     if not isinstance(inputs, Mapping):

@@ -18,18 +18,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..layers.aflora import (
-    FROM_THE_START,
-    MATRICES,
-    NOT_FROZEN,
-    AfLoraMember,
-    AfLoraState,
-    FreezingPolicy,
-    keep_frozen,
-)
+from ..layers.aflora import FROM_THE_START, MATRICES, NOT_FROZEN, AfLoraMember, AfLoraState, FreezingPolicy, keep_frozen
 from ..layers.checks import check_module
 from ..layers.sharded import is_sharded, local
-from .stepping import METHODS, Method, Step
+from .schedule import SCHEDULES, Schedule, Step
+
+__all__ = ["Freezing", "freezing_fraction", "freezing_history"]
 
 NEEDS_UNUSED = (
     "AFLoRA stops training parameters, for which DistributedDataParallel waits: wrap the model with "
@@ -87,8 +81,10 @@ def _adapters(members: list[AfLoraMember]) -> list[_Adapter]:
     return [adapter for adapter in map(_Adapter, groups.values()) if adapter.alive]
 
 
-class AFLoRA(Method):
+class AfLoraSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it."""
+
+    needs_unused = NEEDS_UNUSED
 
     def before_step(self, members: list[AfLoraMember], step: Step) -> None:
         if step.micro > 0:
@@ -121,7 +117,7 @@ class AFLoRA(Method):
             _freeze(chosen, step)
 
 
-METHODS["aflora"] = AFLoRA()
+SCHEDULES["aflora"] = AfLoraSchedule()
 
 
 def _check(adapter: _Adapter, step: Step) -> None:

@@ -3,9 +3,6 @@
 from torch import nn
 
 from ..layers.checks import check_alpha, check_module
-from ..layers.rosa import SubspaceFactor
-from ..layers.structured_maps import StructuredMap
-from ..layers.surm_adapter import SurmAdapter
 
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
@@ -13,11 +10,10 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """The model's trainable parameters as optimizer groups, decayed ones first, each with its "weight_decay".
 
-    Not decayed are biases, the parameters of norms, and those of structured maps (SURM) with their bias: a few numbers
-    stand for a whole matrix there, and with a start at zero of one factor decay of the other shrinks the gradient of
-    the first. Nor are ROSA's factors, which are pretrained directions of a weight: decay would pull those to zero, not
-    the change of them. Told apart by module, not by name. With Trainer: `optimizers=(AdamW(decay_groups(model, 0.1),
-    lr=1e-3), None)`, whose weight_decay argument is then not used.
+    Not decayed are biases, the parameters of norms, and those that decay would harm, as their module says: of
+    structured maps (SURM), and factors with pretrained content. Told apart by module, not by name.
+    With Trainer: `optimizers=(AdamW(decay_groups(model, 0.1), lr=1e-3), None)`, whose weight_decay argument is then not
+    used.
 
     model: may be wrapped. weight_decay: at least 0. Raises TypeError or ValueError naming the argument, ValueError for
     a model without trainable parameters.
@@ -47,4 +43,5 @@ def _spares(module: nn.Module, name: str) -> bool:
     norm = isinstance(module, NORMS) or type(module).__name__.endswith("Norm")
     # "bias", and what torch's own modules call theirs: in_proj_bias, bias_ih_l0.
     bias = name == "bias" or name.endswith("_bias") or name.startswith("bias_")
-    return norm or bias or isinstance(module, StructuredMap | SubspaceFactor | SurmAdapter)
+    # Asked of the type: PEFT's models forward unknown attributes of an instance to the model that they wrap.
+    return norm or bias or getattr(type(module), "spared_from_decay", False)

@@ -16,8 +16,10 @@ from torch import nn
 from .. import draws
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, use_ranks, write_ranks
-from .stepping import METHODS, Method, Step, members_of
+from .schedule import SCHEDULES, Schedule, Step, members_of
 from .strict import Kept, check_guarded
+
+__all__ = ["draw_rank", "evaluate_dylora_ranks", "set_dylora_rank"]
 
 
 def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
@@ -28,7 +30,7 @@ def draw_rank(policy: RankPolicy, r: int, step: int, micro: int = 0) -> int:
     return draws.draw_int(policy.r_min, r, policy.seed, step, **key)
 
 
-class DyLoRA(Method):
+class DyLoraSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it."""
 
     def before_step(self, members: list[RankMember], step: Step) -> None:
@@ -62,7 +64,7 @@ class DyLoRA(Method):
             state.kept = []
 
 
-METHODS["dylora"] = DyLoRA()
+SCHEDULES["dylora"] = DyLoraSchedule()
 
 
 def _strict(members: list[RankMember]) -> list[RankMember]:

@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from ..layers.rosa import EPOCH, Maker, RosaMember, SubspacePolicy
-from .stepping import METHODS, Method, Step
+from ..layers.rosa.state import Maker, RosaMember
+from ..layers.rosa.subspace import EPOCH, SubspacePolicy
+from .schedule import SCHEDULES, Schedule, Step
+
+__all__ = ["phase_of"]
 
 
 def phase_of(policy: SubspacePolicy, step: Step) -> int:
@@ -32,7 +35,7 @@ def phase_of(policy: SubspacePolicy, step: Step) -> int:
     return step.epoch
 
 
-class Rosa(Method):
+class RosaSchedule(Schedule):
     """The method as `peft_fused.on_step` calls it."""
 
     def before_step(self, members: list[RosaMember], step: Step) -> None:
@@ -65,7 +68,7 @@ class Rosa(Method):
                 _reset(step.optimizer, parameter)
 
 
-METHODS["rosa"] = Rosa()
+SCHEDULES["rosa"] = RosaSchedule()
 
 
 def _check_due(members: list[RosaMember], optimizer: Optimizer | None) -> None:

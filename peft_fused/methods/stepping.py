@@ -1,88 +1,18 @@
-"""The one call by which a training loop drives the methods, and the protocol by which they answer.
+"""The one call by which a training loop drives the schedules, see `schedule.py`.
 
-A layer that takes part in a schedule defines `schedule_members()`, a list of objects whose `method` names the method
-that sets them. A method is registered under that name and gets all its members of the model in one call, so that it
-can make one choice for all of them, or compare them.
-
-Per optimizer step a method is called before the forward passes, when the gradients are ready (clipped where the loop
-clips), and after the update, while the gradients are still there. The last two come from hooks of the optimizer, so
-that a loop has nothing more to call than `on_step`.
+Two of the three calls that a schedule gets per step come from hooks of the optimizer, so that a loop has nothing more
+to call than `on_step`.
 """
 
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..layers.checks import check_module, check_size
+from ..layers.checks import check_size
 from . import sync
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where in the run a method is called: the arguments of `on_step`, the optimizer unwrapped.
-
-    model: as it was given, wrappers and all; only in `before_step`. grad_scale: in `gradients_ready`, the 0-d tensor by
-    which the gradients are still multiplied, None as a rule: a fused optimizer divides by a loss scaler's scale itself.
-    """
-
-    step: int
-    micro: int = 0
-    total_steps: int | None = None
-    epoch: int | None = None
-    optimizer: Optimizer | None = None
-    model: nn.Module | None = None
-    grad_scale: torch.Tensor | None = None
-
-
-class Method:
-    """What `on_step` calls. `members` are those of all layers of the model, in the order of its modules.
-
-    Whatever is chosen is a function of the members' configuration and the step's numbers, so that all processes agree.
-    """
-
-    def before_step(self, members: list, step: Step) -> None:
-        """Before the forward passes of every micro-batch (step.micro) of every step. May be called again for one."""
-
-    def gradients_ready(self, members: list, step: Step) -> None:
-        """Before the optimizer's update, once per step; not called for a step that a loss scaler skips."""
-
-    def after_step(self, members: list, step: Step) -> None:
-        """After the optimizer's update."""
-
-
-METHODS: dict[str, Method] = {}
-
-
-def members_of(model: nn.Module) -> dict[str, list]:
-    """The schedule members of all layers of the model, by method. TypeError if it is not a module."""
-    check_module("model", model)
-    found = defaultdict(list)
-    for module in model.modules():
-        # Asked of the type: PEFT's models forward unknown attributes of an instance to the model that they wrap.
-        if hasattr(type(module), "schedule_members"):
-            for member in module.schedule_members():
-                found[member.method].append(member)
-    return found
-
-
-def unwrap_model(model: nn.Module, attribute: str) -> nn.Module:
-    """The model that has the attribute, within wrappers that do not forward it, such as DistributedDataParallel."""
-    while not hasattr(model, attribute) and isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
-
-
-def unwrap_optimizer(optimizer: Optimizer | None) -> Optimizer | None:
-    """The innermost torch optimizer of wrappers such as accelerate's. TypeError for anything else."""
-    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = optimizer.optimizer
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
-    return optimizer
+from .schedule import SCHEDULES, Step, members_of, unwrap_optimizer
 
 
 class _Hooks:
@@ -100,12 +30,12 @@ class _Hooks:
         scale = getattr(optimizer, "grad_scale", None)
         for found, step in self.announced.values():
             for name, members in found.items():
-                METHODS[name].gradients_ready(members, replace(step, grad_scale=scale))
+                SCHEDULES[name].gradients_ready(members, replace(step, grad_scale=scale))
 
     def _after_step(self, optimizer, args, kwargs):
         for found, step in self.announced.values():
             for name, members in found.items():
-                METHODS[name].after_step(members, step)
+                SCHEDULES[name].after_step(members, step)
         # A step that nobody announces is none of the schedule's.
         self.announced.clear()
 
@@ -151,6 +81,6 @@ def on_step(
             hooks = _HOOKS[optimizer] = _Hooks(optimizer)
         hooks.announced[model] = (found, now)
     for name, members in found.items():
-        METHODS[name].before_step(members, replace(now, model=model))
+        SCHEDULES[name].before_step(members, replace(now, model=model))
     sync.check_first_steps(model, found, (step, micro, total_steps, epoch))
     return sum(map(len, found.values()))

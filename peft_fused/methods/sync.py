@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..layers.sharded import is_sharded
+from .schedule import members_of
 
 # Calls of on_step whose choices are compared without being asked: what goes wrong, goes wrong from the start.
 CHECKED_CALLS = 3
@@ -93,8 +94,6 @@ def check_sync(model: nn.Module) -> None:
     compares the choices by itself on its first calls. Sharded parameters (FSDP2), of which each process holds its own
     part, are left out. Without a process group it does nothing. TypeError if model is not a module.
     """
-    from .stepping import members_of
-
     found = members_of(model)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return

@@ -360,11 +360,8 @@ def explain(target, *, rows: int = 2048) -> Explanation:
         raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")
     lines = []
     for name, module in target.named_modules():
-        if hasattr(type(module), "explain_route") or hasattr(type(module), "explain_path"):
-            if hasattr(type(module), "explain_route"):
-                path, reasons, problem = module.explain_route(rows)
-            else:  # until every layer has a route
-                (path, reasons), problem = module.explain_path(), module.op_problem(rows)
+        if hasattr(type(module), "explain_route"):
+            path, reasons, problem = module.explain_route(rows)
             if problem is not None:
                 path, reasons = f"{path} -> {path_of(problem)}", [*reasons, *reasons_against_others(problem)]
         elif left := next(filter(None, (explainer(module) for explainer in explainers)), None):

@@ -7,10 +7,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 import peft_fused
-from peft_fused.cli import demo_methods, demo_train
+from peft_fused.cli import demo_adamix, demo_methods, demo_train
 from peft_fused.cli.demo_data import Data, bundled, load
 from peft_fused.cli.demo_methods import Settings
 from peft_fused.cli.demo_train import Encoder
+from peft_fused.methods.schedule import members_of
 
 WORDS = ["the", "a", "is", "was", "not", "good", "bad", "lamp", "film", "soup", "train", "and", "it", "i", "of"]
 # The methods whose factors are LoRA's.
@@ -216,7 +217,7 @@ def test_training_gives_every_method_the_same_batches_and_moves_only_what_trains
 def test_dylora_trains_at_drawn_ranks(built, model_path, data):
     models, encode, _ = built
     ranks = set()
-    state = demo_train.members_of(models["dylora"])["dylora"][0].state
+    state = members_of(models["dylora"])["dylora"][0].state
 
     def note():
         ranks.add(state.train_value)
@@ -252,7 +253,7 @@ def test_adamix_runs_two_passes_and_the_others_one(built, model_path, data):
     assert passes == {name: 6 if name == "adamix" else 3 for name in models}
 
 
-def test_random_routes_are_drawn_and_the_average_comes_back(built, monkeypatch):
+def test_random_routes_are_drawn_and_the_average_comes_back(built):
     models, _, batch = built
     model = models["adamix"].eval()
     with torch.no_grad():
@@ -266,8 +267,7 @@ def test_random_routes_are_drawn_and_the_average_comes_back(built, monkeypatch):
         logits.append(model(**batches[0]).logits)
         return float(len(logits))
 
-    monkeypatch.setattr(demo_train, "accuracy", accuracy)
-    assert demo_train.random_route_accuracies(model, [batch]) == [float(i) for i in range(1, 9)]
+    assert demo_adamix.random_route_accuracies(model, [batch], accuracy) == [float(i) for i in range(1, 9)]
     assert not any(torch.allclose(found, merged) for found in logits)
     assert len({found.sum().item() for found in logits}) > 4
     assert torch.equal(model(**batch).logits, merged)

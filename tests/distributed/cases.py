@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -16,20 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PretrainedConfig
 
 import peft_fused
+from peft_fused.integrations.peft.registration import REGISTERED
 from peft_fused.integrations.peft.tuner import FusedLayer
 
 ROWS, STEPS, TOTAL = 8, 6, 12
 TARGETS = ["first", "second"]
 DENSE = dict(target_modules=TARGETS, modules_to_save=["head"])
-METHODS = {
-    "lora": lambda: LoraConfig(r=3, **DENSE),
-    "dylora": lambda: peft_fused.DyLoraConfig(r=4, **DENSE),
-    "surm": lambda: peft_fused.SurmConfig(structure="toeplitz", **DENSE),
-    "adamix": lambda: peft_fused.AdaMixConfig(r=3, share_up=False, num_experts=3, **DENSE),
-    "adamix_lora": lambda: peft_fused.AdaMixConfig(kind="lora", r=3, num_experts=3, **DENSE),
-    "adamix_sequence": lambda: peft_fused.AdaMixConfig(r=3, routing="sequence", num_experts=3, **DENSE),
-    "aflora": lambda: peft_fused.AfLoraConfig(r=3, t_i=1, t_f=7, window=1, frozen_modules=[], **DENSE),
-    "rosa": lambda: peft_fused.RosaConfig(r=3, resample_every=2, **DENSE),
+# PEFT's LoRA, accelerated, and every variant of every method that its registration names.
+METHODS = {"lora": lambda: LoraConfig(r=3, **DENSE)} | {
+    variant: partial(method.config, **options, **DENSE)
+    for method in REGISTERED.values()
+    for variant, options in method.contract.items()
 }
 
 

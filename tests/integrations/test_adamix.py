@@ -22,8 +22,8 @@ from transformers import (
 
 import peft_fused
 from peft_fused import AdaMixConfig, AdaMixTrainerMixin, PeftFusedCallback
-from peft_fused.integrations.peft.adamix import AdaMixLinear, AdaMixNorm
-from peft_fused.methods.stepping import members_of
+from peft_fused.integrations.peft.adamix import AdaMixPeftLinear, AdaMixPeftNorm
+from peft_fused.methods.schedule import members_of
 
 LORA = dict(kind="lora", target_modules=["query", "value"])
 
@@ -121,7 +121,7 @@ def test_parameter_counts_are_the_published_ones(model, options, training, merge
     ],
 )
 def test_positions(options, ends):
-    found = [name for name, m in adapt(**options).named_modules() if isinstance(m, AdaMixLinear)]
+    found = [name for name, m in adapt(**options).named_modules() if isinstance(m, AdaMixPeftLinear)]
     assert len(found) == len(ends)
     assert all(name.endswith(end) for name, end in zip(found, ends, strict=True))
 
@@ -147,7 +147,7 @@ def test_pfeiffers_adapter_reads_the_norm_and_adds_before_it():
     """The released form: bottleneck of LayerNorm(h + input), residual h, then LayerNorm of that + input."""
     model = adapt(position="pfeiffer", activation="relu", num_experts=1).eval()
     output = model.base_model.model.bert.encoder.layer[0].output
-    assert type(output.LayerNorm) is AdaMixNorm
+    assert type(output.LayerNorm) is AdaMixPeftNorm
     hidden, residual = torch.randn(2, 5, 24), torch.randn(2, 5, 16)
     block, norm = output.LayerNorm.adamix_block["default"], output.LayerNorm.base_layer
     h = output.dense(hidden)
@@ -186,7 +186,7 @@ def test_experts_merge_into_one_adapter_file(tmp_path):
     torch.testing.assert_close(loaded(**inputs()).logits, y)
     assert loaded.peft_config["default"].num_experts == 1
     assert all(
-        m.adamix_block["default"].down.weight.dim() == 2 for m in loaded.modules() if isinstance(m, AdaMixLinear)
+        m.adamix_block["default"].down.weight.dim() == 2 for m in loaded.modules() if isinstance(m, AdaMixPeftLinear)
     )
     torch.testing.assert_close(loaded.train()(**inputs()).logits.shape, y.shape)
     with pytest.raises(ValueError, match="no AdaMix adapter"):

@@ -28,7 +28,7 @@ from transformers import (
 import peft_fused
 from peft_fused.integrations.peft import AfLoraConfig, DyLoraConfig
 from peft_fused.integrations.peft.aflora import ATTENTION, TARGETS, AfLoraModel, AfLoraPeftLinear
-from peft_fused.integrations.peft.tuner import FusedPeftType, register
+from peft_fused.integrations.peft.registration import REGISTERED, register
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.methods import freezing_history, on_step
 
@@ -593,7 +593,7 @@ def test_bad_configs_are_named(options, error, message):
 
 
 def test_registration_is_idempotent():
-    register(FusedPeftType.AFLORA, AfLoraConfig, AfLoraModel)
+    register(REGISTERED["aflora"])
     assert PEFT_TYPE_TO_TUNER_MAPPING["AFLORA"] is AfLoraModel
 
 

@@ -24,7 +24,7 @@ from transformers import (
 from peft_fused import copy_adapter
 from peft_fused.integrations.peft import DyLoraConfig, tuner
 from peft_fused.integrations.peft.dylora import DyLoraModel, DyLoraPeftLinear
-from peft_fused.integrations.peft.tuner import FusedPeftType, register
+from peft_fused.integrations.peft.registration import REGISTERED, register
 from peft_fused.methods import evaluate_dylora_ranks, on_step, set_dylora_rank
 from peft_fused.ops.dispatch import explain
 
@@ -369,11 +369,11 @@ def test_targets_without_effect_are_refused(model, targets):
 
 
 def test_registration_is_idempotent_and_yields_to_peft(monkeypatch):
-    register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
+    register(REGISTERED["dylora"])
     assert PEFT_TYPE_TO_TUNER_MAPPING["DYLORA"] is DyLoraModel
     monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, "DYLORA", PEFT_TYPE_TO_TUNER_MAPPING["LORA"])
     with pytest.raises(RuntimeError, match="has a method DYLORA of its own"):
-        register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
+        register(REGISTERED["dylora"])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 import peft_fused
 from peft_fused.layers import AdaMixLinear, DyLoraLinear, SurmAdapterLinear
-from peft_fused.methods.stepping import members_of
+from peft_fused.methods.schedule import members_of
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 import cases

@@ -34,7 +34,7 @@ from peft_fused.integrations.peft import RosaConfig, RosaModel, export_lora
 from peft_fused.integrations.peft.dylora import DyLoraConfig
 from peft_fused.integrations.peft.rosa import RosaPeftLinear
 from peft_fused.integrations.transformers import PeftFusedCallback
-from peft_fused.layers.rosa import draw_directions
+from peft_fused.layers.rosa.subspace import draw_directions
 from peft_fused.methods import decay_groups, on_step
 from peft_fused.ops.dispatch import explain
 

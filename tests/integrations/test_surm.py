@@ -502,7 +502,7 @@ def test_explain_names_what_runs():
     assert lines["down_proj"].startswith("base layer, then circulant, activation and bias on its output -> torch: ")
     assert lines["q_proj"] == "base layer" and "not active in this layer" in str(explain(model))
     layer = next(m for name, m in layers(model).items() if "down_proj" in name)
-    problem = layer.op_problem(64)
+    problem = layer.explain_route(64)[2]
     assert (problem.m, problem.k, problem.n) == (64, 16, 16)  # of the output, the layer itself has 24 inputs
     with model.disable_adapter():
         assert all(path == "base layer" for _, path, _ in explain(model).lines)

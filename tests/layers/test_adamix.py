@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_fused.layers import AdaMixAdapter, AdaMixLinear, RoutePolicy
-from peft_fused.layers.adamix import write_eval_routes, write_routes
+from peft_fused.layers.adamix.routes import write_eval_routes, write_routes
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import on_step, set_adamix_pass, set_adamix_routing
 
@@ -159,21 +159,19 @@ def test_routes_follow_an_input_to_a_device_that_the_module_was_not_moved_to():
 @pytest.mark.parametrize("routing", ["batch", "sequence"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("nested", [False, True], ids=["", "nested"])
-def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, reentrant, nested):
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_a_checkpointed_pass_is_repeated_with_its_own_routes(kind, routing, reentrant, nested, index):
     net = nn.Sequential(make(kind, routing=routing), nn.Tanh(), nn.Linear(N, K, dtype=torch.float64), make(kind))
     parameters = [p for p in net.parameters() if p.requires_grad]
     x = torch.randn(4, 3, K, dtype=torch.float64, requires_grad=True)
 
     def gradients(run):
         on_step(net, step=2)
-        first = run(x)
-        set_adamix_pass(net, 1)
-        second = run(x)
+        set_adamix_pass(net, index)
+        loss = run(x).sin().sum()
         set_adamix_pass(net, 0)
         net.zero_grad()
-        loss = (2 * first + second.sin()).sum()
-        # In another thread, as backward runs on a GPU: autograd numbers the nodes of each thread for itself.
-        with ThreadPoolExecutor(1) as other:
+        with ThreadPoolExecutor(1) as other:  # as backward runs on a GPU
             other.submit(loss.backward).result()
         return [parameter.grad for parameter in parameters]
 
@@ -187,6 +185,21 @@ def test_checkpointed_passes_are_repeated_with_their_own_routes(kind, routing, r
     on_step(net, step=2)
     routes = net[0].block.routes
     assert routes.values[0][0] != routes.values[0][1]  # or the test would show nothing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_two_checkpointed_passes_are_refused(reentrant):
+    layer = make()
+    on_step(layer, step=0)
+    x = torch.randn(4, K, dtype=torch.float64, requires_grad=True)
+    first = checkpoint(layer, x, use_reentrant=reentrant)
+    set_adamix_pass(layer, 1)
+    second = checkpoint(layer, x, use_reentrant=reentrant)
+    set_adamix_pass(layer, 0)
+    with pytest.raises(RuntimeError, match="consistency_doubled"):
+        (first + second).sum().backward()
+    on_step(layer, step=1)
+    checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -305,7 +318,7 @@ def test_explains_itself(kind):
     assert ("lowrank_linear" if kind == "lora" else "F.linear, then bottleneck") in text
     set_adamix_pass(layer, None)
     assert "bottleneck" in str(explain(layer)) and "2 groups" in explain(layer).lines[0][1] + str(
-        layer.op_problem(8).describe()
+        layer.explain_route(8)[2].describe()
     )
 
 

@@ -131,9 +131,9 @@ def test_quantised_weight_is_refused():
         LoraLinear.from_linear(base)
 
 
-def test_explain_path_follows_the_state():
+def test_the_route_follows_the_state():
     layer = LoraLinear.from_linear(linear())
-    assert layer.explain_path() == ("lowrank_linear", [])
+    assert layer.explain_route()[:2] == ("lowrank_linear", [])
     layer.merge()
-    path, reasons = layer.explain_path()
+    path, reasons, _ = layer.explain_route()
     assert path == "F.linear" and "merged" in reasons[0]

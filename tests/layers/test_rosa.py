@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_fused.layers import RosaLinear, SubspacePolicy
-from peft_fused.layers.rosa import check_subspace_rank, draw_directions, split_weight, subspace_rank
+from peft_fused.layers.rosa.subspace import check_subspace_rank, draw_directions, split_weight, subspace_rank
 from peft_fused.layers.scheduled import FORWARDS_BEFORE_WARNING
 from peft_fused.methods import decay_groups
 from peft_fused.ops.dispatch import explain
@@ -482,9 +482,9 @@ def test_bf16_with_fp32_factors_is_as_exact_as_its_weight():
 def test_explain_names_the_op():
     layer = make()
     assert [path.split(" -> ")[0] for _, path, _ in explain(layer).lines] == ["lowrank_linear"]
-    assert layer.op_problem(4) is not None
+    assert layer.explain_route(4)[2] is not None
     layer.merge()
-    assert "merged" in str(explain(layer)) and layer.op_problem(4) is None
+    assert "merged" in str(explain(layer)) and layer.explain_route(4)[2] is None
 
 
 def test_training_without_a_schedule_warns():

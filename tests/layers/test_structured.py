@@ -299,7 +299,7 @@ def test_explain_says_what_a_forward_call_runs():
         f"F.linear, then {op} added to it" for op in ("circulant", "toeplitz_product", "kronecker", "ldr")
     ]
     assert all(" -> torch: " in path for _, path, _ in lines)
-    problem = model[0].op_problem(64)
+    problem = model[0].explain_route(64)[2]
     assert (problem.m, problem.n, problem.k, problem.dropout) == (64, 12, 12, False)
     model[0].merge()
     assert explain(model[0]).lines[0][1] == "F.linear" and "merged" in str(explain(model[0]))

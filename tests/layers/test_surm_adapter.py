@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_fused.layers import SurmAdapter, SurmAdapterLinear
-from peft_fused.layers.surm_adapter import ACTIVATIONS
+from peft_fused.layers.surm.adapter import MODULES
 from peft_fused.ops.dispatch import explain
 
 STRUCTURES = {
@@ -18,7 +18,7 @@ STRUCTURES = {
     "kronecker": {"r": 3},
     "ldr": {"q": 2},
 }
-ZERO_AT_ZERO = [name for name in ACTIVATIONS if name not in ("sigmoid", "softplus")]
+ZERO_AT_ZERO = [name for name in MODULES if name not in ("sigmoid", "softplus")]
 
 
 def make(structure="circulant", n=12, **options):
@@ -69,7 +69,7 @@ def test_activations_that_are_not_zero_at_zero_have_to_be_asked_for(name):
     with pytest.raises(ValueError, match=f"activation must be 0 at 0.*got '{name}'; allow_nonidentity=True"):
         SurmAdapter(12, activation=name)
     adapter, h = SurmAdapter(12, activation=name, allow_nonidentity=True), torch.randn(5, 12)
-    torch.testing.assert_close(adapter(h), h + ACTIVATIONS[name]()(torch.zeros(())))
+    torch.testing.assert_close(adapter(h), h + MODULES[name]()(torch.zeros(())))
 
 
 def test_modules_as_activations():
@@ -100,7 +100,7 @@ def test_on_the_output_of_a_linear_layer(make_base):
     assert not layer.merged and torch.equal(base.weight, weight)
     path = explain(layer, rows=64).lines[0][1]
     assert path.startswith("F.linear, then kronecker, activation and bias on its output -> torch: ")
-    assert layer.op_problem(64).k == 12
+    assert layer.explain_route(64)[2].k == 12
 
 
 def test_half_precision_beside_fp32_parameters_and_autocast():

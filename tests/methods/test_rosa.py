@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from peft_fused.layers import RosaLinear, SubspacePolicy
-from peft_fused.layers.rosa import draw_directions, split_weight
+from peft_fused.layers.rosa.subspace import draw_directions, split_weight
 from peft_fused.methods import decay_groups, on_step, phase_of
-from peft_fused.methods.stepping import Step
+from peft_fused.methods.schedule import Step
 
 SIZES = ((12, 9), (9, 12))
 OPTIMIZERS = {

@@ -8,7 +8,7 @@ from torch import nn
 import peft_fused
 from peft_fused.layers import AdaMixLinear, DyLoraLinear
 from peft_fused.methods import check_sync, on_step
-from peft_fused.methods.stepping import METHODS, Method
+from peft_fused.methods.schedule import SCHEDULES, Schedule
 
 
 class Member:
@@ -23,7 +23,7 @@ class Layer(nn.Linear):
         return [Member()]
 
 
-class Recorder(Method):
+class Recorder(Schedule):
     def __init__(self):
         self.calls = []
 
@@ -40,7 +40,7 @@ class Recorder(Method):
 @pytest.fixture
 def recorder(monkeypatch):
     method = Recorder()
-    monkeypatch.setitem(METHODS, "recorder", method)
+    monkeypatch.setitem(SCHEDULES, "recorder", method)
     return method
 
 

@@ -270,7 +270,7 @@ def test_what_is_told_is_what_runs(op, forced, device, triton, monkeypatch, ever
 
 def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it():
     layer = AfLoraLinear.from_linear(torch.nn.Linear(8, 8, dtype=torch.float16), r=2, dtype=torch.float16)
-    problem = layer.op_problem(4)
+    problem = layer.explain_route(4)[2]
     assert problem.uv and "Python autograd node" in dispatch.path_of(problem)
     assert "Python autograd node" not in dispatch.path_of(replace(problem, uv=False)) or native.module is None
 

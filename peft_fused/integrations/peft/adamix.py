@@ -7,15 +7,24 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ...layers.adamix import EXPERT_INITS, AdaMixAdapter, AdaMixDelta, RouteMember, RoutePolicy
+from ...layers.adamix import AdaMixAdapter, AdaMixDelta, AdaMixLinear, RoutePolicy
+from ...layers.adamix.blocks import RoutedBlock
+from ...layers.adamix.routes import EXPERT_INITS, RouteMember
 from ...layers.checks import check_alpha, check_choice, check_dropout, check_module, check_rank
-from ...methods.stepping import unwrap_model
+from ...layers.lowrank import LowRankStep
+from ...layers.route import Route
+from ...layers.sharded import whole
+from ...methods.adamix import adamix_loss
+from ...methods.schedule import unwrap_model
 from ...ops.bottleneck import BOTTLENECK_ACTIVATIONS, BottleneckProblem
-from ...ops.lowrank import LowRankProblem
 from .config import FusedConfig, check_after
+from .export import Exported, ExportedLayer, check_additive, refuse_rank
 from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import BaseLayer, FusedLayer, FusedTuner, mixes
+
+__all__ = ["AdaMixConfig", "AdaMixModel", "merge_experts"]
 
 KINDS = ("adapter", "lora")
 
@@ -100,7 +109,7 @@ class AdaMixConfig(FusedConfig):
         )
 
 
-class AdaMixLinear(FusedLayer):
+class AdaMixPeftLinear(FusedLayer):
     """A linear layer with AdaMix adapters of either kind, applied in the order in which they are active."""
 
     adapter_layer_names = ("adamix_block",)
@@ -121,23 +130,25 @@ class AdaMixLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def adapter(self, name: str) -> RoutedBlock:
+        return self.block("adamix_block", name)
+
+    def linear_step(self, name: str, x: torch.Tensor) -> LowRankStep:
+        return self.adapter(name).linear_step(x)
+
     def schedule_members(self) -> list[RouteMember]:
         return [block.member() for block in self.adamix_block.values()]
 
-    def on_output(self, name: str) -> bool:
-        return isinstance(self.adamix_block[name], AdaMixAdapter)
-
-    def factor(self, name: str) -> torch.Tensor:
-        return self.adamix_block[name].down.weight
-
-    def is_untouched(self, name: str) -> bool:
-        return name not in self.adamix_block or self.adamix_block[name].is_zero()
+    def typical_input(self, rows: int = 1) -> torch.Tensor:
+        names = self._names_to_run()
+        shape = self.adamix_block[names[0]].typical_shape(rows) if names else (rows,)
+        return super().typical_input().expand(*shape, -1)
 
     def reasons_against_linear(self, name: str) -> list[str]:
         if self.on_output(name):
             return ["the adapter works on the output of the base layer"]
-        if self.adamix_block[name].routes.grouped:
-            return ["rows of one batch go to different experts"]
+        if reason := self.adamix_block[name].against_linear():
+            return [reason]
         return super().reasons_against_linear(name)
 
     def reason_against_weight(self, name: str) -> str | None:
@@ -145,56 +156,51 @@ class AdaMixLinear(FusedLayer):
             return "sends the rows of one batch to different experts"
         return super().reason_against_weight(name)
 
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.adamix_block[name].linear(x, weight, bias)
 
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        block = self.adamix_block[name]
-        if not self.on_output(name):
-            return block(x, result)
-        # x is the result, or a copy of it in the dtype of the adapter, whose change alone is wanted then.
-        return block(x) if result is not None else block(x, torch.zeros_like(x))
+class PfeifferSteps(BaseLayer):
+    """The forward pass of a norm with adapters in Pfeiffer's position."""
 
-    def delta_path(self, name: str) -> str:
-        return "bottleneck on its output" if self.on_output(name) else "bottleneck added to it"
+    __slots__ = ("layer", "names")
+    name = "base layer, then bottleneck on its output, added to its input, and base layer"
 
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem | BottleneckProblem:
-        block = self.adamix_block[name]
-        if not self.on_output(name):
-            return block.problem(x, has_weight)
-        return block.problem(x[..., :1].expand(*x.shape[:-1], block.in_features))
+    def __init__(self, layer: "AdaMixPeftNorm", names: list[str], args: tuple, kwargs: dict):
+        super().__init__(layer.base_layer, args, kwargs)
+        self.layer, self.names = layer, names
 
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self.adamix_block[name].delta()
+    def run(self, z: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        for name in self.names:
+            h = super().run(z, None)
+            block, dtype = self.layer.adapter(name), h.dtype
+            wide = block.factor().dtype
+            if mixes(wide, dtype) or torch.is_autocast_enabled(z.device.type):
+                z = block(h, z.to(dtype))
+            else:
+                z = block(h.to(wide), z.to(wide)).to(dtype)
+        return super().run(z, None)
+
+    def problem(self, x: torch.Tensor) -> BottleneckProblem:
+        return self.layer.adapter(self.names[0]).problem(x)
 
 
-class AdaMixNorm(AdaMixLinear):
+class AdaMixPeftNorm(AdaMixPeftLinear):
     """A norm with AdaMix adapters in Pfeiffer's position: y = norm(z + block(norm(z))), several one after the other."""
 
     @staticmethod
     def sizes(base: nn.Module) -> tuple[int, int]:
         return base.normalized_shape[-1], base.normalized_shape[-1]
 
-    def _adapted(self, names: list[str], z: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        for name in names:
-            h = self.base_layer(z, *args, **kwargs)
-            block, dtype = self.adamix_block[name], h.dtype
-            if self._mixes(name, dtype) or torch.is_autocast_enabled(z.device.type):
-                z = block(h, z.to(dtype))
-            else:
-                wide = self.factor(name).dtype
-                z = block(h.to(wide), z.to(wide)).to(dtype)
-        return self.base_layer(z, *args, **kwargs)
-
-    def delta_path(self, name: str) -> str:
-        return "bottleneck on its output, added to its input, and base layer"
+    def _route(self, names: list[str], x: torch.Tensor, args: tuple, kwargs: dict) -> Route:
+        if not names:
+            return super()._route(names, x, args, kwargs)
+        against = [(self.linear_op, reason) for reason in self.reasons_against_linear(names[0])]
+        return Route((PfeifferSteps(self, names, args, kwargs),), against)
 
 
 class AdaMixModel(FusedTuner):
     """The AdaMix tuner, made by `get_peft_model` and PEFT's loaders."""
 
     prefix = "adamix_"
-    tuner_layer_cls = AdaMixLinear
+    tuner_layer_cls = AdaMixPeftLinear
 
     def layer_options(self, config: AdaMixConfig, key: str) -> dict:
         return dict(
@@ -217,7 +223,7 @@ class AdaMixModel(FusedTuner):
             raise TypeError(
                 f"target module {key!r} is a {type(base).__name__}; position='pfeiffer' adapts a torch.nn.LayerNorm"
             )
-        return AdaMixNorm
+        return AdaMixPeftNorm
 
     def _prepare_adapter_config(self, peft_config: AdaMixConfig, model_config: dict) -> AdaMixConfig:
         if peft_config.kind == "adapter" and peft_config.target_modules is None:
@@ -259,7 +265,7 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     """
     check_module("model", model)
     model = unwrap_model(model, "peft_config")
-    layers = [module for module in model.modules() if isinstance(module, AdaMixLinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdaMixPeftLinear)]
     names = sorted({name for layer in layers for name in layer.adamix_block})
     if not names:
         raise ValueError("merge_experts: the model has no AdaMix adapter")
@@ -276,4 +282,47 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
         config.num_experts, config.routing, config.strict_experts = 1, "batch", False
 
 
-register(FusedPeftType.ADAMIX, AdaMixConfig, AdaMixModel)
+def _export(config: AdaMixConfig, layers: dict[str, AdaMixPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """The average of the experts, which is what is evaluated with."""
+    check_additive(config, adapter_name)
+    refuse_rank("an AdaMix", rank)
+    if all(config.policy().stacks):
+        warn_of_products(adapter_name)
+    found = {}
+    for name, layer in layers.items():
+        block = layer.adamix_block[adapter_name]
+        found[name] = ExportedLayer(whole(block.down.averaged()[0]), whole(block.up.averaged()[0]), block.alpha)
+    return Exported(found, config.r, config.lora_alpha, config.adamix_dropout)
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> AdaMixConfig:
+    known = settings.target_modules is None and model.config.model_type in POSITIONS["adamix"]
+    return AdaMixConfig(seed=seed, target_modules=None if known else names)
+
+
+def _demo_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    loss, outputs = adamix_loss(model, batch)
+    return loss, outputs.loss
+
+
+register(
+    Registration(
+        name="adamix",
+        config=AdaMixConfig,
+        tuner=AdaMixModel,
+        layers=(AdaMixLinear,),
+        export=_export,
+        contract={
+            "adamix": dict(r=3, share_up=False, num_experts=3),
+            "adamix_lora": dict(kind="lora", r=3, num_experts=3),
+            "adamix_sequence": dict(r=3, routing="sequence", num_experts=3),
+        },
+        demo=Demo(
+            "AdaMix",
+            _demo_config,
+            loss=_demo_loss,
+            note="AdaMix makes two passes a step, by different experts, and so takes about twice the time and memory; "
+            "its final loss is that of the task, without the divergence of the two",
+        ),
+    )
+)

@@ -10,13 +10,16 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ...layers.aflora import AfLoraMember, AfLoraState, FreezingPolicy, dense_delta, draw_factors, keep_frozen
+from ...layers.aflora import AfLoraAdapter, AfLoraLinear, AfLoraMember, AfLoraState, FreezingPolicy, draw_factors
 from ...layers.checks import check_alpha, check_dropout, check_rank
-from ...ops import lowrank_adapter, lowrank_linear
-from ...ops.lowrank import LowRankProblem, lowrank_problem
+from ...layers.sharded import whole
 from .config import FusedConfig, check_names, check_pattern
+from .export import Exported, ExportedLayer, refuse_rank
 from .loading import awaits_checkpoint
-from .tuner import EXTRA_STATE, FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import EXTRA_STATE, FusedLayer, FusedTuner
+
+__all__ = ["AfLoraConfig", "AfLoraModel"]
 
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "electra")
 _LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -161,16 +164,24 @@ class AfLoraPeftLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def adapter(self, name: str) -> AfLoraAdapter:
+        block = self.block
+        vectors = block("aflora_vectors", name)
+        return AfLoraAdapter(
+            block("aflora_A", name).weight, block("aflora_B", name).weight, vectors.d, vectors.b,
+            block("aflora_state", name), vectors.scale, block("aflora_dropout", name),
+        )  # fmt: skip
+
+    def factor(self, name: str) -> torch.Tensor:
+        return self.block("aflora_A", name).weight
+
     def schedule_members(self) -> list[AfLoraMember]:
-        return [
-            AfLoraMember(state, self.aflora_A[name].weight, self.aflora_B[name].weight, self.aflora_vectors[name].b)
-            for name, state in self.aflora_state.items()
-        ]
+        return [self.adapter(name).member() for name in self.aflora_state]
 
     def keep_frozen(self) -> None:
         """Takes the gradients of frozen matrices away again, after PEFT has switched those of whole adapters."""
-        for member in self.schedule_members():
-            keep_frozen(member.state, member.A, member.B, member.trains)
+        for name in self.aflora_state:
+            self.adapter(name).keep_frozen()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
@@ -183,46 +194,6 @@ class AfLoraPeftLinear(FusedLayer):
     def copy_adapter(self, source: str, target: str) -> None:
         super().copy_adapter(source, target)
         self.keep_frozen()
-
-    def factor(self, adapter_name: str) -> torch.Tensor:
-        return self.aflora_A[adapter_name].weight
-
-    def delta_path(self, adapter_name: str) -> str:
-        return "lowrank added to it"
-
-    def is_untouched(self, adapter_name: str) -> bool:
-        """Whether the adapter is as it was made, and so changes nothing."""
-        if adapter_name not in self.aflora_vectors:
-            return True
-        b = self.aflora_vectors[adapter_name].b
-        return b.is_meta or not b.any()
-
-    def _arguments(self, name: str) -> dict:
-        vectors, dropout = self.aflora_vectors[name], self.aflora_dropout[name]
-        if self.training and vectors.b.requires_grad:
-            self.aflora_state[name].count_forward()
-        return dict(
-            u=vectors.d, v=vectors.b, scale=vectors.scale, dropout_p=dropout.p if dropout.training else 0.0
-        )  # fmt: skip
-
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return lowrank_linear(x, weight, bias, A, B, **self._arguments(name))
-
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return lowrank_adapter(x, A, B, add=result, **self._arguments(name))
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
-        dropout = self.aflora_dropout[name]
-        dropped = dropout.training and dropout.p > 0
-        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return lowrank_problem(x, A, B, has_weight=has_weight, dropout=dropped, uv=True)
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        vectors = self.aflora_vectors[name]
-        A, B = self.aflora_A[name].weight, self.aflora_B[name].weight
-        return dense_delta(A, B, vectors.d, vectors.b, vectors.scale)
 
 
 def _after_load(layer: AfLoraPeftLinear, incompatible_keys) -> None:
@@ -268,4 +239,40 @@ class AfLoraModel(FusedTuner):
         )
 
 
-register(FusedPeftType.AFLORA, AfLoraConfig, AfLoraModel)
+def _export(config: AfLoraConfig, layers: dict[str, AfLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to the adapter, at its own rank: A and B take in the vectors."""
+    refuse_rank("an AFLoRA", rank)
+    found = {}
+    for name, layer in layers.items():
+        vectors = layer.aflora_vectors[adapter_name]
+        A, B = whole(layer.aflora_A[adapter_name].weight), whole(layer.aflora_B[adapter_name].weight)
+        d, b = whole(vectors.d), whole(vectors.b)
+        found[name] = ExportedLayer(d.unsqueeze(1) * A, b.unsqueeze(1) * B, vectors.scale * len(d))
+    alpha = config.r if config.lora_alpha is None else config.lora_alpha
+    return Exported(found, config.r, alpha, config.lora_dropout)
+
+
+# Its windows are of ten steps, in runs of thousands; in a run of a hundred that leaves three decisions.
+DEMO_WINDOW, DEMO_WINDOWS = 10, 50
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> AfLoraConfig:
+    # The paper's matrices lie in the feed-forward blocks. Where they are not known, or others are asked for, these are
+    # what is frozen by and by, rather than from the start as the attention's.
+    known = settings.target_modules is None and model.config.model_type in TARGETS
+    where = {} if known else dict(target_modules=names, frozen_modules=[])
+    return AfLoraConfig(window=max(1, min(DEMO_WINDOW, settings.steps // DEMO_WINDOWS)), **where)
+
+
+register(
+    Registration(
+        name="aflora",
+        config=AfLoraConfig,
+        tuner=AfLoraModel,
+        layers=(AfLoraLinear,),
+        export=_export,
+        contract={"aflora": dict(r=3, t_i=1, t_f=7, window=1, frozen_modules=[])},
+        # The paper's rate is 1e-2.
+        demo=Demo("AFLoRA", _demo_config, rate=3.0),
+    )
+)

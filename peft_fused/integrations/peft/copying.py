@@ -7,7 +7,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...layers.checks import check_module
-from ...methods.stepping import unwrap_model
+from ...methods.schedule import unwrap_model
 from .tuner import FusedLayer
 
 
@@ -16,7 +16,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
     """Makes the adapter `target` of a PEFT model compute what `source` does, in all layers and modules_to_save.
 
     For a trainer's reference adapter, as in DPO and GRPO, or to keep and put back an adapter: copies of the trainable
-    parameters alone lack ROSA's subspace, DyLoRA's rank, AdaMix's routes and AFLoRA's frozen matrices. Parameters are
+    parameters alone lack what a schedule has set: a rank, routes, frozen matrices, a subspace. Parameters are
     written in place, so that optimizers keep them. Both adapters must be there, of one of peft_fused's methods, and of
     the same configuration; whether they train may differ.
 

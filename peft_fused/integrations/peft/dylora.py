@@ -8,12 +8,16 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...layers.checks import check_alpha, check_dropout, check_rank
-from ...layers.dylora import RankMember, RankPolicy, RankState, use_ranks
-from ...ops import lowrank_adapter, lowrank_linear
-from ...ops.lowrank import LowRankProblem, lowrank_problem
+from ...layers.dylora import DyLoraAdapter, DyLoraLinear, RankMember, RankPolicy, RankState, use_ranks
+from ...layers.sharded import whole
+from ...methods.schedule import members_of
 from .config import FusedConfig, check_pattern
+from .export import Exported, ExportedLayer
 from .loading import awaits_checkpoint
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import FusedLayer, FusedTuner
+
+__all__ = ["DyLoraConfig", "DyLoraModel"]
 
 
 @dataclass
@@ -111,54 +115,18 @@ class DyLoraPeftLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def schedule_members(self) -> list[RankMember]:
-        return [
-            RankMember(state, self.dylora_A[name].weight, self.dylora_B[name].weight, name in self.merged_adapters)
-            for name, state in self.dylora_ranks.items()
-        ]
-
-    def factor(self, adapter_name: str) -> torch.Tensor:
-        return self.dylora_A[adapter_name].weight
-
-    def delta_path(self, adapter_name: str) -> str:
-        return "lowrank added to it"
-
-    def is_untouched(self, adapter_name: str) -> bool:
-        """Whether the adapter is as it was made, and so changes nothing."""
-        if adapter_name not in self.dylora_B:
-            return True
-        weight = self.dylora_B[adapter_name].weight
-        return weight.is_meta or not weight.any()
-
-    def _arguments(self, name: str, x: torch.Tensor) -> dict:
-        state = self.dylora_ranks[name]
-        if self.training:
-            state.count_forward()
-        rank, scale = state.controls(self.training, x)
-        dropout = self.dylora_dropout[name]
-        return dict(
-            scale=scale, rank=rank, dropout_p=dropout.p if dropout.training else 0.0, frozen=state.policy.frozen
+    def adapter(self, name: str) -> DyLoraAdapter:
+        block = self.block
+        return DyLoraAdapter(
+            block("dylora_A", name).weight, block("dylora_B", name).weight, block("dylora_ranks", name),
+            block("dylora_dropout", name),
         )  # fmt: skip
 
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
-        return lowrank_linear(x, weight, bias, A, B, **self._arguments(name, x))
+    def factor(self, name: str) -> torch.Tensor:
+        return self.block("dylora_A", name).weight
 
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        A, B = self.dylora_A[name].weight, self.dylora_B[name].weight
-        return lowrank_adapter(x, A, B, add=result, **self._arguments(name, x))
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
-        dropout = self.dylora_dropout[name]
-        dropped = dropout.training and dropout.p > 0
-        return lowrank_problem(
-            x, self.dylora_A[name].weight, self.dylora_B[name].weight, has_weight=has_weight, dropout=dropped
-        )
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        A, B, state = self.dylora_A[name].weight, self.dylora_B[name].weight, self.dylora_ranks[name]
-        b, dtype = state.eval_value, torch.promote_types(A.dtype, torch.float32)
-        return state.scale_at(b) * (B[:, :b].to(dtype) @ A[:b].to(dtype))
+    def schedule_members(self) -> list[RankMember]:
+        return [self.adapter(name).member(name in self.merged_adapters) for name in self.dylora_ranks]
 
 
 class DyLoraModel(FusedTuner):
@@ -180,4 +148,38 @@ class DyLoraModel(FusedTuner):
         )
 
 
-register(FusedPeftType.DYLORA, DyLoraConfig, DyLoraModel)
+def _export(config: DyLoraConfig, layers: dict[str, DyLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to the adapter at a rank, 1..r, None for the one set for evaluation; a smaller r of a layer is kept.
+
+    The factors are copied: with r = b and an unchanged lora_alpha, LoRA's scale alpha / r is DyLoRA's alpha / b.
+    """
+    states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
+    rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
+    found = {}
+    for name, layer in layers.items():
+        state = layer.dylora_ranks[adapter_name]
+        b = min(rank, state.r)
+        A, B = whole(layer.dylora_A[adapter_name].weight), whole(layer.dylora_B[adapter_name].weight)
+        found[name] = ExportedLayer(A[:b], B[:, :b], state.alpha)
+    return Exported(found, min(rank, config.r), config.lora_alpha, config.lora_dropout)
+
+
+def _factors(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    return [(member.A, member.B) for member in members_of(model).get("dylora", ())]
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> DyLoraConfig:
+    return DyLoraConfig(r=settings.rank, lora_alpha=settings.alpha, seed=seed, target_modules=names)
+
+
+register(
+    Registration(
+        name="dylora",
+        config=DyLoraConfig,
+        tuner=DyLoraModel,
+        layers=(DyLoraLinear,),
+        export=_export,
+        contract={"dylora": dict(r=4)},
+        demo=Demo("DyLoRA", _demo_config, factors=_factors),
+    )
+)

@@ -1,8 +1,8 @@
 """What a module that reads an adapted layer's weight, instead of calling the layer, gets: the weight with the adapters.
 
 Attention and mixer modules read the weights of their projections, and torch.nn.TransformerEncoderLayer those of its
-layers. The base weight alone would leave the adapters out there, and for ROSA, whose factors are a part of the
-pretrained weight, would be wrong even before training.
+layers. The base weight alone would leave the adapters out there, and would be wrong even before training for adapters
+whose factors are a part of the pretrained weight.
 """
 
 import torch

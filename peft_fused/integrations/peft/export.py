@@ -10,17 +10,13 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from ...layers.checks import check_module, check_rank
+from ...layers.adapted import NO_DELTA
+from ...layers.checks import check_module
 from ...layers.sharded import is_sharded, whole
-from ...layers.surm_adapter import NO_DELTA
-from .adamix import AdaMixConfig, AdaMixLinear, warn_of_products
-from .aflora import AfLoraConfig, AfLoraPeftLinear
 from .config import FusedConfig
-from .dylora import DyLoraConfig, DyLoraPeftLinear
 from .files import whole_files
 from .loading import WRAPPER
-from .rosa import RosaConfig, RosaPeftLinear
-from .surm import SurmConfig, SurmPeftLinear
+from .registration import registration_of
 from .tuner import FusedLayer
 
 SHARED_FIELDS = (
@@ -37,22 +33,11 @@ def export_lora(
     model: a PeftModel, or a model with an adapter loaded by transformers. path: folder, made if needed. adapter_name:
     None means the active one. Raises TypeError or ValueError naming the argument, before anything is written.
 
-    DyLoRA: equal to the adapter at that rank. rank: 1..r, None means the rank set for evaluation; a layer with a
-    smaller r keeps all of it. The factors are copied, not approximated; with r = b and an unchanged lora_alpha, LoRA's
-    scale alpha / r is DyLoRA's alpha / b. With parameters sharded by FSDP2 all processes call it, and the first of them
-    writes. Returns None.
-
-    SURM, kind "lora": the closest of that rank, by singular value decomposition of each layer's scaled dense matrix.
-    Those matrices are of full rank as a rule, so that the rank, which must be given, decides on the error; a layer
-    whose smaller size is less than rank gets that one and is exact. Returns the largest relative error of a layer,
-    ||delta - B A|| / ||delta|| in the Frobenius norm, 0 for a layer without change. Parameters must not be sharded.
-
-    ROSA: equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw; ValueError
-    once a layer's change is kept dense, which `peft.convert_to_lora` can approximate. Sharded parameters as for DyLoRA.
-
-    AFLoRA: equal to the adapter, at its own rank; A and B take in the vectors. Sharded parameters as for DyLoRA.
-
-    AdaMix, kind "lora": the average of its experts, which is what it evaluates with. Sharded parameters as for DyLoRA.
+    rank: 1..r for a method that can be cut to a rank or has to be approximated by one, None for one that is exported
+    whole, at its own. What is equal and what approximate, the method's page says. With parameters sharded by FSDP2 all
+    processes call it, and the first of them writes; what has to be decomposed must not be sharded. Returns None where
+    the export is equal to the adapter, and otherwise the largest relative error of a layer, ||delta - B A|| / ||delta||
+    in the Frobenius norm, 0 for a layer without change.
     """
     check_module("model", model)
     if not isinstance(path, str | os.PathLike):
@@ -70,12 +55,13 @@ def export_lora(
             raise ValueError(f"adapter_name must be given, as {len(active)} adapters are active: {list(active)}")
         adapter_name = active[0]
     config = model.peft_config.get(adapter_name)
-    if type(config) not in _EXPORTS:
+    method = registration_of(config)
+    if method is None:
         raise ValueError(f"adapter_name must be one of {sorted(model.peft_config)}, got {adapter_name!r}")
     containers = {name for layer in layers.values() for name in layer.adapter_layer_names + layer.state_names}
     layers = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters_here()}
     with torch.autocast(next(model.parameters()).device.type, enabled=False):
-        exported, error = _EXPORTS[type(config)](config, layers, adapter_name, rank)
+        exported = method.export(config, layers, adapter_name, rank)
     lora_config = _lora_config(config, layers, exported)
     factors = {f"{name}.lora_A.weight": layer.A for name, layer in exported.layers.items()}
     factors |= {f"{name}.lora_B.weight": layer.B for name, layer in exported.layers.items()}
@@ -88,17 +74,17 @@ def export_lora(
         key = key if key.startswith(WRAPPER) else WRAPPER + key
         tensors[key] = whole(value).detach().to("cpu", copy=True).contiguous()
     if any(map(is_sharded, model.parameters())) and torch.distributed.get_rank() != 0:
-        return error
+        return exported.error
     with whole_files(path, SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME) as folder:
         lora_config.save_pretrained(folder)
         save_file(tensors, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         # No config beside weights that are not its own: what is cut short from here on passes for no adapter.
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(path, CONFIG_NAME))
-    return error
+    return exported.error
 
 
-class _Layer(NamedTuple):
+class ExportedLayer(NamedTuple):
     """Factors A [r, K] and B [N, r] of a layer, whose scale is alpha / r."""
 
     A: torch.Tensor
@@ -106,100 +92,32 @@ class _Layer(NamedTuple):
     alpha: float
 
 
-class _Exported(NamedTuple):
-    """What a LoRA checkpoint is made of: its layers by name, and the rank, alpha and dropout that most of them have."""
+class Exported(NamedTuple):
+    """What a LoRA checkpoint is made of: its layers by name, and the rank, alpha and dropout that most of them have.
 
-    layers: dict[str, _Layer]
+    error: the largest relative one of a layer, None where they are equal to the adapter's.
+    """
+
+    layers: dict[str, ExportedLayer]
     r: int
     lora_alpha: float
     lora_dropout: float = 0.0
+    error: float | None = None
 
 
-def _dylora(config: DyLoraConfig, layers: dict[str, DyLoraPeftLinear], adapter_name: str, rank: int | None):
-    """A DyLoRA adapter cut to a rank, and None."""
-    states = [layer.dylora_ranks[adapter_name] for layer in layers.values()]
-    rank = check_rank("rank", max(s.eval_value for s in states) if rank is None else rank, max(s.r for s in states))
-    found = {}
-    for name, layer in layers.items():
-        state = layer.dylora_ranks[adapter_name]
-        b = min(rank, state.r)
-        A, B = whole(layer.dylora_A[adapter_name].weight), whole(layer.dylora_B[adapter_name].weight)
-        found[name] = _Layer(A[:b], B[:, :b], state.alpha)
-    return _Exported(found, min(rank, config.r), config.lora_alpha, config.lora_dropout), None
-
-
-@torch.no_grad()
-def _surm(config: SurmConfig, layers: dict[str, SurmPeftLinear], adapter_name: str, rank: int | None):
-    """A SURM adapter's best approximation of a rank, and its largest relative error."""
-    _check_additive(config, adapter_name)
-    most = max(min(layer.in_features, layer.out_features) for layer in layers.values())
-    if rank is None:
-        raise ValueError(f"rank must be given for a SURM adapter, 1..{most}")
-    check_rank("rank", rank, most)
-    if any(is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
-        raise ValueError("export_lora: sharded parameters (FSDP2) are not supported for SURM; gather the model first")
-    found, errors = {}, []
-    for name, layer in layers.items():
-        delta = layer.dense_delta(adapter_name)
-        U, S, V = torch.linalg.svd(delta, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank].sqrt(), V[:rank]
-        A, B = S[:, None] * V, U * S
-        found[name] = _Layer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
-        size = delta.norm()
-        errors.append(((delta - B @ A).norm() / size).item() if size > 0 else 0.0)
-    return _Exported(found, rank, rank, config.surm_dropout), max(errors)
-
-
-def _adamix(config: AdaMixConfig, layers: dict[str, AdaMixLinear], adapter_name: str, rank: int | None):
-    """The average of an AdaMix adapter's experts, and None."""
-    _check_additive(config, adapter_name)
-    if rank is not None:
-        raise ValueError(f"rank must be None for an AdaMix adapter, which is exported whole, got {rank!r}")
-    if all(config.policy().stacks):
-        warn_of_products(adapter_name)
-    found = {}
-    for name, layer in layers.items():
-        block = layer.adamix_block[adapter_name]
-        found[name] = _Layer(whole(block.down.averaged()[0]), whole(block.up.averaged()[0]), block.alpha)
-    return _Exported(found, config.r, config.lora_alpha, config.adamix_dropout), None
-
-
-def _check_additive(config: FusedConfig, adapter_name: str) -> None:
+def check_additive(config: FusedConfig, adapter_name: str) -> None:
+    """ValueError if the adapter works on a layer's output."""
     if config.kind != "lora":
         raise ValueError(f"adapter {adapter_name!r} is of kind {config.kind!r}, which LoRA cannot express: {NO_DELTA}")
 
 
-def _aflora(config: AfLoraConfig, layers: dict[str, AfLoraPeftLinear], adapter_name: str, rank: int | None):
-    """An AFLoRA adapter, and None."""
+def refuse_rank(method: str, rank: int | None) -> None:
+    """ValueError if a rank is asked for."""
     if rank is not None:
-        raise ValueError(f"rank must be None for an AFLoRA adapter, which is exported whole, got {rank!r}")
-    found = {}
-    for name, layer in layers.items():
-        vectors = layer.aflora_vectors[adapter_name]
-        A, B = whole(layer.aflora_A[adapter_name].weight), whole(layer.aflora_B[adapter_name].weight)
-        d, b = whole(vectors.d), whole(vectors.b)
-        found[name] = _Layer(d.unsqueeze(1) * A, b.unsqueeze(1) * B, vectors.scale * len(d))
-    alpha = config.r if config.lora_alpha is None else config.lora_alpha
-    return _Exported(found, config.r, alpha, config.lora_dropout), None
+        raise ValueError(f"rank must be None for {method} adapter, which is exported whole, got {rank!r}")
 
 
-@torch.no_grad()
-def _rosa(config: RosaConfig, layers: dict[str, RosaPeftLinear], adapter_name: str, rank: int | None):
-    """All that a ROSA adapter has changed, and None."""
-    if rank is not None:
-        raise ValueError(f"rank must be None for a ROSA adapter, which is exported whole, got {rank!r}")
-    found = {}
-    for name, layer in layers.items():
-        B, A = layer.learned(adapter_name)
-        found[name] = _Layer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
-    most = max(len(layer.A) for layer in found.values())
-    return _Exported(found, most, most), None
-
-
-_EXPORTS = {AdaMixConfig: _adamix, AfLoraConfig: _aflora, DyLoraConfig: _dylora, SurmConfig: _surm, RosaConfig: _rosa}
-
-
-def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], exported: _Exported) -> LoraConfig:
+def _lora_config(config: FusedConfig, layers: dict[str, FusedLayer], exported: Exported) -> LoraConfig:
     method = config.fused_type.value.lower()
     found = exported.layers
     return LoraConfig(

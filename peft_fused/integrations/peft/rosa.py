@@ -11,26 +11,21 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.autograd.graph import increment_version
 
-from ...layers.rosa import (
-    RosaMember,
-    RosaState,
-    SubspaceFactor,
-    SubspaceHost,
-    SubspacePolicy,
-    check_finite,
-    check_subspace_rank,
-    check_writable,
-    draw_factors,
-    subspace_rank,
-)
+from ...layers.rosa import RosaLinear, SubspacePolicy
+from ...layers.rosa.host import SubspaceHost
+from ...layers.rosa.pretrained import check_finite, check_writable
+from ...layers.rosa.state import RosaAdapter, RosaMember, RosaState, SubspaceFactor, draw_factors
+from ...layers.rosa.subspace import check_subspace_rank, subspace_rank
 from ...layers.sharded import is_sharded, whole
-from ...ops import lowrank_adapter, lowrank_linear
 from ...ops.arguments import FLOATING
-from ...ops.lowrank import LowRankProblem, lowrank_problem
 from .config import FusedConfig, check_pattern
+from .export import Exported, ExportedLayer, refuse_rank
 from .loading import Snapshot, awaits_checkpoint
+from .registration import Demo, FusedPeftType, Registration, register
 from .sharing import HeldMemory
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, has_accelerate_hook, register
+from .tuner import FusedLayer, FusedTuner, has_accelerate_hook
+
+__all__ = ["RosaConfig", "RosaModel"]
 
 
 @dataclass
@@ -122,7 +117,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, K] and B [N, r] of an adapter."""
-        return self.rosa_A[name].weight, self.rosa_B[name].weight
+        return self.block("rosa_A", name).weight, self.block("rosa_B", name).weight
 
     # -------------------------------------------------------------------------------------------------- the base weight
 
@@ -146,7 +141,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         if kind == "pretrained":
             return None
         return (
-            self._total_change(name)
+            self.adapter(name).change()
             if kind == "merged"
             else self.rosa_state[name].frozen_change(self.base_weight().device)
         )
@@ -155,15 +150,11 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         yield None
         for name, state in self.rosa_state.items():
             if not self.factor(name).is_meta:
-                yield self._total_change(name)
+                yield self.adapter(name).change()
                 yield state.frozen_change(self.base_weight().device)
 
     def suspended(self) -> bool:
         return self.disable_adapters and not self.merged
-
-    @torch.no_grad()
-    def _total_change(self, name: str) -> torch.Tensor:
-        return self.rosa_state[name].total_change(*map(whole, self.factors(name)))
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -205,7 +196,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> torch.Tensor:
-        return self._pretrained.plus(self.base_weight(), self._in_layout(self._total_change(names[0])))
+        return self._pretrained.plus(self.base_weight(), self._in_layout(self.adapter(names[0]).change()))
 
     def unmerge(self) -> None:
         """Puts back, bit for bit, what `merge` replaced; the pretrained weight if the adapter is not the active one."""
@@ -264,7 +255,7 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
     def narrow(self, name: str, dtype: torch.dtype) -> None:
         """Casts a new adapter's factors; the base weight takes up what they lose."""
         state = self.rosa_state[name]
-        if self.factor(name).dtype == dtype or not state.is_untouched(*self.factors(name)):
+        if self.factor(name).dtype == dtype or not self.adapter(name).is_zero():
             return
         for factor in (self.rosa_A[name], self.rosa_B[name]):
             factor.weight = nn.Parameter(factor.weight.to(dtype), requires_grad=factor.weight.requires_grad)
@@ -289,36 +280,11 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
             if not factor.weight.is_meta:
                 factor.to(device)
 
-    def factor(self, adapter_name: str) -> torch.Tensor:
-        return self.rosa_A[adapter_name].weight
+    def adapter(self, name: str) -> RosaAdapter:
+        return RosaAdapter(*self.factors(name), self.block("rosa_state", name), self.check_held)
 
-    def delta_path(self, adapter_name: str) -> str:
-        return "lowrank added to it"
-
-    def is_untouched(self, adapter_name: str) -> bool:
-        """Whether the adapter is as it was made, and so changes nothing."""
-        return adapter_name not in self.rosa_A or self.rosa_state[adapter_name].is_untouched(
-            *self.factors(adapter_name)
-        )
-
-    def _count(self, name: str) -> None:
-        if self.training:
-            self.rosa_state[name].count_forward()
-        self.check_held()
-
-    def fused_linear(self, name: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        self._count(name)
-        return lowrank_linear(x, weight, bias, *self.factors(name))
-
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        self._count(name)
-        return lowrank_adapter(x, *self.factors(name), add=result)
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> LowRankProblem:
-        return lowrank_problem(x, *self.factors(name), has_weight=has_weight, dropout=False)
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self._total_change(name).to(self.rosa_state[name].dtype)
+    def factor(self, name: str) -> torch.Tensor:
+        return self.block("rosa_A", name).weight
 
 
 class RosaModel(FusedTuner):
@@ -414,4 +380,37 @@ class RosaModel(FusedTuner):
                     layer.narrow(adapter_name, layer.base_weight().dtype)
 
 
-register(FusedPeftType.ROSA, RosaConfig, RosaModel)
+@torch.no_grad()
+def _export(config: RosaConfig, layers: dict[str, RosaPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """Equal to all that the adapter has changed of the weights, of a rank 2 r larger with every draw. ValueError once a
+    layer's change is kept dense, which `peft.convert_to_lora` can approximate.
+    """
+    refuse_rank("a ROSA", rank)
+    found = {}
+    for name, layer in layers.items():
+        B, A = layer.learned(adapter_name)
+        found[name] = ExportedLayer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
+    most = max(len(layer.A) for layer in found.values())
+    return Exported(found, most, most)
+
+
+# A run of the demo draws subspaces so often, whatever its length.
+DEMO_DRAWS = 4
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> RosaConfig:
+    every = max(1, settings.steps // DEMO_DRAWS)
+    return RosaConfig(r=settings.rank, resample_every=every, seed=seed, target_modules=names)
+
+
+register(
+    Registration(
+        name="rosa",
+        config=RosaConfig,
+        tuner=RosaModel,
+        layers=(RosaLinear,),
+        export=_export,
+        contract={"rosa": dict(r=3, resample_every=2)},
+        demo=Demo("ROSA", _demo_config),
+    )
+)

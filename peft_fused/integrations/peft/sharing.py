@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...layers.rosa import span
+from ...layers.checks import span
 from ...layers.sharded import is_sharded, local
 
 

@@ -4,16 +4,21 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from ...layers.checks import check_alpha, check_dropout
-from ...layers.structured import StructuredDelta
-from ...layers.structured_maps import MapSpec
-from ...layers.surm_adapter import SurmAdapter, make_activation
-from ...ops.structured import StructuredProblem
+from ...layers.checks import check_alpha, check_dropout, check_rank
+from ...layers.sharded import is_sharded
+from ...layers.surm.adapter import SurmAdapter, SurmAdapterLinear, make_activation
+from ...layers.surm.linear import CirculantLinear, KroneckerLinear, LdrLinear, StructuredDelta, ToeplitzLinear
+from ...layers.surm.maps import MapSpec
 from .config import FusedConfig, check_after
+from .export import Exported, ExportedLayer, check_additive
 from .loading import awaits_checkpoint
 from .positions import default_targets
-from .tuner import FusedLayer, FusedPeftType, FusedTuner, register
+from .registration import Demo, FusedPeftType, Registration, register
+from .tuner import FusedLayer, FusedTuner
+
+__all__ = ["SurmConfig", "SurmModel"]
 
 
 @dataclass
@@ -125,31 +130,8 @@ class SurmPeftLinear(FusedLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def on_output(self, name: str) -> bool:
-        return isinstance(self.surm_block[name], SurmAdapter)
-
-    def factor(self, name: str) -> torch.Tensor:
-        return self.surm_block[name].factor()
-
-    def is_untouched(self, name: str) -> bool:
-        return name not in self.surm_block or self.surm_block[name].is_zero()
-
-    def add_delta(self, name: str, x: torch.Tensor, result: torch.Tensor | None) -> torch.Tensor:
-        block = self.surm_block[name]
-        if self.on_output(name):  # x is the result, or a copy of it in the dtype of the adapter
-            return block.change(x) if result is None else block(x)
-        return block(x, add=result)
-
-    def delta_path(self, name: str) -> str:
-        op = self.surm_block[name].map.op_name
-        return f"{op}, activation and bias on its output" if self.on_output(name) else f"{op} added to it"
-
-    def problem(self, name: str, x: torch.Tensor, has_weight: bool) -> StructuredProblem:
-        block = self.surm_block[name]
-        return block.problem(x[..., :1].expand(*x.shape[:-1], block.map.in_features))
-
-    def dense_delta(self, name: str) -> torch.Tensor:
-        return self.surm_block[name].delta()
+    def adapter(self, name: str) -> StructuredDelta:
+        return self.block("surm_block", name)
 
 
 class SurmModel(FusedTuner):
@@ -178,4 +160,48 @@ class SurmModel(FusedTuner):
         return super()._prepare_adapter_config(peft_config, model_config)
 
 
-register(FusedPeftType.SURM, SurmConfig, SurmModel)
+@torch.no_grad()
+def _export(config: SurmConfig, layers: dict[str, SurmPeftLinear], adapter_name: str, rank: int | None) -> Exported:
+    """The closest of a rank, which must be given, by singular value decomposition of each layer's scaled dense matrix.
+
+    Those matrices are of full rank as a rule, so that the rank decides on the error; a layer whose smaller size is less
+    than rank gets that one and is exact.
+    """
+    check_additive(config, adapter_name)
+    most = max(min(layer.in_features, layer.out_features) for layer in layers.values())
+    if rank is None:
+        raise ValueError(f"rank must be given for a SURM adapter, 1..{most}")
+    check_rank("rank", rank, most)
+    if any(is_sharded(layer.factor(adapter_name)) for layer in layers.values()):
+        raise ValueError("export_lora: sharded parameters (FSDP2) are not supported for SURM; gather the model first")
+    found, errors = {}, []
+    for name, layer in layers.items():
+        delta = layer.dense_delta(adapter_name)
+        U, S, V = torch.linalg.svd(delta, full_matrices=False)
+        U, S, V = U[:, :rank], S[:rank].sqrt(), V[:rank]
+        A, B = S[:, None] * V, U * S
+        found[name] = ExportedLayer(A, B, len(A))  # alpha = rank makes LoRA's scale 1
+        size = delta.norm()
+        errors.append(((delta - B @ A).norm() / size).item() if size > 0 else 0.0)
+    return Exported(found, rank, rank, config.surm_dropout, max(errors))
+
+
+def _demo_config(settings, model: nn.Module, names: list[str], seed: int) -> SurmConfig:
+    return SurmConfig(structure="circulant", target_modules=names)
+
+
+register(
+    Registration(
+        name="surm",
+        config=SurmConfig,
+        tuner=SurmModel,
+        layers=(CirculantLinear, ToeplitzLinear, KroneckerLinear, LdrLinear, SurmAdapterLinear),
+        export=_export,
+        contract={"surm": dict(structure="toeplitz"), "surm_adapter": dict(kind="adapter")},
+        demo=Demo(
+            "SURM, circulant",
+            _demo_config,
+            note="SURM trains other parameters than LoRA: a circulant matrix, two vectors, beside each weight",
+        ),
+    )
+)

@@ -1,21 +1,15 @@
-"""What all our PEFT tuners share: registration, target checks, the forward pass, exact merging, strict loading.
+"""What all our PEFT tuners share: target checks, the forward pass, exact merging, strict loading.
 
-A method adds a config on the base class in `config.py`, a layer with `update_layer`, `add_delta`, `dense_delta` and
-perhaps `fused_linear`, and a tuner that names them; see `dylora.py` and `surm.py`.
+A method adds a config on the base class in `config.py`, a layer with `update_layer` and `adapter`, a tuner that names
+them, and its registration; see `dylora.py` and `surm.py`.
 """
 
 import copy
 import warnings
 from collections.abc import Container
 from contextlib import contextmanager
-from enum import Enum
 
 import torch
-from peft.mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-)
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -27,12 +21,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.checks import COMPUTED, MAKE_PERMANENT, is_computed
+from ...layers.adapted import NO_DELTA
+from ...layers.checks import check_own_weight
 from ...layers.replaced import ReplacedWeight, kept_through
-from ...layers.scheduled import EXTRA_STATE, ScheduleState
-from ...layers.surm_adapter import NO_DELTA
+from ...layers.route import CallBase, Route, Routed, Step
+from ...layers.scheduled import EXTRA_STATE, ScheduleState, check_saved_with
 from ...methods.sync import refuse_zero3
-from ...ops.lowrank import LowRankProblem
 from .effective import EffectiveWeight
 from .loading import (
     Snapshot,
@@ -46,36 +40,6 @@ from .loading import (
 )
 from .quantised import is_packed, unpack
 from .sharing import HeldMemory
-
-
-class FusedPeftType(str, Enum):
-    """Our members of PEFT's mappings. PEFT compares types as strings, so its own closed enum need not be changed."""
-
-    DYLORA = "DYLORA"
-    SURM = "SURM"
-    ADAMIX = "ADAMIX"
-    AFLORA = "AFLORA"
-    ROSA = "ROSA"
-
-
-def register(peft_type: FusedPeftType, config_cls: type, tuner_cls: type) -> None:
-    """Makes a method known to PEFT's loaders. Repeated calls change nothing; RuntimeError if the name is taken."""
-    for mapping, value in (
-        (PEFT_TYPE_TO_CONFIG_MAPPING, config_cls),
-        (PEFT_TYPE_TO_TUNER_MAPPING, tuner_cls),
-        (PEFT_TYPE_TO_PREFIX_MAPPING, tuner_cls.prefix),
-    ):
-        present = mapping.get(peft_type, value)
-        # A reloaded module defines its classes anew; those may take the place of the old ones.
-        if getattr(present, "__module__", present) != getattr(value, "__module__", value):
-            raise RuntimeError(
-                f"this version of peft has a method {peft_type.value} of its own ({present}); "
-                "peft_fused does not replace it. Use that method, or a version of peft without it."
-            )
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner_cls
-    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = tuner_cls.prefix
-
 
 NOT_ADDITIVE = f"is of kind 'adapter' and cannot be merged: {NO_DELTA}"
 
@@ -156,19 +120,62 @@ def reasons_opaque(base: nn.Module) -> list[str]:
     return reasons
 
 
-class FusedLayer(nn.Module, BaseTunerLayer):
+class BaseLayer(CallBase):
+    """The base layer, called with all arguments of the layer."""
+
+    __slots__ = ("args", "kwargs")
+    name = "base layer"
+
+    def __init__(self, base: nn.Module, args: tuple, kwargs: dict):
+        self.base, self.args, self.kwargs = base, args, kwargs
+
+    def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self.base(x, *self.args, **self.kwargs)
+
+
+class AddStep(Step):
+    """An adapter's part, added to a result whose type may be another one than the adapter's."""
+
+    __slots__ = ("adapter", "layer")
+
+    def __init__(self, layer: "FusedLayer", name: str):
+        self.layer, self.adapter = layer, layer.adapter(name)
+
+    @property
+    def name(self) -> str:
+        return self.adapter.step(self.layer.typical_input()).name
+
+    def run(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        adapter = self.adapter
+        x = y if adapter.on_output else x
+        factor = adapter.factor().dtype
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if (autocast or x.dtype == y.dtype) and mixes(factor, y.dtype):
+            return adapter.step(x).run(x, y)
+        # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
+        if not mixes(factor, x.dtype):
+            x = x.to(factor)
+        return (y + adapter.step(x).run(x, None)).to(y.dtype)
+
+    def problem(self, x: torch.Tensor):
+        return self.adapter.step(x).problem(x)
+
+
+def mixes(factor: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the ops combine an adapter with inputs of a dtype: it is the same one, or fp32 beside a half."""
+    return factor == dtype or (factor == torch.float32 and dtype.itemsize == 2)
+
+
+class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     """A linear layer with our adapters. Subclasses name their containers, which become ModuleDicts keyed by adapter
     name, in `adapter_layer_names` and `other_param_names`, and define:
 
     update_layer(adapter_name, **options): creates and initialises an adapter.
-    factor(adapter_name): one of the adapter's parameters, whose dtype and device all share.
-    linear_op, fused_linear(adapter_name, x, weight, bias): base and adapter in one op, and its name; weight as [N, K].
-        None if there is no such op: then the base layer is called, and `add_delta`.
-    add_delta(adapter_name, x, result): result plus the adapter's contribution; the contribution alone for None.
-    delta_path(adapter_name): what `add_delta` runs, as the end of "base layer, then ...".
-    dense_delta(adapter_name): the adapter's change of the weight, [N, K], in fp32.
-    problem(adapter_name, x, has_weight): what the op of `fused_linear` (has_weight) or `add_delta` is given.
-    is_untouched(adapter_name): whether the adapter is as it was made, and so changes nothing.
+    adapter(adapter_name): it, as the plain layers have it: with `step(x)`, its part in a forward pass; `factor()`, one
+    of its parameters, whose dtype and device all share; `delta()`, its change of the weight, [N, K], in fp32;
+    `is_zero()`, whether it is as it was made, and so changes nothing; and `on_output`.
+    linear_op, linear_step(adapter_name, x): the op that computes base and adapter in one, and the part in that, which
+    takes weight and bias. None if there is no such op: then the base layer is called, and the adapter added.
     """
 
     linear_op: str | None = None
@@ -210,9 +217,31 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             device = execution_device(base_layer) or device
         return device, dtype
 
+    def block(self, container: str, adapter_name: str) -> nn.Module:
+        """What a container holds of an adapter, found without the detour of attributes, which costs a microsecond."""
+        return self._modules[container]._modules[adapter_name]
+
+    def adapter(self, adapter_name: str):
+        raise NotImplementedError
+
+    def linear_step(self, adapter_name: str, x: torch.Tensor) -> Step:
+        return self.adapter(adapter_name).step(x)
+
     def on_output(self, adapter_name: str) -> bool:
         """Whether an adapter works on the layer's output: not linear in the weight, it cannot be merged."""
-        return False
+        return self.adapter(adapter_name).on_output
+
+    def factor(self, adapter_name: str) -> torch.Tensor:
+        """One of an adapter's parameters."""
+        return self.adapter(adapter_name).factor()
+
+    def is_untouched(self, adapter_name: str) -> bool:
+        """Whether an adapter is as it was made, and so changes nothing."""
+        return adapter_name not in self.adapters_here() or self.adapter(adapter_name).is_zero()
+
+    def dense_delta(self, adapter_name: str) -> torch.Tensor:
+        """An adapter's change of the weight, [N, K], in fp32."""
+        return self.adapter(adapter_name).delta()
 
     def adapters_here(self) -> nn.ModuleDict:
         """The first container, whose keys are the names of the adapters that this layer has."""
@@ -250,8 +279,12 @@ class FusedLayer(nn.Module, BaseTunerLayer):
             # The forward of each on every unit vector: whatever rank, expert or dropout is in use now.
             wide = self.factor(names[0]).dtype
             units = torch.eye(self.in_features, dtype=wide, device=weight.device)
-            delta = sum(self.add_delta(name, units.to(self.factor(name).dtype), None).to(wide) for name in names)
+            delta = sum(self._change(name, units.to(self.factor(name).dtype)).to(wide) for name in names)
             return (weight + (delta if self.transposed else delta.t())).to(weight.dtype)
+
+    def _change(self, adapter_name: str, x: torch.Tensor) -> torch.Tensor:
+        """What an adapter adds to the result on x."""
+        return self.adapter(adapter_name).step(x).run(x, None)
 
     def reason_against_weight(self, adapter_name: str) -> str | None:
         """Why no weight has an adapter's effect, as the end of a sentence; None if one has."""
@@ -265,30 +298,47 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if self.quantization_backend is not None and x.requires_grad:
             unpack(self.get_base_layer())
-        if self.disable_adapters:
-            if self.merged:
-                with onload_layer(self):
-                    self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        names = [] if self.merged else self.adapters_in_use()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
-        if self.is_offloaded(names):
+        if self.disable_adapters and self.merged:
+            with onload_layer(self):
+                self.unmerge()
+        names = self._names_to_run()
+        if names and self.is_offloaded(names):
             with self.onloaded(names):
-                return self._adapted(names, x, *args, **kwargs)
-        return self._adapted(names, x, *args, **kwargs)
+                return self._route(names, x, args, kwargs).run(x)
+        return self._route(names, x, args, kwargs).run(x)
 
-    def _adapted(self, names: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """The forward pass with these adapters."""
-        base = self.base_layer
-        if args or kwargs or self.linear_op is None or self.reasons_against_linear(names[0]):
-            result = base(x, *args, **kwargs)
-        else:
-            weight = base.weight.t() if self.transposed else base.weight
-            result = self.fused_linear(names.pop(0), x, weight, base.bias)
-        for name in names:
-            result = self._add(name, x, result)
-        return result
+    def route(self, x: torch.Tensor) -> Route:
+        """What `forward` runs on x: see layers/route.py."""
+        return self._route(self._names_to_run(), x, (), {})
+
+    def _names_to_run(self) -> list[str]:
+        """The adapters that a forward pass adds to the base layer."""
+        return [] if self.disable_adapters or self.merged else self.adapters_in_use()
+
+    def _route(self, names: list[str], x: torch.Tensor, args: tuple, kwargs: dict) -> Route:
+        base = self._modules["base_layer"]  # which torch.nn.Module itself takes ten times as long to find
+        if not names:
+            state = "disabled" if self.disable_adapters else "merged" if self.merged else "not active in this layer"
+            against = (self.linear_op or "adapter op", f"the adapters are {state}")
+            return Route((BaseLayer(base, args, kwargs),), (against,))
+        if self.linear_op is None:
+            return Route([BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)])
+        reasons = ["the base layer is called with more than x"] if args or kwargs else []
+        if reasons := reasons or self.reasons_against_linear(names[0]):
+            steps = [BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)]
+            return Route(steps, [(self.linear_op, reason) for reason in reasons])
+        step = self.linear_step(names[0], x)
+        weight = base.weight
+        step.weight, step.bias = weight.t() if self.transposed else weight, base.bias
+        return Route([step, *(AddStep(self, name) for name in names[1:])])
+
+    def typical_input(self, rows: int = 1) -> torch.Tensor:
+        """An input [rows, K] in the dtype of the base layer."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised weight does not tell
+        names = self._names_to_run()
+        device = self.factor(names[0]).device if names else device
+        return torch.empty(1, self.in_features, device=device, dtype=dtype).expand(rows, -1)
 
     def is_offloaded(self, names: list[str]) -> bool:
         """Whether accelerate's hooks may hold parameters of these adapters elsewhere until their modules are called."""
@@ -310,24 +360,9 @@ class FusedLayer(nn.Module, BaseTunerLayer):
     def reasons_against_linear(self, adapter_name: str) -> list[str]:
         """Why the base layer and this adapter cannot run as one op; empty if they can."""
         reasons = reasons_opaque(self.base_layer)
-        if not reasons and not self._mixes(adapter_name, self.base_layer.weight.dtype):
+        if not reasons and not mixes(self.factor(adapter_name).dtype, self.base_layer.weight.dtype):
             reasons.append("the adapter's dtype is neither the base weight's nor float32 beside a half-precision base")
         return reasons
-
-    def _mixes(self, adapter_name: str, dtype: torch.dtype) -> bool:
-        """Whether the ops combine this adapter with inputs of a dtype: it is the same one, or fp32 beside a half."""
-        factor = self.factor(adapter_name).dtype
-        return factor == dtype or (factor == torch.float32 and dtype.itemsize == 2)
-
-    def _add(self, name: str, x: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
-        x = result if self.on_output(name) else x
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if (autocast or x.dtype == result.dtype) and self._mixes(name, result.dtype):
-            return self.add_delta(name, x, result)
-        # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
-        if not self._mixes(name, x.dtype):
-            x = x.to(self.factor(name).dtype)
-        return (result + self.add_delta(name, x, None)).to(result.dtype)
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight, dequantised."""
@@ -394,11 +429,7 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if self.quantization_backend is not None:
             return
-        if is_computed(base):
-            raise ValueError(
-                f"cannot merge into {self.module_name!r}: the weight of this {type(base).__name__} {COMPUTED}. "
-                f"{MAKE_PERMANENT}"
-            )
+        check_own_weight(f"cannot merge into {self.module_name!r}:", base, ValueError)
         if others := memory.other_holders(base):
             raise ValueError(
                 f"cannot merge into {self.module_name!r}, which shares its weight with {', '.join(map(repr, others))}: "
@@ -472,14 +503,13 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         prefix: of this layer's keys in the state dict.
         """
         for name in self.adapters_here() if self.state_names else ():
-            found = (
-                f"{prefix}{container}.{name}.{key}" in keys
+            parameters = [
+                f"{prefix}{container}.{name}.{key}"
                 for container in self.adapter_layer_names
                 for key, _ in self._modules[container][name].named_parameters()
-            )
-            saved = (f"{prefix}{container}.{name}.{EXTRA_STATE}" for container in self.state_names)
-            if any(found) and not any(key in keys for key in saved):
-                self.check_state(name, {})
+            ]
+            for container in self.state_names:
+                check_saved_with(parameters, self._modules[container][name], f"{prefix}{container}.{name}", keys)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_complete(prefix, state_dict)
@@ -498,29 +528,6 @@ class FusedLayer(nn.Module, BaseTunerLayer):
         """Takes over a state that `check_state` let pass: what is then loaded can fail no more."""
         for key, tensor in tensors.items():
             self._modules[key.partition(".")[0]][adapter_name].set_extra_state(tensor)
-
-    def explain_path(self) -> tuple[str, list[str]]:
-        """(path of a forward call, reasons against the fully fused one); see `peft_fused.explain`."""
-        if self.disable_adapters or self.merged or not self.adapters_in_use():
-            state = "disabled" if self.disable_adapters else "merged" if self.merged else "not active in this layer"
-            return "base layer", [f"{self.linear_op or 'adapter op'}: the adapters are {state}"]
-        name = self.adapters_in_use()[0]
-        reasons = [] if self.linear_op is None else self.reasons_against_linear(name)
-        if self.linear_op is None or reasons:
-            path = f"base layer, then {self.delta_path(name)}"
-            return path, [f"{self.linear_op}: {reason}" for reason in reasons]
-        return self.linear_op, []
-
-    def op_problem(self, rows: int) -> LowRankProblem | None:
-        """What the first op of a forward pass on x [rows, K] is given; None if there is none."""
-        names = [] if self.disable_adapters or self.merged else self.adapters_in_use()
-        if not names:
-            return None
-        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        dtype = dtype if dtype.is_floating_point else torch.bfloat16  # a quantised weight does not tell
-        x = torch.empty(1, self.in_features, device=self.factor(names[0]).device, dtype=dtype).expand(rows, -1)
-        has_weight = self.linear_op is not None and not self.reasons_against_linear(names[0])
-        return self.problem(names[0], x, has_weight)
 
 
 class FusedTuner(BaseTuner):

@@ -29,7 +29,7 @@ def _why_not(kind: Kind, module: nn.Module, unused: dict[int, str]) -> str | Non
 
 def _is_own(module: nn.Module) -> bool:
     """Whether it is a layer of our methods, which is fused as it is."""
-    return hasattr(type(module), "explain_route") or hasattr(type(module), "explain_path")
+    return hasattr(type(module), "explain_route")
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..ops.structured import (
+from ...ops.structured import (
     StructuredProblem,
     circulant_matmul,
     dense,
@@ -21,7 +21,7 @@ from ..ops.structured import (
     toeplitz_product_matmul,
     toeplitz_tail,
 )
-from .checks import check_choice, check_flag, check_size
+from ..checks import check_choice, check_flag, check_size
 
 # "lora": M beside a weight, as in LoRA. "adapter": M inside of a non-linear block on a layer's output. They differ in
 # how the authors start them.
@@ -44,6 +44,9 @@ class StructuredMap(nn.Module):
     structure: str
     op_name: str
     options: tuple[str, ...] = ()
+    # A few numbers stand for a whole matrix, and where one factor starts at zero, decay of the other shrinks the
+    # gradient of the first.
+    spared_from_decay = True
 
     def __init__(self, in_features: int, out_features: int, kind: str):
         check_size("in_features", in_features)

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from ..ops.structured import StructuredProblem
-from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_flag, check_linear, check_size, features
-from .structured import StructuredDelta
-from .structured_maps import MapSpec
+from ...ops.structured import StructuredProblem
+from ..adapted import NO_DELTA, AdaptedLinear, FrozenProduct
+from ..checks import check_adapter_dtype, check_flag, check_linear, check_size, features
+from ..route import Route
+from .linear import StructuredDelta
+from .maps import MapSpec
 
 
 class LiveReLU(nn.Module):
@@ -17,7 +18,7 @@ class LiveReLU(nn.Module):
         return torch.where(x < 0, 0, x)  # whose derivative no version of torch changes, unlike clamp's at its bound
 
 
-ACTIVATIONS = {
+MODULES = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "relu": LiveReLU,
@@ -30,7 +31,6 @@ ACTIVATIONS = {
     "sigmoid": nn.Sigmoid,
     "softplus": nn.Softplus,
 }
-NO_DELTA = "its non-linear block on the layer's output is no change of the weight"
 
 
 def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False, features: int = 1) -> nn.Module:
@@ -41,11 +41,11 @@ def make_activation(activation: str | nn.Module, allow_nonidentity: bool = False
     torch.nn.ReLU(), with which the map would never leave its start.
     """
     check_flag("allow_nonidentity", allow_nonidentity)
-    names = ", ".join(map(repr, ACTIVATIONS))
+    names = ", ".join(map(repr, MODULES))
     if isinstance(activation, str):
-        if activation not in ACTIVATIONS:
+        if activation not in MODULES:
             raise ValueError(f"activation must be one of {names} or a torch.nn.Module, got {activation!r}")
-        module = ACTIVATIONS[activation]()
+        module = MODULES[activation]()
     elif isinstance(activation, nn.Module):
         module = activation
     else:
@@ -84,6 +84,9 @@ class SurmAdapter(StructuredDelta):
     parameters. Raises TypeError or ValueError naming the argument, the value and what is allowed.
     """
 
+    on_output = True
+    spared_from_decay = True
+
     def __init__(
         self, n: int, structure: str = "circulant", *, activation: str | nn.Module = "gelu",
         allow_nonidentity: bool = False, alpha: float | None = None, dropout: float = 0.0, dtype=None, device=None,
@@ -99,6 +102,17 @@ class SurmAdapter(StructuredDelta):
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         """h: [..., n] in the parameters' dtype, or half beside fp32 parameters. Returns the same shape and dtype."""
         return h + self.change(h)
+
+    def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        """On the output y; for None what would be added to an output x, alone."""
+        return self.change(x) if y is None else self(y)
+
+    @property
+    def path(self) -> str:
+        return f"{self.map.op_name}, activation and bias on its output"
+
+    def problem(self, x: torch.Tensor) -> StructuredProblem:
+        return super().problem(x[..., :1].expand(*x.shape[:-1], self.map.in_features))
 
     def change(self, h: torch.Tensor) -> torch.Tensor:
         """act(scale * M drop(h)) + beta, what is added to h, in h's dtype."""
@@ -148,12 +162,5 @@ class SurmAdapterLinear(AdaptedLinear):
         """Raises ValueError: there is none."""
         return self.adapter.delta()
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return self.adapter(self.base(x))
-
-    def path(self) -> str:
-        return f"F.linear, then {self.op_name}, activation and bias on its output"
-
-    def op_problem(self, rows: int) -> StructuredProblem:
-        """What a forward pass on x [rows, K] gives the structured op."""
-        return self.adapter.problem(self.weight.new_empty(1, self.out_features).expand(rows, -1))
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        return Route((FrozenProduct(self), self.adapter.step(x)))

@@ -3,10 +3,11 @@
 import torch
 from torch import nn
 
-from ..ops.structured import StructuredProblem
-from .adapted import AdaptedLinear
-from .checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, features
-from .structured_maps import MapSpec, StructuredMap
+from ...ops.structured import StructuredProblem
+from ..adapted import AdaptedLinear, FrozenProduct
+from ..checks import check_adapter_dtype, check_alpha, check_choice, check_dropout, check_linear, features
+from ..route import BlockStep, Route
+from .maps import MapSpec, StructuredMap
 
 TOEPLITZ = {"symmetric": "symmetric_toeplitz", "general": "toeplitz"}
 
@@ -16,6 +17,8 @@ class StructuredDelta(nn.Module):
 
     map: M [N, K]. alpha: the scale is `map.scale(alpha)`, that is 1 for None. dropout: in [0, 1), in training only.
     """
+
+    on_output = False
 
     def __init__(self, map: StructuredMap, alpha: float | None = None, dropout: float = 0.0):
         if alpha is not None:
@@ -32,6 +35,16 @@ class StructuredDelta(nn.Module):
     def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., K] -> add + scale * M drop(x), [..., N] in x's dtype."""
         return self.map(x, add=add, scale=self.scale, dropout_p=self.dropout_p)
+
+    def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
+        return self(x, add=y)
+
+    @property
+    def path(self) -> str:
+        return f"{self.map.op_name} added to it"
+
+    def step(self, x: torch.Tensor) -> BlockStep:
+        return BlockStep(self)
 
     def delta(self) -> torch.Tensor:
         """scale * M as a dense matrix [N, K], in fp32 (fp64 for fp64 parameters)."""
@@ -77,17 +90,8 @@ class StructuredLinear(AdaptedLinear):
     def delta(self) -> torch.Tensor:
         return self.adapter.delta()
 
-    def adapted(self, x: torch.Tensor) -> torch.Tensor:
-        return self.adapter(x, add=self.base(x))
-
-    def path(self) -> str:
-        return f"F.linear, then {self.op_name} added to it"
-
-    def op_problem(self, rows: int) -> StructuredProblem | None:
-        """What a forward pass on x [rows, K] gives the structured op; None if it does not call it."""
-        if self.merged:
-            return None
-        return self.adapter.problem(self.weight.new_empty(1, self.in_features).expand(rows, -1))
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        return Route((FrozenProduct(self), self.adapter.step(x)))
 
 
 class CirculantLinear(StructuredLinear):
