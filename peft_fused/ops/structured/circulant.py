@@ -53,7 +53,7 @@ def circulant_matmul(
     )  # fmt: skip
 
 
-def _circulant_outputs(x, c, factor, out_features, transposed) -> int:
+def _circulant_outputs(x, c, factor, out_features, transposed, names) -> int:
     engine.check_parameter("c", c, (1, 3), "[n] or [O, I, n]")
     if factor is not None:
         engine.check_parameter("factor", factor, (1, 3), "c's shape")
@@ -94,7 +94,7 @@ def skew_circulant_matmul(x, h, *, add=None, scale=1.0, dropout_p=0.0, seed=None
     )
 
 
-def _skew_outputs(x, h, _, out_features, transposed) -> int:
+def _skew_outputs(x, h, _, out_features, transposed, names) -> int:
     engine.check_parameter("h", h, (1,), "[n]")
     check_input(x, h.shape[0], "the length of h")
     return h.shape[0]

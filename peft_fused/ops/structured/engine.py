@@ -35,7 +35,7 @@ from .plan import StructuredProblem
 class Structure:
     """One kind of map. names: of its parameters, q's None where it has none or it is optional. plain(x, p, q, n): the
     map [..., K] -> [..., n] in plain PyTorch, in the dtype that x and the parameters share. outputs(x, p, q,
-    out_features, transposed): the checks of the shapes, and n."""
+    out_features, transposed, names): the checks of the shapes, and n."""
 
     kind: str
     names: tuple[str, str | None]
@@ -66,7 +66,7 @@ def reference(
     kind, x, p, q, *, out_features=None, add=None, scale=1.0, dropout_p=0.0, seed=None, transposed=False
 ):  # fmt: skip
     """`run` in plain PyTorch, differentiated by autograd."""
-    n = STRUCTURES[kind].outputs(x, p, q, out_features, transposed)
+    n = STRUCTURES[kind].outputs(x, p, q, out_features, transposed, STRUCTURES[kind].names)
     # No FFT library has bf16: convolutions are computed in fp32 at least and rounded once.
     dtype = p.dtype
     if kind != "kronecker":
@@ -185,7 +185,7 @@ class Structured(Operation):
 
     def _check_shapes(self, call) -> None:
         x, add = call.x, call.add
-        call.n = STRUCTURES[call.kind].outputs(x, call.p, call.q, call.out_features, call.transposed)
+        call.n = STRUCTURES[call.kind].outputs(x, call.p, call.q, call.out_features, call.transposed, call.names)
         if add is not None and tuple(add.shape) != (*x.shape[:-1], call.n):
             raise ValueError(f"add must have shape [..., N] = {[*x.shape[:-1], call.n]}, got {list(add.shape)}")
 

@@ -24,7 +24,7 @@ def kronecker_matmul(x, A, B, *, add=None, scale=1.0, dropout_p=0.0, seed=None, 
     return engine.run("kronecker", x, A, B, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
 
 
-def _outputs(x, A, B, out_features, transposed) -> int:
+def _outputs(x, A, B, out_features, transposed, names) -> int:
     engine.check_parameter("A", A, (2,), "[a1, a2]")
     engine.check_parameter("B", B, (2,), "[b1, b2]")
     n, k = A.shape[0] * B.shape[0], A.shape[1] * B.shape[1]

@@ -23,7 +23,7 @@ def ldr_matmul(x, G, H, *, add=None, scale=1.0, dropout_p=0.0, seed=None, transp
     return engine.run("ldr", x, G, H, add=add, scale=scale, dropout_p=dropout_p, seed=seed, transposed=transposed)
 
 
-def _outputs(x, G, H, out_features, transposed) -> int:
+def _outputs(x, G, H, out_features, transposed, names) -> int:
     engine.check_parameter("G", G, (2,), "[q, n]")
     engine.check_parameter("H", H, (2,), "[q, n]")
     if G.shape != H.shape:

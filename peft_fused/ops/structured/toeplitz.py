@@ -53,13 +53,14 @@ def toeplitz_tail(x, col, tail, *, add=None, scale=1.0, dropout_p=0.0, seed=None
     )  # fmt: skip
 
 
-def _toeplitz_outputs(x, col, tail, out_features, transposed) -> int:
+def _toeplitz_outputs(x, col, tail, out_features, transposed, names) -> int:
     engine.check_parameter("col", col, (1,), "[N]")
     engine.check_tensor("tail", tail)
     if tail.dim() != 1:
         raise ValueError(f"tail must have shape [K - 1], got {list(tail.shape)}")
     n, k = col.shape[0], tail.shape[0] + 1
-    check_input(x, n if transposed else k, "the length of col" if transposed else "the length of row, 1 + that of tail")
+    columns = "1 + the length of tail" if names[1] == "tail" else "the length of row"
+    check_input(x, n if transposed else k, "the length of col" if transposed else columns)
     return k if transposed else n
 
 
@@ -79,7 +80,7 @@ def toeplitz_product_matmul(x, a, b, *, add=None, scale=1.0, dropout_p=0.0, seed
     )
 
 
-def _product_outputs(x, a, b, out_features, transposed) -> int:
+def _product_outputs(x, a, b, out_features, transposed, names) -> int:
     engine.check_parameter("a", a, (1,), "[n]")
     engine.check_parameter("b", b, (1,), "[n]")
     if a.shape != b.shape:
