@@ -3,6 +3,7 @@ routes, optimizer and schedule. All variants have the same base layer, input and
 """
 
 import random
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +12,16 @@ from torch import nn
 from peft_fused.layers import AdaMixLinear
 from peft_fused.layers.adamix.routes import PASSES, write_routes
 
-from .baselines import ALPHA_OVER_R, Layer, TrainingStep, path_of, saved_bytes
+from .rows import STEP_LAYERS, Case, Comparison
 from .shapes import Shape
-from .timing import STEP, clock_of, interleave, ratio, step_clock
-from .verify import TOLERANCE, WrongResult, relative_rms
+from .variants import ALPHA_OVER_R, Layer, TrainingStep, frozen_layer, path_of
+from .verify import WrongResult, refuse_wrong, relative_rms
 
 EXPERTS = (1, 4, 16)
 KINDS = ("adapter", "lora")
-STEP_LAYERS = 4
 
 
-class Lines(nn.Module):
+class Baseline(nn.Module):
     """The same layer as anyone would write it, and the authors do: lists of modules, one chosen by Python's random."""
 
     def __init__(self, layer: AdaMixLinear):
@@ -63,13 +63,13 @@ def _layer(base: nn.Linear, shape: Shape, kind: str, experts: int) -> AdaMixLine
 
 
 def verify(layer: AdaMixLinear, x: torch.Tensor, dy: torch.Tensor, shape: Shape) -> dict[str, float]:
-    """Relative RMS errors of the last expert's delta and gradients against the lines in float64; WrongResult beyond
+    """Relative RMS errors of the last expert's delta and gradients against plain modules in float64; WrongResult beyond
     the tolerance, or if an expert that was not routed has a gradient.
     """
-    limit, block = TOLERANCE[shape.dtype], layer.block
+    block = layer.block
     last = block.routes.policy.num_experts - 1 if block.down.stacked else 0
     write_routes([block.routes], [((last,) * PASSES, (0,) * PASSES)])
-    reference = Lines(layer)
+    reference = Baseline(layer)
     del reference.frozen  # the base layer's own, which are not to change their type
     reference.double()
     weight, bias = layer.weight.double(), None if layer.bias is None else layer.bias.double()
@@ -91,60 +91,34 @@ def verify(layer: AdaMixLinear, x: torch.Tensor, dy: torch.Tensor, shape: Shape)
     errors |= {name: relative_rms(got, true) for name, (got, true) in pairs.items()}
     stray = block.down.stacked and bool(grad[:last].any())
     ours.clear()
-    wrong = {what: error for what, error in errors.items() if not error <= limit}
-    if wrong or stray:
-        text = ", ".join(f"{what} {error:.2e}" for what, error in wrong.items()) or "a gradient of an unrouted expert"
-        raise WrongResult(f"adamix at {shape.name} {shape.dtype_name}: {text} beyond {limit:.0e}")
-    return errors
+    if stray:
+        raise WrongResult(f"adamix at {shape.name} {shape.dtype_name}: a gradient of an unrouted expert")
+    return refuse_wrong(errors, shape, "adamix")
 
 
-def run_case(shape: Shape, device: torch.device, *, seconds: float) -> list[dict]:
-    """One row per kind, number of experts and mode; the mode "step" is a whole training step of square layers.
-
-    Ratios are to the same layer with one expert, and to the obvious modules with as many.
-    """
-    torch.manual_seed(0)
-    base = nn.Linear(shape.k, shape.n).to(device, shape.dtype).requires_grad_(False)
-    x = torch.randn(shape.m, shape.k, device=device, dtype=shape.dtype, requires_grad=True)
-    dy = torch.randn(shape.m, shape.n, device=device, dtype=shape.dtype)
-    rows = []
+def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
+    """One per kind, of a comparison per number of experts: with the same layer of one expert, and with the obvious
+    modules of as many."""
+    base, x, dy = frozen_layer(shape, device)
     for kind in KINDS:
         layers = {str(experts): _layer(base, shape, kind, experts) for experts in EXPERTS}
         errors = {name: verify(layer, x, dy, shape) for name, layer in layers.items()}
-        modules = dict(layers) | {f"lines of {name}": Lines(layer) for name, layer in layers.items()}
-        variants = {name: Layer(module, x, dy, module.parameters()) for name, module in modules.items()}
-        saved = {name: saved_bytes(variant) for name, variant in variants.items()}
-        times = interleave(variants, clock_of(device, shape.calls), seconds=seconds)
+        modules = dict(layers) | {f"baseline of {name}": Baseline(layer) for name, layer in layers.items()}
+        case = Case(shape, {name: Layer(module, x, dy, module.parameters()) for name, module in modules.items()}, [])
+        for name, layer in layers.items():
+            case.comparisons.append(
+                Comparison(
+                    "adamix",
+                    name,
+                    {"one": "1", "baseline": f"baseline of {name}"},
+                    path_of(layer, shape),
+                    errors[name],
+                    memory=("ours", "baseline"),
+                    about={"kind": kind, "experts": int(name), "r": shape.r},
+                )
+            )
         if shape.k == shape.n:
             stacks = {name: [_layer(base, shape, kind, int(name)) for _ in range(STEP_LAYERS)] for name in layers}
-            stacks |= {f"lines of {name}": list(map(Lines, stack)) for name, stack in stacks.items()}
-            measured = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
-            for name, found in interleave(measured, step_clock(device), seconds=seconds).items():
-                times[name][STEP] = found["both"]
-        for experts in EXPERTS:
-            name, plain = str(experts), f"lines of {experts}"
-            for mode in times[name]:
-                others = {"ours": times[name][mode], "one": times["1"][mode], "lines": times[plain][mode]}
-                rows.append(
-                    {
-                        "op": "adamix",
-                        "kind": kind,
-                        "experts": experts,
-                        "shape": shape.name,
-                        "r": shape.r,
-                        "dtype": shape.dtype_name,
-                        "dropout": 0.0,
-                        "mode": mode,
-                        "ratio_to_one": ratio(others["ours"], others["one"]),
-                        "ratio_to_lines": ratio(others["ours"], others["lines"]),
-                        "ms_median": {label: t.median for label, t in others.items()},
-                        "ms_iqr": {label: t.iqr for label, t in others.items()},
-                        "rounds": len(others["ours"].ms),
-                        "layers": STEP_LAYERS if mode == STEP else 1,
-                        "path": path_of(layers[name], shape),
-                        "saved_bytes": {"ours": saved[name], "lines": saved[plain]},
-                        "skipped": {},
-                        "error_vs_reference": errors[name],
-                    }
-                )
-    return rows
+            stacks |= {f"baseline of {name}": list(map(Baseline, stack)) for name, stack in stacks.items()}
+            case.steps = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
+        yield case

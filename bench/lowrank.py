@@ -1,8 +1,10 @@
-"""The ways to compute one adapted layer that are compared: same weights, same input, same incoming gradient."""
+"""LoRA and DyLoRA layers beside the frozen layer, PEFT, the obvious lines of plain PyTorch, and torch.compile of PEFT:
+same weights, same input, same incoming gradient.
+"""
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,82 +13,46 @@ from peft import LoraConfig, get_peft_model
 
 import peft_fused
 from peft_fused.methods.schedule import members_of
-from peft_fused.ops import dispatch
 
+from .rows import Case, Comparison
 from .shapes import Shape
+from .variants import ALPHA_OVER_R, Layer, frozen_layer, path_of
+from .verify import WrongResult, refuse_wrong, relative_rms
 
-ALPHA_OVER_R = 2.0
 TARGET = "linear"
-
-
-class Layer:
-    """A callable on x with the leaves whose gradients it fills; a timing.Variant.
-
-    unchecked: results that are known to be wrong in a baseline and are therefore not compared.
-    """
-
-    unchecked: tuple[str, ...] = ()
-
-    def __init__(self, call: Callable, x: torch.Tensor, dy: torch.Tensor, parameters, path: str = ""):
-        self.call, self.x, self.dy, self.path = call, x, dy, path
-        self.parameters = list(parameters)
-        self.trainable = [p for p in self.parameters if p.requires_grad]
-
-    def forward(self) -> torch.Tensor:
-        return self.call(self.x)
-
-    def backward(self, y: torch.Tensor) -> None:
-        y.backward(self.dy)
-
-    def clear(self) -> None:
-        self.x.grad = None
-        for parameter in self.trainable:
-            parameter.grad = None
-
-    def gradients(self) -> list[torch.Tensor]:
-        """[dX, dA, dB] of one step, cleared from the leaves."""
-        self.clear()
-        self.backward(self.forward())
-        grads = [self.x.grad] + [p.grad for p in self.trainable]
-        self.clear()
-        return grads
-
-
-class TrainingStep:
-    """A training step of a stack of layers: schedule and forward pass, then backward and the optimizer's update."""
-
-    def __init__(self, layers: list[torch.nn.Module], x: torch.Tensor, dy: torch.Tensor):
-        self.model, self.x, self.dy = torch.nn.Sequential(*layers), x.detach(), dy
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=True)  # as Trainer makes it
-        self.step = 0
-
-    def forward(self) -> torch.Tensor:
-        # A run of which no end comes into sight, for methods whose schedule has one.
-        peft_fused.on_step(self.model, step=self.step, total_steps=1 << 30, optimizer=self.optimizer)
-        self.step += 1
-        return self.model(self.x)
-
-    def backward(self, y: torch.Tensor) -> None:
-        y.backward(self.dy)
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        self.optimizer.zero_grad()
+# The share of the delta that dropout leaves on average is 1; with thousands of masked inputs it is met within this.
+DROPOUT_TOLERANCE = 0.1
+DROPOUT_LEAST = 1 << 16
 
 
 @dataclass
-class Case:
-    """All variants of one shape, and the reasons for those left out.
+class CompileBudget:
+    """Seconds left for torch.compile, which nothing can interrupt: they only decide whether one is started.
+
+    everywhere: whether shapes are compiled that do not ask for it.
+    """
+
+    seconds: float
+    everywhere: bool
+
+    def refusal(self, shape: Shape) -> str:
+        if not (shape.compiled or self.everywhere):
+            return "not part of this grid (--all times it for every shape)"
+        return "" if self.seconds > 0 else "the time set aside for compiling is spent"
+
+
+@dataclass
+class Variants:
+    """All variants of one shape, and the paths of ours.
 
     references: what a variant must equal when dropout is off; the PEFT layer is its own reference in eval mode.
     """
 
     shape: Shape
-    variants: dict[str, Layer]
+    layers: dict[str, Layer]
+    paths: dict[str, str]
     references: dict[str, Layer]
     peft_model: torch.nn.Module
-    skipped: dict[str, str]
     dylora_rank: int = 0
 
 
@@ -142,18 +108,9 @@ def addmm_at_rank(base, A: torch.Tensor, B: torch.Tensor, rank: int, scale: floa
     return call
 
 
-def path_of(model: torch.nn.Module, shape: Shape) -> str:
-    """The op that the model's layer calls, and what that op runs for this shape."""
-    return "; ".join(path for _, path, _ in dispatch.explain(model, rows=shape.m).lines)
-
-
-def build(shape: Shape, device: torch.device, seed: int = 0) -> Case:
+def build(shape: Shape, device: torch.device) -> Variants:
     """Every variant but the compiled one, which compile_peft adds."""
-    torch.manual_seed(seed)
-    base = torch.nn.Linear(shape.k, shape.n).to(device, shape.dtype).requires_grad_(False)
-    x = torch.randn(shape.m, shape.k, device=device, dtype=shape.dtype, requires_grad=True)
-    dy = torch.randn(shape.m, shape.n, device=device, dtype=shape.dtype)
-
+    base, x, dy = frozen_layer(shape, device)
     peft_model = _wrap(base, _config(LoraConfig, shape, lora_dropout=shape.dropout), shape)
     layer = adapted_layer(peft_model)
     _fill_b(layer, shape)
@@ -162,22 +119,21 @@ def build(shape: Shape, device: torch.device, seed: int = 0) -> Case:
     fused = adapted_layer(fused_model)
     A, B = (copy.deepcopy(module["default"].weight) for module in (layer.lora_A, layer.lora_B))
 
-    variants = {
-        "base": Layer(base, x, dy, base.parameters()),
+    layers = {
+        "frozen": Layer(base, x, dy, base.parameters()),
         "peft": Layer(layer, x, dy, layer.parameters()),
         "fused": Layer(fused, x, dy, fused.parameters()),
         "addmm": Layer(addmm(base, A, B, ALPHA_OVER_R, shape.dropout), x, dy, (A, B, *base.parameters())),
     }
-    variants["fused"].path = path_of(fused_model, shape)
-    case = Case(shape, variants, {"fused": variants["peft"]}, peft_model, {})
-    _add_dylora(case, base, A, B)
-    return case
+    found = Variants(shape, layers, {"fused": path_of(fused_model, shape)}, {"fused": layers["peft"]}, peft_model)
+    _add_dylora(found, base, A, B)
+    return found
 
 
-def _add_dylora(case: Case, base, A, B) -> None:
+def _add_dylora(found: Variants, base, A, B) -> None:
     """DyLoRA at half its rank, where its cost is meant to be lower, and the same thing in three lines."""
-    shape, x, dy = case.shape, case.variants["base"].x, case.variants["base"].dy
-    rank = case.dylora_rank = max(1, shape.r // 2)
+    shape, x, dy = found.shape, found.layers["frozen"].x, found.layers["frozen"].dy
+    rank = found.dylora_rank = max(1, shape.r // 2)
     model = _wrap(base, _config(peft_fused.DyLoraConfig, shape, lora_dropout=shape.dropout), shape)
     layer = adapted_layer(model)
     (member,) = members_of(model)["dylora"]
@@ -188,58 +144,91 @@ def _add_dylora(case: Case, base, A, B) -> None:
     peft_fused.set_dylora_rank(model, rank)
     A, B = copy.deepcopy(A), copy.deepcopy(B)
     parameters, scale = (A, B, *base.parameters()), ALPHA_OVER_R * shape.r / rank
-    case.variants["dylora"] = Layer(layer, x, dy, layer.parameters(), path_of(model, shape))
-    case.variants["dylora_addmm"] = Layer(addmm_at_rank(base, A, B, rank, scale, shape.dropout), x, dy, parameters)
-    case.references["dylora"] = Layer(addmm_at_rank(base, A, B, rank, scale, 0.0), x, dy, parameters)
+    found.paths["dylora"] = path_of(model, shape)
+    found.layers["dylora"] = Layer(layer, x, dy, layer.parameters())
+    found.layers["dylora_addmm"] = Layer(addmm_at_rank(base, A, B, rank, scale, shape.dropout), x, dy, parameters)
+    found.references["dylora"] = Layer(addmm_at_rank(base, A, B, rank, scale, 0.0), x, dy, parameters)
 
 
-def compile_peft(case: Case, budget_s: float) -> float:
-    """Adds the variant "compiled" (torch.compile of the PEFT layer) or the reason why not; returns the seconds spent.
-
-    Compilation cannot be interrupted, so the budget can only decide whether it is started.
-    """
-    if budget_s <= 0:
-        case.skipped["compiled"] = "the time set aside for compiling is spent"
-        return 0.0
+def compile_peft(found: Variants, budget: CompileBudget) -> str:
+    """Adds the variant "compiled" (torch.compile of the PEFT layer); the reason why not, or an empty string."""
+    if why := budget.refusal(found.shape):
+        return why
     start = time.perf_counter()
     # All layers share their code: beyond a number of variants of it torch would quietly run the next one uncompiled.
     torch._dynamo.reset()
-    model = copy.deepcopy(case.peft_model)
-    layer = adapted_layer(model)
-    peft = case.variants["peft"]
+    layer = adapted_layer(copy.deepcopy(found.peft_model))
+    peft = found.layers["peft"]
     variant = Layer(torch.compile(layer, dynamic=False), peft.x, peft.dy, layer.parameters())
     try:
         variant.gradients()
-        case.variants["compiled"] = variant
+        found.layers["compiled"] = variant
     except Exception as error:  # whatever inductor or the host compiler raises, the benchmark goes on without it
-        case.skipped["compiled"] = f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    return time.perf_counter() - start
+        why = f"torch.compile failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    budget.seconds -= time.perf_counter() - start
+    return why
 
 
-def saved_bytes(variant: Layer) -> int:
-    """Bytes kept for backward, per storage, without the parameters and x, which are there anyway."""
-    known = {t.untyped_storage().data_ptr() for t in (variant.x, *variant.parameters)}
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = variant.forward()
-    total = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in known)
-    del y
-    return total
+# ---------------------------------------------------------------------------------------------------------------- check
 
 
-def cuda_peak_bytes(variant: Layer) -> int:
-    """Peak of allocated device memory over one training step, above what was allocated before it."""
-    variant.clear()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    variant.backward(variant.forward())
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    variant.clear()
-    return peak
+def _set_training(found: Variants, training: bool) -> None:
+    for variant in found.layers.values():
+        if isinstance(variant.call, torch.nn.Module):
+            variant.call.train(training)
+
+
+def _errors(ours: Layer, reference: Layer, frozen: torch.Tensor) -> dict[str, float]:
+    """Relative RMS error of the delta alone and of every gradient."""
+    delta, truth = (variant.forward().detach().double() - frozen.double() for variant in (ours, reference))
+    errors = {"delta": relative_rms(delta, truth)}
+    for name, grad, expected in zip(("dx", "dA", "dB"), ours.gradients(), reference.gradients(), strict=True):
+        errors[name] = relative_rms(grad, expected)
+    return errors
+
+
+def _check_dropout(name: str, dropped: torch.Tensor, full: torch.Tensor) -> None:
+    """Masks differ between implementations, so dropout is judged by what it leaves of the delta: the projection on
+    the undropped delta is 1 on average, and something was dropped."""
+    dropped, full = dropped.double(), full.double()
+    share = ((dropped * full).sum() / (full * full).sum()).item()
+    if relative_rms(dropped, full) < 1e-2:
+        raise WrongResult(f"{name}: dropout is configured but nothing is dropped")
+    if full.numel() >= DROPOUT_LEAST and abs(share - 1) > DROPOUT_TOLERANCE:
+        raise WrongResult(f"{name}: with dropout {share:.3f} of the delta is left on average, expected 1")
+
+
+def verify(found: Variants) -> dict[str, dict[str, float]]:
+    """Errors of ours with dropout off; WrongResult when one is beyond the tolerance."""
+    frozen = found.layers["frozen"].forward().detach()
+    _set_training(found, False)
+    try:
+        errors = {name: _errors(found.layers[name], truth, frozen) for name, truth in found.references.items()}
+    finally:
+        _set_training(found, True)
+    for name, each in errors.items():
+        refuse_wrong(each, found.shape, name)
+    if found.shape.dropout:
+        for name, reference in found.references.items():
+            _set_training(found, False)
+            undropped = reference.forward().detach()
+            _set_training(found, True)
+            _check_dropout(name, found.layers[name].forward().detach() - frozen, undropped - frozen)
+    return errors
+
+
+def cases(shape: Shape, device: torch.device, budget: CompileBudget) -> Iterator[Case]:
+    """One: LoRA, and DyLoRA at half its rank, which PEFT does not have."""
+    found = build(shape, device)
+    errors = verify(found)
+    why = compile_peft(found, budget)
+
+    def comparison(op: str, ours: str, rank: int, **references) -> Comparison:
+        return Comparison(
+            op, ours, {"frozen": "frozen"} | references, found.paths[ours], errors[ours], memory=("ours", "peft"),
+            about={"r": shape.r, "active_rank": rank},
+        )  # fmt: skip
+
+    lora = comparison("lora", "fused", shape.r, peft="peft", addmm="addmm", compiled="compiled")
+    dylora = comparison("dylora", "dylora", found.dylora_rank, peft=None, addmm="dylora_addmm", compiled=None)
+    yield Case(shape, found.layers, [lora, dylora], {"compiled": why} if why else {})

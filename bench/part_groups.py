@@ -14,13 +14,14 @@ from peft_fused.triton_kernels import plan as plans
 from peft_fused.ops import bottleneck_adapter, bottleneck_torch, cases, dispatch, lowrank_adapter, lowrank_linear
 from peft_fused.ops import structured as maps
 from peft_fused.ops.bottleneck import BOTTLENECK, BottleneckCall, bottleneck_problem
-from peft_fused.ops.dropout import drop, dropout_threshold, load
+from peft_fused.ops.common import cast_and_drop
+from peft_fused.ops.dropout import drop, dropout_threshold
 from peft_fused.ops.lowrank import LowRankCall, lowrank_problem
 
 from . import structured
-from .baselines import ALPHA_OVER_R, Layer
 from .shapes import BF16, Shape, StructuredShape
 from .timing import MODES, Variant
+from .variants import ALPHA_OVER_R, Layer
 
 FP32, FP16 = torch.float32, torch.float16
 
@@ -375,7 +376,7 @@ def _dropout(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     x, A, dS, narrow = t.x, t.A, t.dS, t.normal(8, shape.r)
     threshold, seed = dropout_threshold(0.1), torch.tensor(0x1234_5678_9ABC_DEF1, device=device)
-    wide, dropped = A.float(), load(x, FP32, seed, threshold)
+    wide, dropped = A.float(), cast_and_drop(x, FP32, seed, threshold)
     mask, needs = dict(threshold=threshold, seed=seed), dict(need_dA=True, need_dx=True, need_du=False)
     one = Work(_bytes(x, A, t.S), 2 * shape.m * shape.k * shape.r, shape.dtype)
     two = Work(_bytes(x, dS, A, A, x), 2 * one.flops, shape.dtype)
@@ -474,7 +475,7 @@ def _modes(forward: Work, backward: Work) -> dict[str, Work]:
 
 
 def _structured(shape: StructuredShape, device: torch.device) -> dict:
-    """A map alone, with parameters in fp32: by backend, by the lines of plain PyTorch, and by its dense matrix."""
+    """A map alone, with parameters in fp32: by backend, in plain PyTorch, and by its dense matrix."""
     op, m, n, k = shape.op, shape.m, shape.n, shape.k
     x, dy = (torch.randn(m, size, device=device, dtype=shape.dtype) for size in (k, n))
     x.requires_grad_()
@@ -490,16 +491,16 @@ def _structured(shape: StructuredShape, device: torch.device) -> dict:
         work = _modes(*(Work(size, count, rate) for size, count in zip(moved, flops, strict=True)))
         return Entry(Layer(lambda x: function(x, *parameters), x, dy, parameters), work, **more)
 
-    lines = "lines"
-    found = {lines: entry(structured.CHAIN[op], (0, 0), shape.dtype)}
-    ours, same = getattr(maps, f"{op}_matmul"), dict(against=lines, equals=lines)
+    plain = "baseline"
+    found = {plain: entry(structured.BASELINES[op], (0, 0), shape.dtype)}
+    ours, same = getattr(maps, f"{op}_matmul"), dict(against=plain, equals=plain)
     for backend, flops, rate in (("triton", _triton_flops, FP16), ("cuda", _cuda_flops, FP32)):
         rate = shape.dtype if op == "kronecker" else rate  # its products are of x's type
         found[backend] = _why_not(backend, problem) or entry(ours, flops(problem), rate, settings=_on(backend), **same)
     gemms = 2 * m * n * k
     if op == "kronecker":
         # Its matrix has a gradient of its own, of which those of the factors are sums.
-        product = structured.dense_lines(op, n, k, device)
+        product = structured.plain_dense(op, n, k, device)
         found["dense"] = entry(product, (gemms, 2 * gemms), shape.dtype, **same)
     else:
         # The gradient of the vectors comes from transforms.

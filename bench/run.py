@@ -1,5 +1,6 @@
 """Runs a grid: one result per (op, shape, dtype, dropout, mode), with the versions and the commit that made it."""
 
+import contextlib
 import json
 import math
 import os
@@ -15,20 +16,21 @@ import torch
 import transformers
 
 import peft_fused
+from peft_fused.ops.structured.engine import STRUCTURES
 
-from . import adamix, aflora, baselines, roofline, structured
-from .shapes import MethodShape, Shape, StructuredShape, grid
-from .timing import MODES, Times, clock_of, interleave, ratio, wall_ms
-from .verify import verify
+from . import adamix, aflora, lowrank, roofline, structured
+from .base import Base
+from .rows import measure
+from .shapes import grid
 
-# Seconds of rounds per shape, and in all for torch.compile unless every shape is to be compiled.
-ROUND_SECONDS = {"tiny": 0.2, "default": 6.0, "all": 15.0}
-STRUCTURED_SECONDS = {"tiny": 0.05, "default": 2.0, "all": 6.0}
-METHOD_SECONDS = {"tiny": 0.05, "default": 4.0, "all": 10.0}
-METHODS = {"adamix": adamix.run_case, "aflora": aflora.run_case}
+# By op of a shape, its cases and the seconds of rounds of each, by grid.
+FAMILIES = {
+    "lowrank": (lowrank.cases, {"tiny": 0.2, "default": 6.0, "all": 15.0}),
+    **dict.fromkeys(STRUCTURES, (structured.cases, {"tiny": 0.05, "default": 2.0, "all": 6.0})),
+    **{m.__name__.rsplit(".", 1)[-1]: (m.cases, {"tiny": 0.05, "default": 4.0, "all": 10.0}) for m in (adamix, aflora)},
+}
+# Seconds in all for torch.compile, unless every shape is to be compiled.
 COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
-# op: (our variant, its frozen layer, PEFT's counterpart, the three lines, compiled PEFT); PEFT has no DyLoRA.
-OPS = {"lora": ("fused", "peft", "addmm", "compiled"), "dylora": ("dylora", None, "dylora_addmm", None)}
 
 
 def device_name(device: torch.device) -> str:
@@ -71,59 +73,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _row(case, op: str, mode: str, times: dict[str, dict[str, Times]], saved: dict[str, int]) -> dict:
-    ours, reference, addmm, compiled = OPS[op]
-    mine = times[ours][mode]
-
-    def against(name: str | None) -> float | None:
-        return ratio(mine, times[name][mode]) if name in times else None
-
-    shape = case.shape
-    shown = {"base": "base", ours: "ours", reference: "peft", addmm: "addmm", compiled: "compiled"}
-    return {
-        "op": op,
-        "shape": shape.name,
-        "r": shape.r,
-        "active_rank": case.dylora_rank if op == "dylora" else shape.r,
-        "dtype": shape.dtype_name,
-        "dropout": shape.dropout,
-        "mode": mode,
-        "ratio_to_base": against("base"),
-        "ratio_to_peft": against(reference),
-        "ratio_to_addmm": against(addmm),
-        "ratio_to_compiled": against(compiled),
-        "ms_median": {label: times[name][mode].median for name, label in shown.items() if name in times},
-        "ms_iqr": {label: times[name][mode].iqr for name, label in shown.items() if name in times},
-        "rounds": len(mine.ms),
-        "path": case.variants[ours].path,
-        "saved_bytes": {"ours": saved[ours], "peft": saved.get(reference)},
-        "skipped": {"compiled": case.skipped["compiled"]} if op == "lora" and case.skipped else {},
-    }
-
-
-def run_case(shape: Shape, device: torch.device, *, seconds: float, compile_budget: float | None) -> tuple[list, float]:
-    """(one row per op and mode, seconds spent compiling). compile_budget None leaves the compiled variant out."""
-    case = baselines.build(shape, device)
-    errors = verify(case)
-    spent = 0.0
-    if compile_budget is None:
-        case.skipped["compiled"] = "not part of this grid (--all times it for every shape)"
-    else:
-        spent = baselines.compile_peft(case, compile_budget)
-    saved = {name: baselines.saved_bytes(case.variants[name]) for name in ("fused", "peft", "dylora")}
-    cuda = device.type == "cuda"
-    times = interleave(case.variants, clock_of(device, shape.calls), seconds=seconds)
-    rows = []
-    for op, (ours, reference, _, _) in OPS.items():
-        extra = {"error_vs_reference": errors[ours]}
-        if cuda:
-            measured = {"ours": ours, "peft": reference}
-            extra["peak_bytes"] = {k: baselines.cuda_peak_bytes(case.variants[v]) for k, v in measured.items() if v}
-            extra["wall_ms"] = {k: wall_ms(case.variants[v]) for k, v in measured.items() if v}
-        rows += [_row(case, op, mode, times, saved) | extra for mode in MODES]
-    return rows, spent
-
-
 def run(
     device: torch.device,
     name: str = "default",
@@ -131,8 +80,10 @@ def run(
     op: str = "all",
     seconds: float = math.inf,
     failed: Callable[[str, Exception], None] | None = None,
+    base: Base | None = None,
 ) -> Iterator[dict]:
     """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of shapes.OPS, or "all".
+    base: another commit, whose variants take turns with ours.
 
     progress(shape, done, total) is told before each shape; no shape is started after `seconds`, so that `done` may stay
     below `total`. A shape that raises, verify.WrongResult before anything wrong is timed, ends the run, unless
@@ -143,29 +94,31 @@ def run(
     dtypes = tuple({shape.dtype: None for shape in shapes})
     ceilings = roofline.measure(device, dtypes, repeats=1 if name == "tiny" else 5)
     about = {"versions": versions(), "commit": commit(), "device": device_name(device), "ceilings": ceilings.as_dict()}
-    budget = min(COMPILE_SECONDS[name], seconds / 5)
+    about |= {"base_commit": base.commit} if base else {}
+    budget = lowrank.CompileBudget(
+        min(COMPILE_SECONDS[name], seconds / 5), everywhere=name == "all" or device.type == "cuda"
+    )
     for index, shape in enumerate(shapes):
         if time.monotonic() - start > seconds:
             break
         if progress:
             progress(f"{shape.name} {shape.dtype_name}", index, len(shapes))
+        cases, rounds = FAMILIES[shape.op]
+        more = {"budget": budget} if shape.op == "lowrank" else {}
         try:
-            if isinstance(shape, StructuredShape):
-                rows = structured.run_case(shape, device, seconds=STRUCTURED_SECONDS[name])
-            elif isinstance(shape, MethodShape):
-                rows = METHODS[shape.op](shape, device, seconds=METHOD_SECONDS[name])
-            else:
-                compiling = shape.compiled or name == "all" or device.type == "cuda"
-                limit = budget if compiling else None
-                rows, spent = run_case(shape, device, seconds=ROUND_SECONDS[name], compile_budget=limit)
-                budget -= spent
+            with base.shape(shape, name, device) if base else contextlib.nullcontext():
+                rows = [
+                    row
+                    for case in cases(shape, device, **more)
+                    for row in measure(case, device, seconds=rounds[name], base=base)
+                ]
         except Exception as error:
             if failed is None:
                 raise
-            failed(f"{getattr(shape, 'op', 'lowrank')} {shape.name} {shape.dtype_name}", error)
+            failed(f"{shape.op} {shape.name} {shape.dtype_name}", error)
             continue
         for row in rows:
-            floor = row.get("layers", 1) * roofline.floor_ms(shape, row["mode"], ceilings)
+            floor = row["layers"] * roofline.floor_ms(shape, row["mode"], ceilings)
             yield row | {"floor_ms": floor} | about
 
 

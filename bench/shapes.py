@@ -16,7 +16,7 @@ def _types(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """m rows through a frozen [n, k] layer with adapters of rank r."""
+    """m rows through a frozen [n, k] layer with adapters of rank r: of LoRA and DyLoRA, or of the method `op`."""
 
     m: int
     k: int
@@ -26,6 +26,7 @@ class Shape:
     adapter_dtype: torch.dtype = torch.float32
     dropout: float = 0.0
     compiled: bool = False  # whether the default CPU grid also runs torch.compile of PEFT
+    op: str = "lowrank"
 
     @property
     def name(self) -> str:
@@ -63,6 +64,7 @@ class StructuredShape:
     sizes: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     adapter_dtype: torch.dtype = torch.float32
+    dropout = 0.0
 
     @property
     def k(self) -> int:
@@ -92,13 +94,6 @@ class StructuredShape:
     def moved(self, mode: str) -> int:
         m, n, k = self.m, self.n, self.k
         return {"forward": m * (k + n), "backward": m * (n + 2 * k), "both": m * (2 * n + 3 * k)}[mode]
-
-
-@dataclass(frozen=True)
-class MethodShape(Shape):
-    """A layer with an adapter of a method that has comparisons of its own: bench/<op>.py."""
-
-    op: str = "adamix"
 
 
 BF16 = torch.bfloat16
@@ -200,24 +195,24 @@ STRUCTURED_CUDA = (
 )
 
 METHODS = ("adamix", "aflora")
-METHODS_TINY = tuple(MethodShape(64, 48, 48, 4, op=op) for op in METHODS)
-METHODS_CPU = (MethodShape(4096, 768, 768, 16, op="adamix"), MethodShape(4096, 768, 768, 8, op="aflora"))
+METHODS_TINY = tuple(Shape(64, 48, 48, 4, op=op) for op in METHODS)
+METHODS_CPU = (Shape(4096, 768, 768, 16, op="adamix"), Shape(4096, 768, 768, 8, op="aflora"))
 METHODS_CPU_ALL = (
     *METHODS_CPU,
     *(
-        MethodShape(*sizes, 16, dtype, op=op)
+        Shape(*sizes, 16, dtype, op=op)
         for op in METHODS
         for sizes, dtype in (((512, 1024, 1024), torch.float32), ((4096, 768, 768), BF16))
     ),
 )
-METHODS_CUDA = tuple(MethodShape(4096, size, size, 16, BF16, op=op) for op in METHODS for size in (4096, 768))
+METHODS_CUDA = tuple(Shape(4096, size, size, 16, BF16, op=op) for op in METHODS for size in (4096, 768))
 
 OPS = ("lowrank", *STRUCTURES, *METHODS)
 # Low-rank layers that a GPU's grid starts with, before the structured maps: all of it may not be reached.
 CUDA_FIRST = 8
 
 
-def grid(device: str, name: str, op: str = "all") -> tuple[Shape | StructuredShape | MethodShape, ...]:
+def grid(device: str, name: str, op: str = "all") -> tuple[Shape | StructuredShape, ...]:
     """Shapes of a named grid, "tiny" (a smoke test), "default" or "all", for one of OPS or all of them."""
     if name == "tiny":
         layers, maps, methods = TINY, STRUCTURED_TINY, METHODS_TINY

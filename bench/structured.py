@@ -1,5 +1,5 @@
-"""The structured maps alone, with no base layer beside them: ours, ours with each method forced, the obvious lines of
-plain PyTorch, and PEFT's C3A. All of one case have the same parameters, input and incoming gradient.
+"""The structured maps alone, with no base layer beside them: ours, ours with each method forced, plain PyTorch as
+anyone would write it, and PEFT's C3A. All of one case have the same parameters, input and incoming gradient.
 """
 
 import contextlib
@@ -12,19 +12,18 @@ import torch.nn.functional as F
 from peft.tuners.c3a.utils import BlockCircularConvolution
 
 import peft_fused
-from peft_fused.ops import cases, dispatch, structured
+from peft_fused.ops import dispatch, structured
 from peft_fused.ops.accuracy import outputs
+from peft_fused.ops.cases import make_structured
 from peft_fused.ops.structured import plan as plan_module
 
-from .baselines import Layer, cuda_peak_bytes, saved_bytes
+from .rows import Case, Comparison
 from .shapes import StructuredShape
-from .timing import MODES, clock_of, interleave, ratio, wall_ms
-from .verify import TOLERANCE, WrongResult, relative_rms
+from .variants import Layer
+from .verify import refuse_wrong, relative_rms
 
 # Dense products are timed below this many multiply-adds; from there on, a few rounds of them take a minute on a CPU.
 DENSE_LIMIT = {"cpu": 1 << 35, "cuda": 1 << 40}
-# What is not timed alone is measured of these.
-MEASURED = ("ours", "chain", "c3a")
 
 
 # ------------------------------------------------------------------------------------------------------- plain PyTorch
@@ -35,12 +34,12 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float()
 
 
-def circulant_lines(x, c):
+def plain_circulant(x, c):
     y = torch.fft.irfft(torch.fft.rfft(_wide(x)) * torch.fft.rfft(_wide(c)), n=c.shape[-1])
     return y.to(x.dtype)
 
 
-def skew_circulant_lines(x, h):
+def plain_skew_circulant(x, h):
     """By turning the ring into a cyclic one, with complex transforms: what SURM's code does."""
     angle = torch.arange(h.shape[-1], device=h.device) * (torch.pi / h.shape[-1])
     turn = torch.polar(torch.ones_like(angle), angle)
@@ -48,7 +47,7 @@ def skew_circulant_lines(x, h):
     return (turn.conj() * torch.fft.ifft(Y)).real.to(x.dtype)
 
 
-def toeplitz_lines(x, col, row):
+def plain_toeplitz(x, col, row):
     """In a circulant matrix of the next power of two, as SURM's code does."""
     n, k = col.shape[0], row.shape[0]
     length = 1 << (n + k - 2).bit_length()
@@ -57,22 +56,22 @@ def toeplitz_lines(x, col, row):
     return y[..., :n].to(x.dtype)
 
 
-def toeplitz_product_lines(x, a, b):
-    return toeplitz_lines(toeplitz_lines(x, a, a), b, b)
+def plain_toeplitz_product(x, a, b):
+    return plain_toeplitz(plain_toeplitz(x, a, a), b, b)
 
 
-def kronecker_lines(x, A, B):
+def plain_kronecker(x, A, B):
     A, B = A.to(x.dtype), B.to(x.dtype)
     return (B @ x.unflatten(-1, (B.shape[1], A.shape[1])) @ A.mT).flatten(-2)
 
 
-def ldr_lines(x, G, H):
-    return sum(circulant_lines(skew_circulant_lines(x, h), g) for g, h in zip(G, H, strict=True))
+def plain_ldr(x, G, H):
+    return sum(plain_circulant(plain_skew_circulant(x, h), g) for g, h in zip(G, H, strict=True))
 
 
-CHAIN = {
-    "circulant": circulant_lines, "skew_circulant": skew_circulant_lines, "toeplitz": toeplitz_lines,
-    "toeplitz_product": toeplitz_product_lines, "kronecker": kronecker_lines, "ldr": ldr_lines,
+BASELINES = {
+    "circulant": plain_circulant, "skew_circulant": plain_skew_circulant, "toeplitz": plain_toeplitz,
+    "toeplitz_product": plain_toeplitz_product, "kronecker": plain_kronecker, "ldr": plain_ldr,
 }  # fmt: skip
 
 # A dense matrix as someone would write it down: its entries gathered from the diagonals, whose gradient autograd adds
@@ -84,7 +83,7 @@ DIAGONALS = {
 }
 
 
-def dense_lines(op: str, n: int, k: int, device: torch.device) -> Callable | None:
+def plain_dense(op: str, n: int, k: int, device: torch.device) -> Callable | None:
     """x times the dense matrix of a map, None where none is written down in a line."""
     if op == "kronecker":
         return lambda x, A, B: F.linear(x, torch.kron(B, A).to(x.dtype))
@@ -149,19 +148,19 @@ class Forced(Layer):
 
 
 @dataclass
-class Case:
+class Variants:
     """All variants of one shape, the problem that ours solves, the true results, and the reasons for those left out."""
 
     shape: StructuredShape
-    variants: dict[str, Layer]
+    layers: dict[str, Layer]
     problem: structured.StructuredProblem
     truth: dict[str, torch.Tensor]
     skipped: dict[str, str]
 
 
-def build(shape: StructuredShape, device: torch.device) -> Case:
+def build(shape: StructuredShape, device: torch.device) -> Variants:
     """Every variant that a shape has, on the inputs that tests and `peft-fused check` use too."""
-    made = cases.make_structured(
+    made = make_structured(
         shape.op, shape.m, *shape.sizes, dtype=shape.dtype, adapter_dtype=shape.adapter_dtype, device=device, scale=1.0
     )
     x = made.tensors["x"]
@@ -174,74 +173,45 @@ def build(shape: StructuredShape, device: torch.device) -> Case:
         parameters = [value.detach().clone().requires_grad_() for value in values]
         return kind(lambda x: function(x, *parameters), x, dy, parameters)
 
-    variants = {"ours": layer(Layer, ours), "chain": layer(Layer, CHAIN[shape.op])}
+    layers = {"ours": layer(Layer, ours), "baseline": layer(Layer, BASELINES[shape.op])}
     if shape.op == "circulant":
-        variants["c3a"] = C3A(x, dy, values[0])
+        layers["c3a"] = C3A(x, dy, values[0])
     small = shape.m * shape.n * shape.k < DENSE_LIMIT[device.type]
-    if lines := dense_lines(shape.op, shape.n, shape.k, device):
+    if dense := plain_dense(shape.op, shape.n, shape.k, device):
         if small:
-            variants["dense"] = layer(Layer, lines)
+            layers["dense"] = layer(Layer, dense)
         else:
             skipped["dense"] = "its GEMMs would take too long"
     if shape.op in plan_module.CONVOLUTIONS:
         for method in ("fft", "dense"):
             if method == "fft" or small:
-                variants[f"ours_{method}"] = layer(lambda *rest, method=method: Forced(method, *rest), ours)
+                layers[f"ours_{method}"] = layer(lambda *rest, method=method: Forced(method, *rest), ours)
     first, second = values[0], values[1] if len(values) > 1 else None
     second = second[1:] if shape.op == "toeplitz" else second
     problem = structured.structured_problem(shape.op, x, first, second, shape.n, False)
-    variants["ours"].path = dispatch.path_of(problem)
-    return Case(shape, variants, problem, truth, skipped)
+    return Variants(shape, layers, problem, truth, skipped)
 
 
-def verify(case: Case) -> dict[str, dict[str, float]]:
+def verify(found: Variants) -> dict[str, dict[str, float]]:
     """Relative RMS errors of every variant against float64; WrongResult when one is beyond the tolerance."""
-    found = {}
-    limit = TOLERANCE[case.shape.dtype]
-    for name, variant in case.variants.items():
+    errors = {}
+    for name, variant in found.layers.items():
         results = [variant.forward().detach(), *variant.gradients()]
-        pairs = zip(case.truth.items(), results, strict=True)
-        found[name] = {
-            what: relative_rms(result, true) for (what, true), result in pairs if what not in variant.unchecked
-        }
-        if wrong := {what: error for what, error in found[name].items() if not error <= limit}:
-            text = ", ".join(f"{what} {error:.2e}" for what, error in wrong.items())
-            raise WrongResult(f"{name} of {case.shape.op} at {case.shape.name}: {text} beyond {limit:.0e}")
-    return found
+        pairs = zip(found.truth.items(), results, strict=True)
+        each = {what: relative_rms(result, true) for (what, true), result in pairs if what not in variant.unchecked}
+        errors[name] = refuse_wrong(each, found.shape, f"{name} of {found.shape.op}")
+    return errors
 
 
-def run_case(shape: StructuredShape, device: torch.device, *, seconds: float) -> list[dict]:
-    """One row per mode."""
-    case = build(shape, device)
-    errors = verify(case)
-    case.truth.clear()  # as large as the rest of the case, in float64
-    measured = {name: case.variants[name] for name in MEASURED if name in case.variants}
-    saved = {name: saved_bytes(variant) for name, variant in measured.items()}
-    times = interleave(case.variants, clock_of(device, shape.calls), seconds=seconds)
-    extra = {"saved_bytes": saved, "skipped": case.skipped, "error_vs_reference": errors["ours"]}
-    if device.type == "cuda":
-        extra["peak_bytes"] = {name: cuda_peak_bytes(variant) for name, variant in measured.items()}
-        extra["wall_ms"] = {name: wall_ms(variant) for name, variant in measured.items()}
-
-    def row(mode: str) -> dict:
-        def against(name: str, mine: str = "ours") -> float | None:
-            return ratio(times[mine][mode], times[name][mode]) if name in times else None
-
-        return {
-            "op": shape.op,
-            "shape": shape.name,
-            "dtype": shape.dtype_name,
-            "dropout": 0.0,
-            "mode": mode,
-            "ratio_to_chain": against("chain"),
-            "ratio_to_c3a": against("c3a"),
-            "ratio_to_dense": against("dense"),
-            "plan": {"method": case.problem.plan.method, "length": case.problem.plan.length},
-            "fft_over_dense": against("ours_dense", "ours_fft"),
-            "ms_median": {name: times[name][mode].median for name in times},
-            "ms_iqr": {name: times[name][mode].iqr for name in times},
-            "rounds": len(times["ours"][mode].ms),
-            "path": case.variants["ours"].path,
-        }
-
-    return [row(mode) | extra for mode in MODES]
+def cases(shape: StructuredShape, device: torch.device) -> Iterator[Case]:
+    """One, of one comparison."""
+    found = build(shape, device)
+    errors = verify(found)
+    found.truth.clear()  # as large as the rest of the case, in float64
+    comparison = Comparison(
+        shape.op, "ours", {"baseline": "baseline", "c3a": "c3a", "dense": "dense"}, dispatch.path_of(found.problem),
+        errors["ours"], memory=("ours", "baseline", "c3a"),
+        about={"plan": {"method": found.problem.plan.method, "length": found.problem.plan.length}},
+        ratios={"fft_over_dense": ("ours_dense", "ours_fft")},
+    )  # fmt: skip
+    yield Case(shape, found.layers, [comparison], found.skipped)

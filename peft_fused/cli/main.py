@@ -53,14 +53,20 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(min=0, help="Start no shape after so many seconds; the first ones matter most.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="A commit of this checkout, built and measured in the same rounds: a ratio to it in each row."
+        ),
+    ] = None,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
     """Time adapted layers against the frozen layer, PEFT, three plain lines, and compiled PEFT; and structured maps
-    against the plain lines, PEFT's C3A, the dense matrix, and themselves by each method."""
+    against plain PyTorch, PEFT's C3A, the dense matrix, and themselves by each method."""
     from . import bench as command
 
-    command.run(device, op=op, everything=everything, tiny=tiny, seconds=seconds, out=out, as_json=as_json)
+    command.run(device, op=op, everything=everything, tiny=tiny, seconds=seconds, base=base, out=out, as_json=as_json)
 
 
 @app.command()

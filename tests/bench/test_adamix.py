@@ -6,12 +6,13 @@ import pytest
 import torch
 from peft_fused.bench import adamix, run
 from peft_fused.bench.plot import plot
-from peft_fused.bench.shapes import MethodShape, grid
+from peft_fused.bench.rows import measure
+from peft_fused.bench.shapes import METHODS, Shape, grid
 from peft_fused.bench.timing import MODES, STEP
 from peft_fused.bench.verify import WrongResult
 
 CPU = torch.device("cpu")
-SMALL = MethodShape(64, 24, 24, 4)
+SMALL = Shape(64, 24, 24, 4, op="adamix")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_one_row_per_kind_number_of_experts_and_mode(rows):
     expected = [(k, e, m) for k in adamix.KINDS for e in adamix.EXPERTS for m in (*MODES, STEP)]
     assert found == expected
     for row in rows:
-        assert row["ratio_to_one"] > 0 and row["ratio_to_lines"] > 0 and row["rounds"] >= 5
+        assert row["ratio_to_one"] > 0 and row["ratio_to_baseline"] > 0 and row["rounds"] >= 5
         assert row["ratio_to_one"] == 1 or row["experts"] > 1
         assert max(row["error_vs_reference"].values()) < 1e-4
         assert ("lowrank_linear" if row["kind"] == "lora" else "bottleneck") in row["path"]
@@ -32,11 +33,12 @@ def test_one_row_per_kind_number_of_experts_and_mode(rows):
 
 
 def test_plot(rows, tmp_path):
-    assert plot(rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    (path,) = plot(rows, tmp_path)
+    assert path.name == "adamix.png" and path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_rectangular_layers_have_no_steps():
-    rows = adamix.run_case(MethodShape(64, 24, 16, 4), CPU, seconds=0.0)
+    rows = [row for case in adamix.cases(Shape(64, 24, 16, 4), CPU) for row in measure(case, CPU, seconds=0.0)]
     assert {row["mode"] for row in rows} == set(MODES)
 
 
@@ -54,5 +56,5 @@ def test_a_wrong_expert_is_no_result(kind, monkeypatch):
 
 def test_the_grids_hold_the_shape_that_is_reported_on():
     for device in ("cpu", "cuda"):
-        assert {shape.op for shape in grid(device, "default") if isinstance(shape, MethodShape)} == {"adamix", "aflora"}
+        assert {"adamix", "aflora"} == set(METHODS) <= {shape.op for shape in grid(device, "default")}
     assert any((s.m, s.k, s.n) == (4096, 768, 768) for s in grid("cpu", "default", "adamix"))

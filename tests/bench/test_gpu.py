@@ -150,4 +150,4 @@ def test_rehearsal(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"summary.json", "parts.log", "parts.jsonl", "bench.log", "results.jsonl", "results.png"} <= written
+    assert {"summary.json", "parts.log", "parts.jsonl", "bench.log", "results.jsonl", "lora.png", "peft.png"} <= written

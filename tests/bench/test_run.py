@@ -5,16 +5,18 @@ import math
 
 import pytest
 import torch
-from peft_fused.bench import baselines, roofline, run
+from peft_fused.bench import lowrank, roofline, run
+from peft_fused.bench.lowrank import CompileBudget, verify
 from peft_fused.bench.plot import plot
 from peft_fused.bench.shapes import CPU, CUDA, Shape, StructuredShape, grid
 from peft_fused.bench.timing import MODES
-from peft_fused.bench.verify import WrongResult, verify
+from peft_fused.bench.variants import Layer, saved_bytes
+from peft_fused.bench.verify import WrongResult
 
 CPU_DEVICE = torch.device("cpu")
 SMALL = Shape(48, 40, 36, 4)
 FIELDS = {
-    "op", "shape", "r", "dtype", "dropout", "mode", "ratio_to_base", "ratio_to_peft", "ratio_to_addmm",
+    "op", "shape", "r", "dtype", "dropout", "mode", "ratio_to_frozen", "ratio_to_peft", "ratio_to_addmm",
     "ratio_to_compiled", "ms_median", "ms_iqr", "path", "saved_bytes", "versions", "commit", "device",
 }  # fmt: skip
 
@@ -37,7 +39,7 @@ def test_one_row_per_op_shape_and_mode(rows):
 
 def test_ratios_are_there_exactly_where_there_is_something_to_compare_with(rows):
     for row in rows:
-        assert row["ratio_to_base"] > 0 and row["ratio_to_addmm"] > 0 and row["ms_median"]["ours"] > 0
+        assert row["ratio_to_frozen"] > 0 and row["ratio_to_addmm"] > 0 and row["ms_median"]["ours"] > 0
         assert (row["ratio_to_peft"] is None) == (row["op"] == "dylora")
         assert row["ratio_to_compiled"] is None
         assert bool(row["skipped"]) == (row["op"] == "lora"), "a baseline left out needs a reason"
@@ -50,12 +52,13 @@ def test_files(rows, tmp_path):
             path = run.write(row, tmp_path / "new", first=index == 0)
             assert len(path.read_text().splitlines()) == index + 1, f"attempt {attempt}: a row is there once measured"
     assert [json.loads(line) for line in path.read_text().splitlines()] == rows
-    picture = plot(rows, tmp_path / "plot.png")
-    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    pictures = plot(rows, tmp_path)
+    assert [path.name for path in pictures] == ["lora.png", "dylora.png", "peft.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 5000 for p in pictures)
 
 
 def test_verify_accepts_what_is_right():
-    errors = verify(baselines.build(SMALL, CPU_DEVICE))
+    errors = verify(lowrank.build(SMALL, CPU_DEVICE))
     assert set(errors) == {"fused", "dylora"}
     assert all(set(found) == {"delta", "dx", "dA", "dB"} for found in errors.values())
 
@@ -63,8 +66,8 @@ def test_verify_accepts_what_is_right():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["fused", "dylora"])
 def test_verify_refuses_a_scale_off_by_two_percent(name, dtype):
-    case = baselines.build(Shape(48, 40, 36, 4, dtype), CPU_DEVICE)
-    variant, base = case.variants[name], case.variants["base"]
+    case = lowrank.build(Shape(48, 40, 36, 4, dtype), CPU_DEVICE)
+    variant, base = case.layers[name], case.layers["frozen"]
     right = variant.call
     variant.call = lambda x: right(x) + 0.02 * (right(x) - base.call(x))
     with pytest.raises(WrongResult, match=name):
@@ -72,17 +75,17 @@ def test_verify_refuses_a_scale_off_by_two_percent(name, dtype):
 
 
 def test_verify_refuses_a_wrong_gradient():
-    case = baselines.build(SMALL, CPU_DEVICE)
-    case.variants["fused"].trainable[1].register_hook(lambda grad: 1.02 * grad)
+    case = lowrank.build(SMALL, CPU_DEVICE)
+    case.layers["fused"].trainable[1].register_hook(lambda grad: 1.02 * grad)
     with pytest.raises(WrongResult, match="dB"):
         verify(case)
 
 
 def test_verify_refuses_dropout_that_drops_nothing_or_does_not_rescale():
     shape = Shape(2048, 40, 36, 4, dropout=0.2)
-    verify(baselines.build(shape, CPU_DEVICE))
-    case = baselines.build(shape, CPU_DEVICE)
-    for module in case.variants["fused"].call.modules():
+    verify(lowrank.build(shape, CPU_DEVICE))
+    case = lowrank.build(shape, CPU_DEVICE)
+    for module in case.layers["fused"].call.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     with pytest.raises(WrongResult, match="nothing is dropped"):
@@ -97,8 +100,8 @@ def test_verify_refuses_dropout_that_drops_nothing_or_does_not_rescale():
             y, base = self.layer(x), self.base(x)
             return base + 0.8 * (y - base) if self.training else y
 
-    case = baselines.build(shape, CPU_DEVICE)
-    case.variants["fused"].call = Shrunk(case.variants["fused"].call, case.variants["base"].call)
+    case = lowrank.build(shape, CPU_DEVICE)
+    case.layers["fused"].call = Shrunk(case.layers["fused"].call, case.layers["frozen"].call)
     with pytest.raises(WrongResult, match="left on average"):
         verify(case)
 
@@ -111,20 +114,21 @@ def test_saved_bytes_count_each_storage_once_without_parameters_and_x():
         s = (x @ weight.t()).sigmoid()  # keeps its output, 8 x 7 floats
         return s * s.view(8, 7)  # the same storage again
 
-    layer = baselines.Layer(call, x, torch.ones(8, 7), (weight,))
-    assert baselines.saved_bytes(layer) == 8 * 7 * 4
+    layer = Layer(call, x, torch.ones(8, 7), (weight,))
+    assert saved_bytes(layer) == 8 * 7 * 4
 
 
 def test_ours_saves_less_than_peft_under_dropout():
-    case = baselines.build(Shape(256, 64, 48, 4, dropout=0.1), CPU_DEVICE)
-    ours, theirs = (baselines.saved_bytes(case.variants[name]) for name in ("fused", "peft"))
+    case = lowrank.build(Shape(256, 64, 48, 4, dropout=0.1), CPU_DEVICE)
+    ours, theirs = (saved_bytes(case.layers[name]) for name in ("fused", "peft"))
     assert 256 * 4 * 4 <= ours < theirs / 4
 
 
 def test_compiling_is_left_out_with_a_reason_when_the_budget_is_spent():
-    case = baselines.build(SMALL, CPU_DEVICE)
-    assert baselines.compile_peft(case, 0.0) == 0.0
-    assert "compiled" not in case.variants and "spent" in case.skipped["compiled"]
+    case = lowrank.build(SMALL, CPU_DEVICE)
+    assert "spent" in lowrank.compile_peft(case, CompileBudget(0.0, everywhere=True))
+    assert "part of this grid" in lowrank.compile_peft(case, CompileBudget(9.0, everywhere=False))
+    assert "compiled" not in case.layers
 
 
 def test_a_failing_compiler_is_a_reason_and_no_crash(monkeypatch):
@@ -135,10 +139,10 @@ def test_a_failing_compiler_is_a_reason_and_no_crash(monkeypatch):
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    case = baselines.build(SMALL, CPU_DEVICE)
-    baselines.compile_peft(case, 10.0)
-    assert "compiled" not in case.variants
-    assert case.skipped["compiled"] == "torch.compile failed: RuntimeError: no compiler here"
+    case = lowrank.build(SMALL, CPU_DEVICE)
+    budget = CompileBudget(10.0, everywhere=True)
+    assert lowrank.compile_peft(case, budget) == "torch.compile failed: RuntimeError: no compiler here"
+    assert "compiled" not in case.layers and budget.seconds < 10
 
 
 def test_floor_is_bound_by_arithmetic_or_by_traffic():
@@ -172,5 +176,5 @@ def test_device_names_become_folder_names():
 
 
 def test_rows_are_json_without_nan(rows):
-    assert all(math.isfinite(row["ratio_to_base"]) for row in rows)
+    assert all(math.isfinite(row["ratio_to_frozen"]) for row in rows)
     json.dumps(rows, allow_nan=False)

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from peft.tuners.c3a.utils import BlockCircularConvolution
+from peft_fused.bench import plot as plots
 from peft_fused.bench import run, structured
-from peft_fused.bench.plot import plot
 from peft_fused.bench.shapes import OPS, STRUCTURED_CPU, STRUCTURED_TINY, StructuredShape, grid
 from peft_fused.bench.timing import MODES
 from peft_fused.bench.verify import WrongResult
@@ -17,7 +17,7 @@ from peft_fused.ops.structured.engine import STRUCTURES
 
 CPU_DEVICE = torch.device("cpu")
 FIELDS = {
-    "op", "shape", "dtype", "mode", "ratio_to_chain", "ratio_to_c3a", "ratio_to_dense", "plan", "fft_over_dense",
+    "op", "shape", "dtype", "mode", "ratio_to_baseline", "ratio_to_c3a", "ratio_to_dense", "plan", "fft_over_dense",
     "ms_median", "ms_iqr", "rounds", "path", "saved_bytes", "skipped", "versions", "commit", "device", "floor_ms",
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ def test_one_row_per_op_and_mode(rows):
 
 def test_ratios_are_there_exactly_where_there_is_something_to_compare_with(rows):
     for row in rows:
-        assert row["ratio_to_chain"] > 0 and row["floor_ms"] > 0
+        assert row["ratio_to_baseline"] > 0 and row["floor_ms"] > 0
         assert (row["ratio_to_c3a"] is None) == (row["op"] != "circulant")
         assert (row["ratio_to_dense"] is None) == (row["op"] in ("toeplitz_product", "ldr"))
         assert (row["fft_over_dense"] is None) == (row["op"] in ("toeplitz_product", "ldr", "kronecker"))
@@ -64,9 +64,9 @@ def test_forced_methods_run_what_they_say(monkeypatch):
     case = structured.build(StructuredShape("circulant", 5, (12,)), CPU_DEVICE)
     for method in ("fft", "dense"):
         ran.clear()
-        case.variants[f"ours_{method}"].gradients()
+        case.layers[f"ours_{method}"].gradients()
         assert ran == [(method, "forward"), (method, "backward")]
-    assert ops.plan(case.problem) == case.problem.plan, "the choice is put back"
+    assert ops.plan_structured(case.problem) == case.problem.plan, "the choice is put back"
 
 
 @pytest.mark.parametrize("shape", STRUCTURED_TINY, ids=lambda shape: shape.op)
@@ -74,18 +74,18 @@ def test_forced_methods_run_what_they_say(monkeypatch):
 def test_every_variant_is_verified(shape, dtype):
     shape = StructuredShape(shape.op, shape.m, shape.sizes, dtype)
     errors = structured.verify(structured.build(shape, CPU_DEVICE))
-    assert set(errors) >= {"ours", "chain"}
+    assert set(errors) >= {"ours", "baseline"}
     for name in set(errors):
         case = structured.build(shape, CPU_DEVICE)
-        right = case.variants[name].call
-        case.variants[name].call = lambda x, right=right: 1.02 * right(x)
+        right = case.layers[name].call
+        case.layers[name].call = lambda x, right=right: 1.02 * right(x)
         with pytest.raises(WrongResult, match=f"{name} of {shape.op}"):
             structured.verify(case)
 
 
 def test_a_wrong_gradient_is_refused():
     case = structured.build(STRUCTURED_TINY[0], CPU_DEVICE)
-    case.variants["ours"].trainable[0].register_hook(lambda grad: 1.02 * grad)
+    case.layers["ours"].trainable[0].register_hook(lambda grad: 1.02 * grad)
     with pytest.raises(WrongResult, match="c 2"):
         structured.verify(case)
 
@@ -99,10 +99,18 @@ def test_c3a_is_still_wrong_in_the_gradient_that_is_not_compared():
 def test_dense_products_that_take_too_long_are_left_out_with_a_reason(monkeypatch):
     monkeypatch.setitem(structured.DENSE_LIMIT, "cpu", 10)
     case = structured.build(STRUCTURED_TINY[0], CPU_DEVICE)
-    assert not {"dense", "ours_dense"} & set(case.variants) and case.skipped["dense"]
+    assert not {"dense", "ours_dense"} & set(case.layers) and case.skipped["dense"]
 
 
-def test_a_picture_of_either_family_or_both(rows, tmp_path):
-    layers = list(run.run(CPU_DEVICE, "tiny", op="lowrank"))
-    sizes = [plot(some, tmp_path / "plot.png").stat().st_size for some in (rows, layers, rows + layers)]
-    assert min(sizes) > 5000 and max(sizes) == sizes[2]
+def test_a_picture_per_op_without_empty_panels(rows, tmp_path, monkeypatch):
+    panels = []
+    real = plots._panel
+    monkeypatch.setattr(plots, "_panel", lambda axis, *rest: panels.append(axis) or real(axis, *rest))
+    written = plots.plot(rows, tmp_path)
+    assert [path.stem for path in written] == [*STRUCTURES, "peft"]
+    assert all(path.stat().st_size > 5000 for path in written)
+    assert len(panels) == 3 * len(STRUCTURES) + 1, "forward, backward and both of each, and C3A in the headline"
+    for axis in panels:
+        shown = [text.get_text() for text in axis.get_legend().get_texts()]
+        assert shown == [points.get_label() for points in axis.collections] and len(axis.collections) > 0
+        assert all(len(points.get_offsets()) for points in axis.collections)

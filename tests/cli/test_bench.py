@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from peft_fused.bench import lowrank, shapes
 from peft_fused.bench import run as runner
-from peft_fused.bench import shapes
 from peft_fused.bench.verify import WrongResult
 
 
@@ -15,7 +15,7 @@ def one_shape(monkeypatch):
     monkeypatch.setattr(shapes, "TINY", shapes.TINY[:1])
     monkeypatch.setattr(shapes, "STRUCTURED_TINY", shapes.STRUCTURED_TINY[:1])
     monkeypatch.setattr(shapes, "METHODS_TINY", shapes.METHODS_TINY[:1])
-    monkeypatch.setitem(runner.ROUND_SECONDS, "tiny", 0.0)
+    monkeypatch.setitem(runner.FAMILIES["lowrank"][1], "tiny", 0.0)
 
 
 def test_json_lines_equal_the_file_that_is_written(cli, one_shape, tmp_path):
@@ -27,7 +27,8 @@ def test_json_lines_equal_the_file_that_is_written(cli, one_shape, tmp_path):
     }
     written = (tmp_path / "results" / "results.jsonl").read_text()
     assert [json.loads(line) for line in written.splitlines()] == rows
-    assert (tmp_path / "results" / "results.png").exists()
+    pictures = {"lora.png", "dylora.png", "circulant.png", "adamix.png", "peft.png"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == pictures | {"results.jsonl"}
     assert "written" in result.stderr
 
 
@@ -46,7 +47,7 @@ def test_the_table_shows_every_row_and_why_something_is_left_out(cli, one_shape,
         "backward",
         "both",
         "/ PEFT",
-        "/ lines",
+        "/ plain",
         "compiled left out",
     )
     for word in words:
@@ -66,7 +67,7 @@ def test_one_op_alone_does_not_replace_the_results_of_all(cli, monkeypatch, tmp_
     (tmp_path / "bench" / "run.py").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shapes, "STRUCTURED_CPU", shapes.STRUCTURED_TINY)
-    monkeypatch.setitem(runner.STRUCTURED_SECONDS, "default", 0.0)
+    monkeypatch.setitem(runner.FAMILIES["ldr"][1], "default", 0.0)
     assert "nothing written" in cli("bench", "--op", "ldr").stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
 
@@ -76,7 +77,7 @@ def wrong_layer(monkeypatch):
     def refuse(case):
         raise WrongResult("dA 5e-01 beyond 1e-04")
 
-    monkeypatch.setattr(runner, "verify", refuse)
+    monkeypatch.setattr(lowrank, "verify", refuse)
 
 
 def test_a_wrong_result_has_no_times(cli, one_shape, wrong_layer, tmp_path):
@@ -89,17 +90,17 @@ def test_the_other_shapes_are_measured_all_the_same(cli, one_shape, wrong_layer,
     result = cli("bench", "--tiny", "--json", "--out", tmp_path, code=1)
     assert "dA 5e-01" in result.stderr
     assert {json.loads(line)["op"] for line in result.stdout.splitlines()} == {"circulant", "adamix"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "circulant.png", "adamix.png", "peft.png"}
 
 
 def test_stopped_it_shows_what_it_has(cli, one_shape, monkeypatch, tmp_path):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner.structured, "run_case", interrupt)
+    monkeypatch.setitem(runner.FAMILIES, "circulant", (interrupt, runner.FAMILIES["circulant"][1]))
     result = cli("bench", "--tiny", "--out", tmp_path, code=130)
     assert "1 of 3 shapes measured" in result.stderr and "4x32x32" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "lora.png", "dylora.png", "peft.png"}
 
 
 def test_no_shape_is_started_after_its_time(cli, one_shape, monkeypatch):
