@@ -18,7 +18,6 @@ PEFT_FUSED_ENTRY int run_correlate(const peft_fused::FftCorrelateParams& p) {
 PEFT_FUSED_ENTRY int run_blocks(int64_t m, int length, int* blocks) {
   return peft_fused::fft_correlate_blocks(m, length, blocks);
 }
-PEFT_FUSED_ENTRY int next_length(int least) { return peft_fused::fft_length(least); }
 PEFT_FUSED_ENTRY int run_radices(int length, int* radices, int* count) {
   return peft_fused::fft_radices(length, radices, count) ? cudaSuccess : cudaErrorInvalidValue;
 }

@@ -21,6 +21,7 @@ from fft_calls import (
 
 from peft_fused.ops.accuracy import judge
 from peft_fused.ops.dropout import keep_mask, keep_scale
+from peft_fused.ops.structured.plan import MAX_CUDA_LENGTH, fast_length
 
 RADICES = (2, 3, 4, 5, 8)
 # Each radix alone and repeated, all of them together, as few points as threads of a warp and fewer, the longest.
@@ -282,9 +283,10 @@ def test_plan(sound):
         else:
             with pytest.raises(DeviceError, match=INVALID_VALUE):
                 radices_of(sound, length)
-    next_lengths = [sound.value("next_length", least) for least in (-1, 0, 1, 7, 97, 8191, 8192, 8193)]
-    assert next_lengths == [1, 1, 1, 8, 100, 8192, 8192, 0]
-    assert all(sound.value("next_length", length) == length for length in smooth)
+    # What the plan of a structured map pads to is a length that the kernels take.
+    assert smooth[-1] == MAX_CUDA_LENGTH
+    assert [fast_length(least, 5) for least in (1, 7, 97, 8191, 8192)] == [1, 8, 100, 8192, 8192]
+    assert all(fast_length(length, 5) == length for length in smooth)
     for length in (-8, 0, 8640):
         for refused in (radices_of, twiddles_of):
             with pytest.raises(DeviceError, match=INVALID_VALUE):
