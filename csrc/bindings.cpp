@@ -6,8 +6,6 @@
 #include "autograd/lowrank.h"
 #include "autograd/structured.h"
 #include "dropout.h"
-#include "fft_host.h"
-#include "kernels/fft_plan.h"
 
 namespace py = pybind11;
 using peft_fused::BottleneckArguments;
@@ -182,31 +180,6 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     return peft_fused::drop(x, seed, threshold, first_row);
   }, "Dropout of ops/dropout.py on a 2-D tensor, without a gradient.");
-  m.def("fft_length", &peft_fused::fft_length, py::arg("least"), "The next length of kernels/fft_plan.h, or 0.");
-  m.def("fft_radices", py::overload_cast<int64_t>(&peft_fused::fft_radices), py::arg("length"),
-        "Radices of the passes of kernels/fft_plan.h.");
-  m.def("fft_twiddles", py::overload_cast<int64_t>(&peft_fused::fft_twiddles), py::arg("length"),
-        "The twiddle table of kernels/fft_plan.h, complex64 on the CPU.");
-  m.def("fft_convolve_host", [](const at::Tensor& x, const at::Tensor& khat, const at::Tensor& twiddles, int64_t n_out,
-                                bool conjugate, const std::optional<at::Tensor>& add, double scale,
-                                const std::optional<at::Tensor>& seed, int64_t threshold, bool mask_output,
-                                bool backwards) {
-    py::gil_scoped_release release;
-    return peft_fused::fft_convolve_host(x, khat, twiddles, n_out, add, mask_output,
-                                         {seed, threshold, scale, conjugate, backwards});
-  }, py::arg("x"), py::arg("khat"), py::arg("twiddles"), py::arg("n_out"), py::arg("conjugate") = false,
-     py::arg("add") = py::none(), py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
-     py::arg("mask_output") = false, py::arg("backwards") = false,
-     "The convolution kernel of kernels/fft.h, run by the CPU for tests.");
-  m.def("fft_correlate_host", [](const at::Tensor& x, const at::Tensor& dy, const at::Tensor& khat,
-                                 const at::Tensor& twiddles, int64_t blocks, bool conjugate, double scale,
-                                 const std::optional<at::Tensor>& seed, int64_t threshold, bool backwards) {
-    py::gil_scoped_release release;
-    return peft_fused::fft_correlate_host(x, dy, khat, twiddles, blocks,
-                                          {seed, threshold, scale, conjugate, backwards});
-  }, py::arg("x"), py::arg("dy"), py::arg("khat"), py::arg("twiddles"), py::arg("blocks") = 1,
-     py::arg("conjugate") = false, py::arg("scale") = 1.0, py::arg("seed") = py::none(), py::arg("threshold") = 0,
-     py::arg("backwards") = false, "(dx, partial) of the backward kernel of kernels/fft.h, run by the CPU for tests.");
   m.def("configure", [](bool onednn, int64_t onednn_least) {
     peft_fused::settings() = {onednn, onednn_least};
   }, "What ops/dispatch.py decided for this machine.");

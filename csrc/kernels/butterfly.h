@@ -1,8 +1,6 @@
-// FFT convolution and correlation of pairs of real rows, one complex row per team of threads.
+// FFT convolution and correlation of pairs of real rows, one complex row per block. Device code.
 //
-// Everything is written as phases: what each thread of the team does between two barriers. On the device a Team is a
-// block, each thread runs its own part of a phase and a barrier follows; on the host one thread runs the parts of all
-// in turn, so that the same arithmetic, index maps and division of work are tested without a GPU.
+// Everything is written as phases: what each thread of the block does between two barriers.
 //
 // The transform is Stockham's autosort: natural order in and out, no bit reversal. Each thread keeps its butterflies in
 // registers between reading and writing, so that one buffer holds the row: half the shared memory of the usual two, for
@@ -22,14 +20,6 @@
 #include "fft_plan.h"
 #include "rows.h"
 
-#ifdef __CUDACC__
-#define PEFT_FUSED_TEAM __device__ __forceinline__
-#else
-#include <algorithm>
-#include <vector>
-#define PEFT_FUSED_TEAM inline
-#endif
-
 namespace peft_fused {
 
 static_assert(kFftPoints == kVector, "a thread loads its points as one block of rows.h");
@@ -38,33 +28,29 @@ struct alignas(8) Complex {
   float re, im;
 };
 
-PEFT_FUSED_HD Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
-PEFT_FUSED_HD Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
-PEFT_FUSED_HD Complex operator*(float s, Complex a) { return {s * a.re, s * a.im}; }
-PEFT_FUSED_HD Complex operator*(Complex a, Complex b) {
+PEFT_FUSED_DEVICE Complex operator+(Complex a, Complex b) { return {a.re + b.re, a.im + b.im}; }
+PEFT_FUSED_DEVICE Complex operator-(Complex a, Complex b) { return {a.re - b.re, a.im - b.im}; }
+PEFT_FUSED_DEVICE Complex operator*(float s, Complex a) { return {s * a.re, s * a.im}; }
+PEFT_FUSED_DEVICE Complex operator*(Complex a, Complex b) {
   return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
 }
-PEFT_FUSED_HD Complex conj(Complex a) { return {a.re, -a.im}; }
-PEFT_FUSED_HD Complex minus_i(Complex a) { return {a.im, -a.re}; }  // -i a
+PEFT_FUSED_DEVICE Complex conj(Complex a) { return {a.re, -a.im}; }
+PEFT_FUSED_DEVICE Complex minus_i(Complex a) { return {a.im, -a.re}; }  // -i a
 
 // From a table that no kernel writes.
-PEFT_FUSED_HD Complex read_table(const Complex* p) {
-#ifdef __CUDA_ARCH__
+PEFT_FUSED_DEVICE Complex read_table(const Complex* p) {
   const float2 v = __ldg(reinterpret_cast<const float2*>(p));
   return {v.x, v.y};
-#else
-  return *p;
-#endif
 }
 
 // Forward transforms of R points in place, natural order in and out.
-PEFT_FUSED_HD void butterfly(Complex (&v)[2]) {
+PEFT_FUSED_DEVICE void butterfly(Complex (&v)[2]) {
   const Complex a = v[0], b = v[1];
   v[0] = a + b;
   v[1] = a - b;
 }
 
-PEFT_FUSED_HD void butterfly(Complex (&v)[3]) {
+PEFT_FUSED_DEVICE void butterfly(Complex (&v)[3]) {
   constexpr float sin60 = 0.866025403784438647f;
   const Complex sum = v[1] + v[2], turned = sin60 * minus_i(v[1] - v[2]), middle = v[0] - 0.5f * sum;
   v[0] = v[0] + sum;
@@ -72,7 +58,7 @@ PEFT_FUSED_HD void butterfly(Complex (&v)[3]) {
   v[2] = middle - turned;
 }
 
-PEFT_FUSED_HD void butterfly(Complex (&v)[4]) {
+PEFT_FUSED_DEVICE void butterfly(Complex (&v)[4]) {
   const Complex a = v[0] + v[2], b = v[0] - v[2], c = v[1] + v[3], d = minus_i(v[1] - v[3]);
   v[0] = a + c;
   v[1] = b + d;
@@ -80,7 +66,7 @@ PEFT_FUSED_HD void butterfly(Complex (&v)[4]) {
   v[3] = b - d;
 }
 
-PEFT_FUSED_HD void butterfly(Complex (&v)[5]) {
+PEFT_FUSED_DEVICE void butterfly(Complex (&v)[5]) {
   constexpr float cos72 = 0.309016994374947424f, cos144 = -0.809016994374947424f;
   constexpr float sin72 = 0.951056516295153572f, sin144 = 0.587785252292473129f;
   const Complex outer = v[1] + v[4], inner = v[2] + v[3];
@@ -94,7 +80,7 @@ PEFT_FUSED_HD void butterfly(Complex (&v)[5]) {
   v[4] = even1 - odd1;
 }
 
-PEFT_FUSED_HD void butterfly(Complex (&v)[8]) {
+PEFT_FUSED_DEVICE void butterfly(Complex (&v)[8]) {
   constexpr float sin45 = 0.707106781186547524f;
   Complex even[4] = {v[0] + v[4], v[1] + v[5], v[2] + v[6], v[3] + v[7]};
   const Complex d1 = v[1] - v[5], d3 = v[3] - v[7];
@@ -111,10 +97,10 @@ PEFT_FUSED_HD void butterfly(Complex (&v)[8]) {
 // Where point i lies in the buffer. Of the accesses of one half warp (64-bit ones are served by halves) no two meet in
 // a bank, be their stride 1 (reads), 8 (rows in and out, first pass) or runs of 8 at stride 64 (second pass); odd
 // radices and lengths keep a few conflicts. A map within blocks of 16, of which fft_buffer is a multiple.
-PEFT_FUSED_HD int place(int i) { return i ^ ((i >> 3) & 15); }
+PEFT_FUSED_DEVICE int place(int i) { return i ^ ((i >> 3) & 15); }
 
 // index / span by the reciprocal of the plan.
-PEFT_FUSED_HD int fft_quotient(int index, uint32_t reciprocal) {
+PEFT_FUSED_DEVICE int fft_quotient(int index, uint32_t reciprocal) {
   return static_cast<int>((static_cast<uint64_t>(index) * reciprocal) >> 31);
 }
 
@@ -126,12 +112,12 @@ struct Registers {
   Complex held[fft_turns(5) * 5];
 };
 
-#ifdef __CUDACC__
-class BlockTeam {
+// The threads of a block.
+class Team {
  public:
-  PEFT_FUSED_TEAM int size() const { return static_cast<int>(blockDim.x); }
+  PEFT_FUSED_DEVICE int size() const { return static_cast<int>(blockDim.x); }
   template <typename Phase>
-  PEFT_FUSED_TEAM void run(const Phase& phase) {
+  PEFT_FUSED_DEVICE void run(const Phase& phase) {
     int thread = static_cast<int>(threadIdx.x);
     // Hides that all phases see the same number: their addresses would be computed once for all and fill registers.
     asm volatile("" : "+r"(thread));
@@ -142,52 +128,23 @@ class BlockTeam {
  private:
   Registers registers_;
 };
-using Team = BlockTeam;
-#else
-// A phase whose result depends on the order of its threads is a race on the device; `backwards` brings such to light.
-class HostTeam {
- public:
-  HostTeam(int size, bool backwards) : registers_(size), backwards_(backwards) {}
-  int size() const { return static_cast<int>(registers_.size()); }
-  template <typename Phase>
-  void run(const Phase& phase) {
-    for (int i = 0; i < size(); ++i) {
-      const int thread = backwards_ ? size() - 1 - i : i;
-      phase(thread, registers_[thread]);
-    }
-  }
-
- private:
-  std::vector<Registers> registers_;
-  bool backwards_;
-};
-using Team = HostTeam;
-#endif
 
 // *target = the largest of itself and the values of all threads, or their sum modulo 2^32: integers, so that the order
 // is of no influence. Every thread of a phase calls it, and none reads *target before the next phase.
-PEFT_FUSED_TEAM void join_largest(int thread, uint32_t* target, uint32_t value) {
-#ifdef __CUDA_ARCH__
+PEFT_FUSED_DEVICE void join_largest(int thread, uint32_t* target, uint32_t value) {
   value = __reduce_max_sync(0xFFFFFFFFu, value);
   if (thread % 32 == 0) atomicMax(target, value);
-#else
-  *target = std::max(*target, value);
-#endif
 }
 
-PEFT_FUSED_TEAM void join_sum(int thread, uint32_t* target, uint32_t value) {
-#ifdef __CUDA_ARCH__
+PEFT_FUSED_DEVICE void join_sum(int thread, uint32_t* target, uint32_t value) {
   value = __reduce_add_sync(0xFFFFFFFFu, value);
   if (thread % 32 == 0) atomicAdd(target, value);
-#else
-  *target += value;
-#endif
 }
 
 // One pass over z. read(i) is point i of the row before the first pass.
 template <int R, typename Read>
-PEFT_FUSED_TEAM void run_pass(Team& team, int length, const FftPass& pass, const Complex* twiddles, Complex* z,
-                              const Read& read) {
+PEFT_FUSED_DEVICE void run_pass(Team& team, int length, const FftPass& pass, const Complex* twiddles, Complex* z,
+                                const Read& read) {
   const int butterflies = length / R, span = pass.span;
   team.run([&](int thread, Registers& own) {
     PEFT_FUSED_UNROLL
@@ -229,7 +186,7 @@ struct FftTables {
 
 // z = FFT(read(0), read(1), ...); read may read z, each point being read before any is written.
 template <typename Read>
-PEFT_FUSED_TEAM void transform(Team& team, const FftTables& tables, Complex* z, const Read& read) {
+PEFT_FUSED_DEVICE void transform(Team& team, const FftTables& tables, Complex* z, const Read& read) {
   const FftPlan& plan = tables.plan;
   for (int i = 0; i < plan.count; ++i) {
     const FftPass& pass = plan.passes[i];
@@ -245,12 +202,12 @@ PEFT_FUSED_TEAM void transform(Team& team, const FftTables& tables, Complex* z, 
   if (plan.count == 0) team.run([&](int thread, Registers&) { if (thread == 0) z[0] = read(0); });
 }
 
-PEFT_FUSED_TEAM void forward(Team& team, const FftTables& tables, Complex* z) {
+PEFT_FUSED_DEVICE void forward(Team& team, const FftTables& tables, Complex* z) {
   transform(team, tables, z, [&](int i) { return z[place(i)]; });
 }
 
 // z = length * conj(IFFT(spectrum . z)), or with the spectrum's conjugate.
-PEFT_FUSED_TEAM void multiply_and_return(Team& team, const FftTables& tables, bool conjugate, Complex* z) {
+PEFT_FUSED_DEVICE void multiply_and_return(Team& team, const FftTables& tables, bool conjugate, Complex* z) {
   transform(team, tables, z, [&](int i) {
     const Complex k = read_table(tables.spectrum + i);
     return conj((conjugate ? conj(k) : k) * z[place(i)]);
@@ -274,51 +231,45 @@ struct PairBuffer {
   PairNorms* norms;
 };
 
-PEFT_FUSED_HD uint32_t bits_of(float v) {
+PEFT_FUSED_DEVICE uint32_t bits_of(float v) {
   uint32_t bits;
   memcpy(&bits, &v, sizeof bits);
   return bits;
 }
 
 // 2^exponent, -126 <= exponent <= 127.
-PEFT_FUSED_HD float power_of_two(int exponent) {
+PEFT_FUSED_DEVICE float power_of_two(int exponent) {
   const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
   float v;
   memcpy(&v, &bits, sizeof v);
   return v;
 }
 
-PEFT_FUSED_HD int log2_floor(uint32_t v) {
-#ifdef __CUDA_ARCH__
-  return 31 - __clz(static_cast<int>(v));
-#else
-  return 31 - __builtin_clz(v);
-#endif
-}
+PEFT_FUSED_DEVICE int log2_floor(uint32_t v) { return 31 - __clz(static_cast<int>(v)); }
 
 // Times `unit` and 2^exponent, -252 <= exponent <= 252: in two halves, so that nothing on the way is out of range where
 // the result is not.
 struct Scale {
   float first, second;
 };
-PEFT_FUSED_HD Scale scale_of(int exponent, float unit) {
+PEFT_FUSED_DEVICE Scale scale_of(int exponent, float unit) {
   const int half = exponent >> 1;
   return {unit * power_of_two(half), power_of_two(exponent - half)};
 }
-PEFT_FUSED_HD float operator*(const Scale& s, float v) { return s.second * (s.first * v); }
-PEFT_FUSED_HD Complex operator*(const Scale& s, Complex v) { return {s * v.re, s * v.im}; }
+PEFT_FUSED_DEVICE float operator*(const Scale& s, float v) { return s.second * (s.first * v); }
+PEFT_FUSED_DEVICE Complex operator*(const Scale& s, Complex v) { return {s * v.re, s * v.im}; }
 
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
 // floor(log2(largest)), denormals included; 0 where a row is zero or not finite.
-PEFT_FUSED_HD int largest_exponent(uint32_t largest) {
+PEFT_FUSED_DEVICE int largest_exponent(uint32_t largest) {
   if (largest == 0 || largest >= kInfinityBits) return 0;
   const int exponent = static_cast<int>(largest >> 23);
   return exponent ? exponent - 127 : log2_floor(largest) - 149;
 }
 
 // floor(log2(norm)) less largest_exponent; 0 where a row is zero or not finite.
-PEFT_FUSED_HD int norm_exponent(uint32_t squares) { return squares ? (log2_floor(squares) - kSquareBits) >> 1 : 0; }
+PEFT_FUSED_DEVICE int norm_exponent(uint32_t squares) { return squares ? (log2_floor(squares) - kSquareBits) >> 1 : 0; }
 
 // What brings back a row: times unit 2^exponent. Zeros travel in place of a row that is not finite, and it becomes NaN;
 // a zero row loses what rounding its partner's points left in it.
@@ -326,7 +277,7 @@ struct RowScale {
   int exponent;
   float unit;
 };
-PEFT_FUSED_HD RowScale row_scale(const PairNorms& norms, int i) {
+PEFT_FUSED_DEVICE RowScale row_scale(const PairNorms& norms, int i) {
   const uint32_t largest = norms.largest[i];
   const float unit = largest == 0 ? 0.f : largest < kInfinityBits ? 1.f : std::numeric_limits<float>::quiet_NaN();
   return {largest_exponent(largest) + norm_exponent(norms.squares[i]), unit};
@@ -340,7 +291,7 @@ struct PairBlock {
 // pair.z = the pair that load(column, block) brings, each row over its power of two, which follows from pair.norms. The
 // rows wait in registers for it: they are loaded once.
 template <typename Load>
-PEFT_FUSED_TEAM void take_pair(Team& team, int length, const PairBuffer& pair, const Load& load) {
+PEFT_FUSED_DEVICE void take_pair(Team& team, int length, const PairBuffer& pair, const Load& load) {
   PairNorms& norms = *pair.norms;
   team.run([&](int thread, Registers&) {
     if (thread == 0) norms = PairNorms{};
@@ -388,7 +339,7 @@ PEFT_FUSED_TEAM void take_pair(Team& team, int length, const PairBuffer& pair, c
 
 // store(column, block) of factor * conj(z), the rows at their own scales again.
 template <typename Store>
-PEFT_FUSED_TEAM void give_pair(Team& team, int length, float factor, const PairBuffer& pair, const Store& store) {
+PEFT_FUSED_DEVICE void give_pair(Team& team, int length, float factor, const PairBuffer& pair, const Store& store) {
   team.run([&](int thread, Registers&) {
     const int column = thread * kVector;
     if (column >= length) return;
@@ -411,14 +362,14 @@ PEFT_FUSED_TEAM void give_pair(Team& team, int length, float factor, const PairB
 }
 
 // The parts of the fft_convolve_shared bytes of a block.
-PEFT_FUSED_HD PairBuffer convolve_buffer(Complex* shared, int length) {
+PEFT_FUSED_DEVICE PairBuffer convolve_buffer(Complex* shared, int length) {
   return {shared, reinterpret_cast<PairNorms*>(shared + fft_buffer(length))};
 }
 
 // One pair of rows of fft_convolve (fft.h).
 template <typename Load, typename Store>
-PEFT_FUSED_TEAM void convolve_pair(Team& team, const FftTables& tables, bool conjugate, float scale,
-                                   const PairBuffer& pair, const Load& load, const Store& store) {
+PEFT_FUSED_DEVICE void convolve_pair(Team& team, const FftTables& tables, bool conjugate, float scale,
+                                     const PairBuffer& pair, const Load& load, const Store& store) {
   const int length = tables.plan.length;
   take_pair(team, length, pair, load);
   forward(team, tables, pair.z);
@@ -435,7 +386,7 @@ struct CorrelateBuffers {
 };
 
 // The parts of the fft_correlate_shared bytes of a block.
-PEFT_FUSED_HD CorrelateBuffers correlate_buffers(Complex* shared, int length) {
+PEFT_FUSED_DEVICE CorrelateBuffers correlate_buffers(Complex* shared, int length) {
   Complex *const dy = shared + fft_buffer(length), *const sum = dy + fft_buffer(length);
   PairNorms* const norms = reinterpret_cast<PairNorms*>(sum + fft_half(length));
   return {{shared, norms}, {dy, norms + 1}, sum};
@@ -443,14 +394,14 @@ PEFT_FUSED_HD CorrelateBuffers correlate_buffers(Complex* shared, int length) {
 
 // point(k) for those of the points 0 .. length / 2 that are this thread's.
 template <typename Point>
-PEFT_FUSED_TEAM void half_spectrum(const Team& team, int length, int thread, const Point& point) {
+PEFT_FUSED_DEVICE void half_spectrum(const Team& team, int length, int thread, const Point& point) {
   for (int k = thread; k < fft_half(length); k += team.size()) point(k);
 }
 
 // What row i of a pair counts in the sum: its spectra are half of Z[k] + conj Z[length - k] for the first row, and of
 // Z[k] - conj Z[length - k], a quarter turn away, for the second; the turn is the same in x and dy. Beyond the range of
 // a Scale the product is beyond that of a float.
-PEFT_FUSED_HD Scale product_scale(const PairBuffer& x, const PairBuffer& dy, int i) {
+PEFT_FUSED_DEVICE Scale product_scale(const PairBuffer& x, const PairBuffer& dy, int i) {
   const RowScale a = row_scale(*x.norms, i), b = row_scale(*dy.norms, i);
   const int exponent = a.exponent + b.exponent - 2;
   return scale_of(exponent < -252 ? -252 : exponent > 252 ? 252 : exponent, a.unit * b.unit);
@@ -458,9 +409,9 @@ PEFT_FUSED_HD Scale product_scale(const PairBuffer& x, const PairBuffer& dy, int
 
 // Rows begin .. end - 1, begin even, of fft_correlate (fft.h), into one partial sum.
 template <typename LoadX, typename LoadDy, typename StoreDx>
-PEFT_FUSED_TEAM void correlate_rows(Team& team, const FftTables& tables, bool conjugate, float scale, bool want_dx,
-                                    int64_t begin, int64_t end, const CorrelateBuffers& buffers, Complex* partial,
-                                    const LoadX& load_x, const LoadDy& load_dy, const StoreDx& store_dx) {
+PEFT_FUSED_DEVICE void correlate_rows(Team& team, const FftTables& tables, bool conjugate, float scale, bool want_dx,
+                                      int64_t begin, int64_t end, const CorrelateBuffers& buffers, Complex* partial,
+                                      const LoadX& load_x, const LoadDy& load_dy, const StoreDx& store_dx) {
   const int length = tables.plan.length;
   const PairBuffer x = buffers.x, dy = buffers.dy;
   Complex* const sum = buffers.sum;
@@ -504,7 +455,7 @@ struct Keep {
   float scale;
 };
 
-PEFT_FUSED_HD void keep_pair(const Keep& keep, int64_t row, int column, PairBlock& block) {
+PEFT_FUSED_DEVICE void keep_pair(const Keep& keep, int64_t row, int column, PairBlock& block) {
   if (!keep.seed) return;
   PEFT_FUSED_UNROLL
   for (int i = 0; i < 2; ++i)
@@ -513,7 +464,7 @@ PEFT_FUSED_HD void keep_pair(const Keep& keep, int64_t row, int column, PairBloc
 
 // Rows row and row + 1, zero where the matrix ends.
 template <typename T>
-PEFT_FUSED_HD void load_pair(const Matrix<const T>& m, int64_t row, int column, PairBlock& block) {
+PEFT_FUSED_DEVICE void load_pair(const Matrix<const T>& m, int64_t row, int column, PairBlock& block) {
   PEFT_FUSED_UNROLL
   for (int i = 0; i < 2; ++i) {
     const T* source = m.data + (row + i) * m.stride;
@@ -523,8 +474,8 @@ PEFT_FUSED_HD void load_pair(const Matrix<const T>& m, int64_t row, int column, 
 
 // The same for writing, added to the rows of `add` where there are such.
 template <typename T>
-PEFT_FUSED_HD void store_pair(const Matrix<T>& m, const Matrix<const T>& add, int64_t row, int column,
-                              PairBlock& block) {
+PEFT_FUSED_DEVICE void store_pair(const Matrix<T>& m, const Matrix<const T>& add, int64_t row, int column,
+                                  PairBlock& block) {
   if (add.data) {
     PairBlock base;
     load_pair(add, row, column, base);

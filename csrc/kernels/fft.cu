@@ -14,13 +14,13 @@ constexpr int kMaxThreads = kFftLongest / kFftPoints;
 constexpr int64_t kLongestStripe = 64;
 
 template <typename F>
-__device__ __forceinline__ void with_type(Type type, const F& f) {
+PEFT_FUSED_DEVICE void with_type(Type type, const F& f) {
   if (type == Type::f32) f(float{});
   else if (type == Type::f16) f(__half{});
   else f(__nv_bfloat16{});
 }
 
-__device__ __forceinline__ float value_of(const FloatControl& control) {
+PEFT_FUSED_DEVICE float value_of(const FloatControl& control) {
   return control.pointer ? *control.pointer : control.value;
 }
 

@@ -1,4 +1,4 @@
-// The passes of a mixed-radix FFT and their twiddles: host code, in builds with CUDA and without.
+// The passes of a mixed-radix FFT and their twiddles: host code.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -28,14 +28,6 @@ inline bool fft_radices(int length, int* radices, int* count) {
   for (const int radix : kFftRadices)
     for (; length % radix == 0; length /= radix) radices[(*count)++] = radix;
   return length == 1;
-}
-
-// The shortest length >= least that fft_radices takes; 0 where there is none.
-inline int fft_length(int least) {
-  int radices[kFftPasses], count;
-  for (int length = least < 1 ? 1 : least; length <= kFftLongest; ++length)
-    if (fft_radices(length, radices, &count)) return length;
-  return 0;
 }
 
 // span >= 1 and index < kFftLongest: 2^31 / span + 1 then never rounds a quotient up to the next integer.

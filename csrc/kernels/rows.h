@@ -1,34 +1,30 @@
-// Rows in global memory, eight elements at a time: 16-byte accesses, fp32 arithmetic, dropout. fp32 alone on the host.
+// Rows in global memory, eight elements at a time: 16-byte accesses, fp32 arithmetic, dropout. Device code.
 #pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 
 #include "philox.h"
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#define PEFT_FUSED_DEVICE __device__ __forceinline__
 #define PEFT_FUSED_UNROLL _Pragma("unroll")
-#else
-#define PEFT_FUSED_UNROLL
-#endif
 
 namespace peft_fused {
 
 constexpr int kVector = kElementsPerBlock;
 
-PEFT_FUSED_HD float widen(float v) { return v; }
+PEFT_FUSED_DEVICE float widen(float v) { return v; }
 template <typename T>
-PEFT_FUSED_HD T narrow(float v);
+PEFT_FUSED_DEVICE T narrow(float v);
 template <>
-PEFT_FUSED_HD float narrow<float>(float v) { return v; }
-#ifdef __CUDACC__
-PEFT_FUSED_HD float widen(__half v) { return __half2float(v); }
-PEFT_FUSED_HD float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+PEFT_FUSED_DEVICE float narrow<float>(float v) { return v; }
+PEFT_FUSED_DEVICE float widen(__half v) { return __half2float(v); }
+PEFT_FUSED_DEVICE float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <>
-PEFT_FUSED_HD __half narrow<__half>(float v) { return __float2half_rn(v); }
+PEFT_FUSED_DEVICE __half narrow<__half>(float v) { return __float2half_rn(v); }
 template <>
-PEFT_FUSED_HD __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
-#endif
+PEFT_FUSED_DEVICE __nv_bfloat16 narrow<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
 
 template <typename T>
 struct alignas(16) Packed {
@@ -36,13 +32,13 @@ struct alignas(16) Packed {
 };
 
 template <typename T>
-PEFT_FUSED_HD bool vector_aligned(const T* row) {
+PEFT_FUSED_DEVICE bool vector_aligned(const T* row) {
   return reinterpret_cast<uintptr_t>(row) % 16 == 0;
 }
 
 // kVector elements of a row from `column` on, zero past its end; 16-byte loads where the row's alignment allows.
 template <typename T>
-PEFT_FUSED_HD void load_row(const T* row, int64_t column, int64_t columns, bool aligned, float (&out)[kVector]) {
+PEFT_FUSED_DEVICE void load_row(const T* row, int64_t column, int64_t columns, bool aligned, float (&out)[kVector]) {
   if (aligned && column + kVector <= columns) {
     constexpr int per = 16 / sizeof(T);
     PEFT_FUSED_UNROLL
@@ -59,7 +55,7 @@ PEFT_FUSED_HD void load_row(const T* row, int64_t column, int64_t columns, bool 
 
 // The inverse of load_row.
 template <typename T>
-PEFT_FUSED_HD void store_row(T* row, int64_t column, int64_t columns, bool aligned, const float (&v)[kVector]) {
+PEFT_FUSED_DEVICE void store_row(T* row, int64_t column, int64_t columns, bool aligned, const float (&v)[kVector]) {
   if (aligned && column + kVector <= columns) {
     constexpr int per = 16 / sizeof(T);
     PEFT_FUSED_UNROLL
@@ -76,8 +72,8 @@ PEFT_FUSED_HD void store_row(T* row, int64_t column, int64_t columns, bool align
   }
 }
 
-PEFT_FUSED_HD void apply_keep(float (&v)[kVector], uint64_t seed, int64_t column, int64_t row, uint32_t threshold,
-                              float keep_scale) {
+PEFT_FUSED_DEVICE void apply_keep(float (&v)[kVector], uint64_t seed, int64_t column, int64_t row, uint32_t threshold,
+                                  float keep_scale) {
   const PhiloxBlock block = philox(seed, static_cast<uint32_t>(column / kVector), static_cast<uint32_t>(row));
   PEFT_FUSED_UNROLL
   for (int j = 0; j < kVector; ++j) v[j] = element_bits(block, j) >= threshold ? v[j] * keep_scale : 0.f;

@@ -5,9 +5,12 @@ import mmap
 import re
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+
+from peft_fused.ops.dropout import dropout_threshold
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "csrc" / "kernels"
@@ -21,6 +24,9 @@ if re.search(r"^flags.*\bfma\b", CPU.read_text() if CPU.exists() else "", re.MUL
     FLAGS.append("-mfma")
 ORDERS = {"forwards": 0, "backwards": 1, "shuffled": 2}  # as set_order takes them
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of enum class Type
+# Elements between rows and before the first: dense; aligned at a stride; never aligned; aligned in some rows.
+LAYOUTS = [(0, 0), (8, 0), (8, 1), (3, 2)]
+THRESHOLD = dropout_threshold(0.3)
 LAUNCH = re.compile(r"(\w+(?:<[^<>]*>)?)<<<(.+?)>>>\((.*?)\);", re.DOTALL)
 DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 
@@ -33,13 +39,22 @@ def translate(text):
     return text
 
 
-def compile_kernels(source, folder, entries="", defects=()):
-    """The library of a .cu file and of the headers of csrc/kernels, with `entries` appended.
+class Unit(NamedTuple):
+    """What is compiled: a .cu file, C++ of what Python calls, and the parameters of kernels as Python lays them out,
+    each structure with the name that it has in C++."""
+
+    source: Path
+    entries: str = ""
+    structures: tuple = ()
+
+
+def compile_kernels(unit, defects, folder):
+    """The library of a unit and of the headers of csrc/kernels.
 
     defects: (old, new) each, text of one of these files; DEFECT in `new` is true after set_defect(position).
     """
     folder.mkdir()
-    texts = {path.name: path.read_text() for path in (source, *KERNELS.glob("*.h"))}
+    texts = {path.name: path.read_text() for path in (unit.source, *KERNELS.glob("*.h"))}
     for i, (old, new) in enumerate(defects):
         (name,) = (name for name, text in texts.items() if old in text)
         texts[name] = texts[name].replace(old, new.replace("DEFECT", f"(defect == {i})"))
@@ -47,10 +62,13 @@ def compile_kernels(source, folder, entries="", defects=()):
         (folder / name).write_text(translate(text))
     for name in TOOLKIT:
         (folder / name).write_text('#include "cuda_on_host.h"\n')
-    unit, library = folder / "unit.cpp", folder / "unit.so"
-    unit.write_text(f'#include "cuda_on_host.h"\n#include "{source.name}"\n{entries}')
+    sizes = "".join(
+        f"static_assert(sizeof(peft_fused::{s.__name__}) == {ctypes.sizeof(s)});\n" for s in unit.structures
+    )
+    text, library = folder / "unit.cpp", folder / "unit.so"
+    text.write_text(f'#include "cuda_on_host.h"\n#include "{unit.source.name}"\n{sizes}{unit.entries}')
     done = subprocess.run(
-        ["g++", *FLAGS, f"-I{folder}", f"-I{HERE}", str(unit), "-o", str(library)], capture_output=True, text=True
+        ["g++", *FLAGS, f"-I{folder}", f"-I{HERE}", str(text), "-o", str(library)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[:4000]
     return Library(library)
@@ -183,6 +201,11 @@ class IntControl(ctypes.Structure):
 
 class FloatControl(ctypes.Structure):
     _fields_ = (("pointer", ctypes.c_void_p), ("value", ctypes.c_float))
+
+
+def changes(defects):
+    """What compile_kernels takes of them: by name a check and the change that it has to see."""
+    return tuple(tuple(change) for _, *change in defects.values())
 
 
 def assert_shows(library, defects, defect):

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cuda_on_host import HERE, ORDERS, DeviceError, Memory, bits, compile_kernels, translate
+from cuda_on_host import HERE, ORDERS, DeviceError, Memory, Unit, bits, translate
 
 INVALID_VALUE, INVALID_CONFIGURATION, ILLEGAL_ADDRESS, LAUNCH_FAILURE = 1, 9, 700, 719
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return compile_kernels(HERE / "probe.cu", tmp_path_factory.mktemp("probe") / "build")
+@pytest.fixture
+def library(compiled):
+    return compiled(Unit(HERE / "probe.cu"))
 
 
 def probe(

@@ -1,31 +1,17 @@
-"""csrc/kernels/fft.cu as it is, run by the CPU (cuda_on_host.py): at most twice the error of torch's fp32 FFT.
+"""csrc/kernels/fft.cu as it is, run by the CPU (cuda_on_host.py): blocks, warps, barriers, memory, types, launches.
 
-tests/ops/test_fft_host.py has the transforms at every kind of length; this is what only the device's half of the
-sources has: blocks, warps, barriers, shared memory, types, launches.
+test_fft_accuracy.py has the transforms at every kind of length.
 """
 
-import ctypes
 import itertools
-from ctypes import c_bool, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import byref, c_int, c_int64
 
 import pytest
 import torch
-from cuda_on_host import (
-    KERNELS,
-    NUMBERS,
-    ORDERS,
-    DeviceError,
-    FloatControl,
-    assert_shows,
-    bits,
-    compile_kernels,
-    in_orders,
-    laid_out,
-    pointer,
-)
+from cuda_on_host import LAYOUTS, ORDERS, DeviceError, assert_shows, bits, changes, laid_out
+from fft_calls import INVALID_VALUE, UNIT, convolve, correlate, plain_convolution, plain_correlation
 
 from peft_fused.ops.accuracy import judge
-from peft_fused.ops.dropout import dropout_threshold, keep_mask, keep_scale
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 TYPES = {"fp32": F32, "fp16": F16, "bf16": BF16}
@@ -33,148 +19,12 @@ TYPES = {"fp32": F32, "fp16": F16, "bf16": BF16}
 SIZES = [(1, 1, 1), (6, 1, 4), (20, 20, 13), (60, 31, 60), (125, 64, 125), (250, 250, 249), (384, 384, 200)]
 SIZES += [(1000, 7, 999), (1536, 768, 1536), (2048, 2048, 1000)]
 LONG = (6561, 8192)
-# Elements between rows and before the first: dense; aligned at a stride; never aligned; aligned in some rows.
-LAYOUTS = [(0, 0), (8, 0), (8, 1), (3, 2)]
-THRESHOLD = dropout_threshold(0.3)
 SEED = 2**40 + 3
-INVALID_VALUE = "^1: "
-
-ENTRIES = """
-PEFT_FUSED_ENTRY int size_of_convolve() { return sizeof(peft_fused::FftConvolveParams); }
-PEFT_FUSED_ENTRY int size_of_correlate() { return sizeof(peft_fused::FftCorrelateParams); }
-PEFT_FUSED_ENTRY int run_convolve(const peft_fused::FftConvolveParams& p) {
-  return peft_fused::fft_convolve(p, nullptr);
-}
-PEFT_FUSED_ENTRY int run_correlate(const peft_fused::FftCorrelateParams& p) {
-  return peft_fused::fft_correlate(p, nullptr);
-}
-PEFT_FUSED_ENTRY int run_blocks(int64_t m, int length, int* blocks) {
-  return peft_fused::fft_correlate_blocks(m, length, blocks);
-}
-PEFT_FUSED_ENTRY int run_twiddles(int length, float* table) {
-  return peft_fused::fft_twiddles(length, table) ? cudaSuccess : cudaErrorInvalidValue;
-}
-"""
 
 
-class ConvolveParams(ctypes.Structure):
-    _fields_ = (
-        [(name, c_void_p) for name in ("x", "add", "y", "khat", "twiddles", "seed")]
-        + [(name, c_int64) for name in ("m", "x_row", "add_row", "y_row")]
-        + [(name, c_int) for name in ("n_in", "n_out", "length")]
-        + [("threshold", c_uint32), ("keep_scale", c_float), ("conjugate", c_bool), ("mask_output", c_bool)]
-        + [("scale", FloatControl), ("x_type", c_int), ("y_type", c_int)]
-    )
-
-
-class CorrelateParams(ctypes.Structure):
-    _fields_ = (
-        [(name, c_void_p) for name in ("x", "dy", "dx", "partial", "khat", "twiddles", "seed")]
-        + [(name, c_int64) for name in ("m", "x_row", "dy_row", "dx_row")]
-        + [(name, c_int) for name in ("n_in", "n_out", "length", "blocks")]
-        + [("threshold", c_uint32), ("keep_scale", c_float), ("conjugate", c_bool)]
-        + [("scale", FloatControl), ("x_type", c_int), ("dy_type", c_int)]
-    )
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    library = compile_kernels(KERNELS / "fft.cu", tmp_path_factory.mktemp("fft") / "build", ENTRIES)
-    assert library.value("size_of_convolve") == ctypes.sizeof(ConvolveParams)
-    assert library.value("size_of_correlate") == ctypes.sizeof(CorrelateParams)
-    return library
-
-
-def shared_params(library, memory, x, k, seed, scale, on_device):
-    """What both kernels are given alike; scale as a number or in memory."""
-    length = len(k)
-    twiddles = torch.full((length,), torch.nan, dtype=torch.complex64)
-    library("run_twiddles", length, twiddles)
-    lent = memory.lend(torch.tensor(float(scale))) if on_device else None
-    return {
-        "x": pointer(memory.lend(x)),
-        "khat": pointer(memory.lend(torch.fft.fft(k))),
-        "twiddles": pointer(memory.lend(twiddles)),
-        "seed": pointer(memory.lend(None if seed is None else torch.tensor(seed))),
-        "m": len(x),
-        "x_row": x.stride(0),
-        "n_in": x.shape[1],
-        "length": length,
-        "threshold": THRESHOLD,
-        "keep_scale": keep_scale(THRESHOLD),
-        "scale": FloatControl(pointer(lent), 99.0 if on_device else scale),
-        "x_type": NUMBERS[x.dtype],
-    }
-
-
-def convolve(library, x, k, n_out, *, add=None, dtype=None, layout=(0, 0), in_place=False, orders=ORDERS, **options):
-    """y of the kernel; options: conjugate, mask_output, seed, scale, on_device, length."""
-    dtype = x.dtype if dtype is None else dtype
-    controls = [options.pop(name, default) for name, default in (("seed", None), ("scale", 1.0), ("on_device", False))]
-
-    def run(memory):
-        base = memory.lend(add, writable=in_place)
-        y = base if in_place else memory.result(len(x), n_out, dtype, n_out + layout[0], layout[1])
-        given = {
-            "add": pointer(base),
-            "y": pointer(y),
-            "add_row": 0 if add is None else add.stride(0),
-            "y_row": y.stride(0),
-            "n_out": n_out,
-            "y_type": NUMBERS[dtype],
-        }
-        params = ConvolveParams(**{**shared_params(library, memory, x, k, *controls), **given, **options})
-        library("run_convolve", ctypes.byref(params))
-        return (y,)
-
-    return in_orders(library, run, orders)[0]
-
-
-def correlate(library, x, dy, k, *, blocks=2, want_dx=True, layout=(0, 0), orders=ORDERS, **options):
-    """dx, if wanted, and the partial sums; options: conjugate, seed, scale, on_device."""
-    controls = [options.pop(name, default) for name, default in (("seed", None), ("scale", 1.0), ("on_device", False))]
-
-    def run(memory):
-        n_in = x.shape[1]
-        dx = memory.result(len(x), n_in, x.dtype, n_in + layout[0], layout[1]) if want_dx else None
-        partial = memory.result(max(blocks, 1), len(k) // 2 + 1, torch.complex64)
-        given = {
-            "dy": pointer(memory.lend(dy)),
-            "dx": pointer(dx),
-            "partial": pointer(partial),
-            "dy_row": dy.stride(0),
-            "dx_row": dx.stride(0) if want_dx else 0,
-            "n_out": dy.shape[1],
-            "blocks": blocks,
-            "dy_type": NUMBERS[dy.dtype],
-        }
-        params = CorrelateParams(**shared_params(library, memory, x, k, *controls), **given, **options)
-        library("run_correlate", ctypes.byref(params))
-        return (dx, partial) if want_dx else (partial,)
-
-    return in_orders(library, run, orders)
-
-
-def kept(t, seed):
-    if seed is None:
-        return t
-    return torch.where(keep_mask(torch.tensor(seed), *t.shape, THRESHOLD), t * keep_scale(THRESHOLD), 0.0)
-
-
-def plain_convolution(x, k, n_out, dtype, *, conjugate=False, mask_output=False, seed=None, add=None, scale=1.0):
-    """Plain PyTorch in k's dtype, rounded once to `dtype`."""
-    khat, x = torch.fft.rfft(k), x.to(k.dtype)
-    xhat = torch.fft.rfft(x if mask_output else kept(x, seed), len(k))
-    y = scale * torch.fft.irfft(xhat * (khat.conj() if conjugate else khat), len(k))[:, :n_out]
-    y = kept(y, seed) if mask_output else y
-    return (y if add is None else add.to(k.dtype) + y).to(dtype)
-
-
-def plain_correlation(x, dy, k, dtype, *, conjugate=False, seed=None, scale=1.0):
-    dx = plain_convolution(dy, k, x.shape[1], dtype, conjugate=not conjugate, mask_output=True, seed=seed, scale=scale)
-    xhat, dyhat = (torch.fft.rfft(t, len(k)) for t in (kept(x.to(k.dtype), seed), dy.to(k.dtype)))
-    dk = (xhat.conj() * dyhat).sum(0)
-    return {"dx": dx, "dk": torch.fft.irfft(dk.conj() if conjugate else dk, len(k))}
+@pytest.fixture
+def sound(compiled):
+    return compiled(UNIT)
 
 
 def options(masks_output):
@@ -326,10 +176,11 @@ def test_longest_rows(sound):
     check_longest(sound)
 
 
-@pytest.mark.parametrize("length", [1, 6, 60, 375, 1000])
+@pytest.mark.parametrize("length", [1, 6, 60, 375, 1000, 4096, 6561, 8192])
 def test_no_race(sound, length):
-    """In every order of the threads, of a row alone, of a pair and of three."""
-    for rows in (1, 2, 3):
+    """In every order of the threads, of a row alone, of a pair, of three, and of pairs that a block has one after the
+    other."""
+    for rows in (1, 2, 3, 5):
         x, dy, k = torch.randn(rows, length), torch.randn(rows, length), torch.randn(length)
         x[0] *= 1e10
         convolve(sound, x, k, length, seed=SEED)
@@ -342,10 +193,11 @@ def test_the_result_may_take_the_place_of_what_it_is_added_to(sound):
     assert torch.equal(convolve(sound, x, k, 90, add=add, in_place=True), want)
 
 
-def test_no_rows(sound):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_no_rows(sound, blocks):
     empty, k = torch.empty(0, 48), torch.randn(48)
     assert convolve(sound, empty, k, 40).shape == (0, 40)
-    dx, partial = correlate(sound, empty, empty, k, blocks=3)
+    dx, partial = correlate(sound, empty, empty, k, blocks=blocks)
     assert dx.shape == (0, 48) and (partial == 0).all()
 
 
@@ -363,7 +215,7 @@ def test_number_of_blocks(sound):
 
     def blocks(m, length):
         found = c_int(-1)
-        sound("run_blocks", c_int64(m), length, ctypes.byref(found))
+        sound("run_blocks", c_int64(m), length, byref(found))
         return found.value
 
     for length, resident in ((1, 32 * 132), (384, 16 * 132), (1000, 8 * 132), (8192, 132)):
@@ -435,10 +287,9 @@ DEFECTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def unsound(tmp_path_factory):
-    defects = [change for _, *change in DEFECTS.values()]
-    return compile_kernels(KERNELS / "fft.cu", tmp_path_factory.mktemp("defects") / "build", ENTRIES, defects)
+@pytest.fixture
+def unsound(compiled):
+    return compiled(UNIT, changes(DEFECTS))
 
 
 @pytest.mark.parametrize("defect", [*DEFECTS])

@@ -9,32 +9,31 @@ import torch
 import torch.nn.functional as F
 from cuda_on_host import (
     KERNELS,
+    LAYOUTS,
     NUMBERS,
     ORDERS,
+    THRESHOLD,
     IntControl,
+    Unit,
     assert_shows,
     bits,
-    compile_kernels,
+    changes,
     in_orders,
     laid_out,
     pointer,
 )
 
 from peft_fused.ops.accuracy import judge
-from peft_fused.ops.dropout import dropout_threshold, keep_mask, keep_scale
+from peft_fused.ops.dropout import keep_mask, keep_scale
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TYPES = {
     "fp32": (F32, F32), "fp16": (F16, F16), "bf16": (BF16, BF16), "fp16+fp32": (F16, F32), "bf16+fp32": (BF16, F32),
 }  # fmt: skip
 ROWS, WIDTHS, RANKS = (1, 3, 17, 131), (1, 7, 8, 63, 257, 768), (1, 4, 7, 8, 9, 16, 17, 33)
-# Elements between rows and before the first: dense; aligned at a stride; never aligned; aligned in some rows.
-LAYOUTS = [(0, 0), (8, 0), (8, 1), (3, 2)]
-THRESHOLD = dropout_threshold(0.3)
 SEEDS = (2**40 + 3, -123456789)
 
 ENTRIES = """
-PEFT_FUSED_ENTRY int size_of_params() { return sizeof(peft_fused::ShrinkParams); }
 PEFT_FUSED_ENTRY int run_shrink(const peft_fused::ShrinkParams& p) { return peft_fused::shrink(p, nullptr); }
 PEFT_FUSED_ENTRY int run_drop(const void* x, void* out, const int64_t* seed, int64_t rows, int64_t columns,
                               int64_t first_row, uint32_t threshold, float scale, int type) {
@@ -52,11 +51,12 @@ class ShrinkParams(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    library = compile_kernels(KERNELS / "lowrank.cu", tmp_path_factory.mktemp("lowrank") / "build", ENTRIES)
-    assert library.value("size_of_params") == ctypes.sizeof(ShrinkParams)
-    return library
+UNIT = Unit(KERNELS / "lowrank.cu", ENTRIES, (ShrinkParams,))
+
+
+@pytest.fixture
+def sound(compiled):
+    return compiled(UNIT)
 
 
 def shrink(library, x, A, *, rank=None, expert=0, seed=None, on_device=False, orders=ORDERS):
@@ -246,10 +246,9 @@ DEFECTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def unsound(tmp_path_factory):
-    defects = [change for _, *change in DEFECTS.values()]
-    return compile_kernels(KERNELS / "lowrank.cu", tmp_path_factory.mktemp("defects") / "build", ENTRIES, defects)
+@pytest.fixture
+def unsound(compiled):
+    return compiled(UNIT, changes(DEFECTS))
 
 
 @pytest.mark.parametrize("defect", [*DEFECTS])

@@ -13,6 +13,7 @@ import math
 import random
 import re
 import sys
+from types import SimpleNamespace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -295,13 +296,14 @@ def called(case):
 
 
 def direct(rng):
-    """(function, arguments) of a call into `_C`, one or none of them unsound."""
+    """(function, arguments, plan) of a call into `_C`, one or none of them unsound. plan: that of the decision that a
+    node is told to follow, None where there is none."""
     x, seed = torch.randn(rng.choice([0, 1, 5]), rng.choice([1, 6, 40])), torch.tensor(rng.randrange(1 << 60))
     k = x.shape[1]
-    name = rng.choice(["drop", "structured", "lowrank", "bottleneck", "fft_convolve_host", "fft_correlate_host"])
-    threshold = rng.choice([0, 1, 20000, 65535])
+    name = rng.choice(["drop", "structured", "lowrank", "bottleneck"])
+    plan = []
     if name == "drop":
-        call = [x, seed, threshold, rng.choice([0, 7])]
+        call = [x, seed, rng.choice([0, 1, 20000, 65535]), rng.choice([0, 7])]
     elif name == "structured":
         kind = rng.choice(["circulant", "toeplitz", "kronecker"])
         method = "gemm" if kind == "kronecker" else rng.choice(["fft", "dense"])
@@ -311,36 +313,40 @@ def direct(rng):
             "kronecker": (torch.randn(2, k), torch.randn(3, 1)),
         }[kind]  # fmt: skip
         length = {"circulant": k, "toeplitz": k + 3, "kronecker": 0}[kind]
-        matrix = torch.randn(n, k) if method == "dense" else None
         add = rng.choice([None, torch.randn(x.shape[0], n)])
-        call = [kind, method, ("p", "q"), x, p.requires_grad_(), q, add, n, length, 1.5, threshold, seed, matrix]
+        call = [x, p.requires_grad_(), q, add, kind, None, 1.5, rng.choice([0.0, 0.25]), seed, False, ("p", "q")]
+        plan = [method, length, n, torch.randn(n, k) if method == "dense" else None]
     elif name == "lowrank":
         A, B = torch.randn(2, k, requires_grad=True), torch.randn(3, 2, requires_grad=True)
-        call = [x, torch.randn(3, k), None, None, A, B, 2.0, None, None, None, None, 0.25, seed, False, None]
-    elif name == "bottleneck":
-        D, U = torch.randn(2, k, requires_grad=True), torch.randn(k, 2, requires_grad=True)
-        call = [x, D, None, U, None, "gelu", None, 1.0, None, None]
+        call = [x, torch.randn(3, k), None, None, A, B, None, None, 2.0, None, None, 0.25, seed, False]
     else:
-        length = native.module.fft_length(max(k, 4))
-        khat, twiddles = torch.fft.fft(torch.randn(length)), native.module.fft_twiddles(length)
-        if name == "fft_convolve_host":
-            call = [x, khat, twiddles, k, False, None, 1.0, seed, threshold, False, False]
-        else:
-            call = [x, torch.randn(x.shape[0], k), khat, twiddles, 2, False, 1.0, seed, threshold, False]
-    at = rng.randrange(len(call) + 1)
-    if at < len(call):
-        value = call[at]
+        D, U = torch.randn(2, k, requires_grad=True), torch.randn(k, 2, requires_grad=True)
+        call = [x, D, None, U, None, x, "gelu", 1.0, None]
+    at = rng.randrange(len(call) + len(plan) + 1)
+    of, at = (call, at) if at < len(call) else (plan, at - len(call))
+    if at < len(of):
+        value = of[at]
         if isinstance(value, torch.Tensor) and rng.random() < 0.8:
-            call[at] = BAD_TENSORS[rng.choice(list(BAD_TENSORS))](value)
+            of[at] = BAD_TENSORS[rng.choice(list(BAD_TENSORS))](value)
         else:
-            call[at] = rng.choice(OBJECTS)
-    return name, call
+            of[at] = rng.choice(OBJECTS)
+    return name, call, plan
 
 
 def straight(rng):
-    name, call = direct(rng)
+    """A node is given its call as if it were decided to run there, unchecked."""
+    name, call, plan = direct(rng)
+    run = getattr(native.module, name)
     try:
-        y = getattr(native.module, name)(*call)
+        if name == "drop":
+            y = run(*call)
+        else:
+            y = run({}, *call)
+            if y is not None:
+                if plan and plan[3] is not None:
+                    matrix = plan[3]
+                    plan[3] = lambda *parameters: matrix
+                y = run({y: SimpleNamespace(native=True, plan=tuple(plan))}, *call)
         if isinstance(y, torch.Tensor) and y.requires_grad:
             y.sum().backward()
     except (ValueError, TypeError, RuntimeError) as error:
