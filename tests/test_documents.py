@@ -348,19 +348,19 @@ RESULTS = {
 # What a heading of a table of figures stands for: the field of a row that has it, and whose saved bytes it lists.
 RATIOS = {
     "time / PEFT": ["ratio_to_peft"],
-    "time / frozen layer": ["ratio_to_base"],
+    "time / frozen layer": ["ratio_to_frozen"],
     "time / compiled PEFT": ["ratio_to_compiled"],
-    "time / plain PyTorch": ["ratio_to_addmm", "ratio_to_chain", "ratio_to_lines"],
+    "time / plain PyTorch": ["ratio_to_addmm", "ratio_to_baseline"],
     "time / C3A": ["ratio_to_c3a"],
     "time / dense": ["ratio_to_dense"],
     "time / one expert": ["ratio_to_one"],
     "time / LoRA": ["ratio_to_lora"],
 }
-KEPT = {"kept, ours": "ours", "kept, PEFT": "peft", "kept, plain PyTorch": "chain", "kept, LoRA": "lora"}
+KEPT = {"kept, ours": "ours", "kept, PEFT": "peft", "kept, plain PyTorch": "baseline", "kept, LoRA": "lora"}
 # First heading of a table: what its first cell says of a row.
 KEYS: dict[str, Callable[[dict], str]] = {
     "LoRA layer: rows x in x out, rank": lambda row: f"{row['shape']}, {row['r']}" if row["op"] == "lora" else "",
-    "map: rows x in x out": lambda row: f"{row['op']} {row['shape']}" if "ratio_to_chain" in row else "",
+    "map: rows x in x out": lambda row: f"{row['op']} {row['shape']}" if "plan" in row else "",
     "AdaMix layer": lambda row: f"{row['kind']}, {row['experts']}" if row["op"] == "adamix" else "",
     "AFLoRA layer, frozen": lambda row: row["frozen"] or "nothing" if row["op"] == "aflora" else "",
 }

@@ -22,5 +22,6 @@ class Cli:
 
 
 @pytest.fixture
-def cli():
+def cli(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # whoever runs the tests has a terminal of some width
     return Cli()
