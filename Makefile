@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test test-newest fuzz check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test quick test-newest fuzz check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -35,6 +35,11 @@ PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorde
 test: export OMP_NUM_THREADS ?= 1
 test: venv
 	$(BIN)/pytest -q $(PARALLEL)
+
+# Before every commit: each op and kernel, each method and acceleration once (tests/quick.txt).
+quick: export OMP_NUM_THREADS ?= 1
+quick: check
+	$(BIN)/pytest -q $(PARALLEL) @tests/quick.txt
 
 # Random cases, kills and full disks that `make test` has a few of: what was tried, and what became of it.
 fuzz: venv

@@ -37,7 +37,7 @@ def describe(config, aligned_rank):
     types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     flags = "-".join(name for name, value in config.constexprs if value is True)
     blocks = "x".join(f"{name[6:]}{value}" for name, value in config.constexprs if name.startswith("BLOCK_"))
-    rank = "r%16=0" if aligned_rank else "r%16>0"
+    rank = "aligned" if aligned_rank else "unaligned"
     return f"{config.kernel[:-7]:7} {types:16} {blocks:24} {flags:28} {rank} warps {config.num_warps}"
 
 

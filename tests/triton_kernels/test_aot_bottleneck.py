@@ -21,7 +21,7 @@ def describe(config, aligned_rank):
     types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     blocks = "x".join(f"{name[6:]}{value}" for name, value in c.items() if name.startswith("BLOCK_"))
     flags = "-".join([c.get("ACTIVATION", ""), *(name for name, value in c.items() if value is True)])
-    rank = "r%16=0" if aligned_rank else "r%16>0"
+    rank = "aligned" if aligned_rank else "unaligned"
     return f"{config.kernel[:-7]:6} {types:16} {blocks:22} {flags:31} {rank} warps {config.num_warps}"
 
 
