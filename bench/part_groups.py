@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from peft_fused.triton_kernels import fft_plan
-from peft_fused.triton_kernels import plan as plans
+from peft_fused.triton_kernels import lowrank_plan as plans
 
 from peft_fused.ops import bottleneck_adapter, bottleneck_torch, cases, dispatch, lowrank_adapter, lowrank_linear
 from peft_fused.ops import structured as maps
@@ -249,8 +249,8 @@ def _linear(shape: Shape, device: torch.device) -> dict:
         base: _kernel(lambda: x @ W.t(), Work(_bytes(x, W, t.dy), 2 * shape.m * shape.n * shape.k, shape.dtype)),
         "addmm_ lines": _kernel(lines, work, against=base),
     }
-    plan, call = plans.plan(t.problem), LowRankCall(x, W, None, None, A, B, scale=ALPHA_OVER_R)
-    launch = plan.linear or plans.plan(replace(t.problem, n=plans.NARROW)).linear
+    plan, call = plans.plan_lowrank(t.problem), LowRankCall(x, W, None, None, A, B, scale=ALPHA_OVER_R)
+    launch = plan.linear or plans.plan_lowrank(replace(t.problem, n=plans.NARROW)).linear
     for name, chosen, note in (
         ("single kernel", replace(plan, forward="single_kernel", linear=launch), _tile(launch)),
         ("adapter first", replace(plan, forward="shrink_expand_gemm", linear=None), None),
@@ -271,7 +271,7 @@ def _shrink(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     x, A, narrow = t.x, t.A, t.normal(8, shape.r)
     work = Work(_bytes(x, A, t.S), 2 * shape.m * shape.k * shape.r, shape.dtype)
-    same = dict(against="torch", equals="torch", note=_tile(plans.plan(t.problem).shrink))
+    same = dict(against="torch", equals="torch", note=_tile(plans.plan_lowrank(t.problem).shrink))
     entries = {
         "torch": _kernel(lambda: x.to(A.dtype) @ A.t(), work),
         "triton": _triton(t.problem, lambda op: partial(op.shrink, x, A), work, **same),
@@ -288,7 +288,7 @@ def _expand(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     S, B, dtype = t.S, t.B, t.x.dtype
     work = Work(_bytes(S, B, t.dy), 2 * shape.m * shape.n * shape.r, shape.dtype)
-    same = dict(against="torch", equals="torch", note=_tile(plans.plan(t.problem).expand))
+    same = dict(against="torch", equals="torch", note=_tile(plans.plan_lowrank(t.problem).expand))
     return {
         "torch": _kernel(lambda: (S @ B.t()).to(dtype), work),
         "triton": _triton(t.problem, lambda op: partial(op.expand, S, B, out_dtype=dtype), work, **same),
@@ -301,7 +301,7 @@ _NO_SUCH_PASS = "the plan has none for this rank and these types"
 def _grad_b(shape: Shape, device: torch.device) -> dict:
     """dSu and dB from dY, in one pass over it or in two."""
     t = _inputs(shape, device)
-    dy, B, S, plan = t.dy, t.B, t.S, plans.plan(t.problem)
+    dy, B, S, plan = t.dy, t.B, t.S, plans.plan_lowrank(t.problem)
     work = Work(_bytes(dy, B, S, S, B), 4 * shape.m * shape.n * shape.r, shape.dtype)
     needs = dict(scale=1.0, need_dS=True, need_dB=True, need_dv=False, need_dbias=False)
 
@@ -321,7 +321,7 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
 def _grad_a(shape: Shape, device: torch.device) -> dict:
     """dx and dA from dSu, in one kernel or apart."""
     t = _inputs(shape, device)
-    x, A, dS, plan = t.x, t.A, t.dS, plans.plan(t.problem)
+    x, A, dS, plan = t.x, t.A, t.dS, plans.plan_lowrank(t.problem)
     work = Work(_bytes(x, dS, A, A, x), 4 * shape.m * shape.k * shape.r, shape.dtype)
     needs = dict(need_dA=True, need_dx=True, need_du=False)
 

@@ -2,6 +2,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cmath>
+
 #include "autograd/bottleneck.h"
 #include "autograd/lowrank.h"
 #include "autograd/structured.h"
@@ -151,7 +153,7 @@ py::object structured(const py::dict& decisions, const py::object& x, const py::
   bool has_outputs;
   const bool readable = read_tensor(x, a.x, true) && read_tensor(p, a.p, true) && read_tensor(q, a.q, false) &&
                         read_tensor(add, a.add, false) && read_index(out_features, outputs, has_outputs) &&
-                        !outputs.tensor.defined() && read_control(scale, a.scale) &&
+                        !outputs.tensor.defined() && std::abs(outputs.number) < 1e15 && read_control(scale, a.scale) &&
                         read_dropout(dropout_p, seed, a.dropout) && read_flag(transposed, a.transposed);
   if (has_outputs) a.out_features = static_cast<int64_t>(outputs.number);
   return decided(decisions, a, readable, [&](const py::object& decision) {

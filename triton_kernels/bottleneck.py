@@ -23,13 +23,13 @@ from .bottleneck_plan import (
     BottleneckPlan,
     BottleneckProblem,
     grad_constexprs,
+    plan_bottleneck,
     reduce_launch,
     rows_constexprs,
     shrink_only,
 )
-from .bottleneck_plan import plan as make_plan
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .plan import cdiv
+from .tiles import cdiv
 
 
 def bottleneck_fwd(call, *, plan=None):
@@ -117,7 +117,7 @@ class _Route:
 def _plan(rows, n, k, r, adapter_dtype, groups, activation) -> BottleneckPlan:
     gpu, sm_count = gpu_of(rows.device)
     types = name_of(rows.dtype), name_of(adapter_dtype)
-    return make_plan(
+    return plan_bottleneck(
         BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation)
     )
 
@@ -143,10 +143,10 @@ def _rows(
     b_in, b_out = dense(b_in), dense(b_out)
     group_rows = M // groups
     row_blocks = cdiv(group_rows, launch.block_m)
-    n_blocks = cdiv(cdiv(N, launch.block_n), launch.parts)
-    parts = cdiv(cdiv(N, launch.block_n), n_blocks) if launch.expand else 1
+    n_blocks = cdiv(cdiv(N, launch.block_n), launch.splits)
+    splits = cdiv(cdiv(N, launch.block_n), n_blocks) if launch.expand else 1
     scale_ptr, scale = control(scale, 1.0)
-    kernels.rows_kernel[(groups * row_blocks, parts, 1 if launch.expand else cdiv(r, launch.block_r))](
+    kernels.rows_kernel[(groups * row_blocks, splits, 1 if launch.expand else cdiv(r, launch.block_r))](
         x, w_in, b_in, w_out, b_out, add, z, s, a, y, scale_ptr, route_in.pointer, route_out.pointer,
         group_rows, row_blocks, K, N, r, scale, route_in.value, route_out.value, n_blocks,
         route_in.stride, route_out.stride, *((0, 0) if x is None else x.stride()),
@@ -169,13 +169,13 @@ def _gradients(launch, x, s, route, scale, weight, bias, unit_bias):
     group_rows = M // groups
     row_blocks = cdiv(group_rows, launch.block_m)
     blocks = groups * row_blocks
-    stripe_blocks = cdiv(blocks, launch.parts)
-    stripes = cdiv(blocks, stripe_blocks)
+    row_split_blocks = cdiv(blocks, launch.splits)
+    row_splits = cdiv(blocks, row_split_blocks)
     partial = [
-        None if out is None else out.new_empty(slots, stripes, *shape, dtype=torch.float32) for out, shape in outputs
+        None if out is None else out.new_empty(slots, row_splits, *shape, dtype=torch.float32) for out, shape in outputs
     ]
-    kernels.grad_kernel[(cdiv(X, launch.block_x), stripes, slots * cdiv(r, launch.block_r))](
-        x, s, *partial, route.pointer if slots > 1 else None, group_rows, row_blocks, blocks, stripe_blocks, X, r,
+    kernels.grad_kernel[(cdiv(X, launch.block_x), row_splits, slots * cdiv(r, launch.block_r))](
+        x, s, *partial, route.pointer if slots > 1 else None, group_rows, row_blocks, blocks, row_split_blocks, X, r,
         route.stride, *((0, 0) if x is None else x.stride()),
         **grad_constexprs(launch), PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -183,6 +183,6 @@ def _gradients(launch, x, s, route, scale, weight, bias, unit_bias):
     scale_ptr, scale = control(scale, 1.0)
     tile, num_warps = reduce_launch(r)
     kernels.reduce_kernel[(cdiv(X, tile["BLOCK_X"]), experts)](
-        *partial, weight, bias, unit_bias, scale_ptr, route.pointer if single else None, slots, stripes, X, r,
+        *partial, weight, bias, unit_bias, scale_ptr, route.pointer if single else None, slots, row_splits, X, r,
         scale, route.value if single else 0, *_strides(weight), **tile, num_warps=num_warps,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from .lowrank_kernels import UNALIGNED, control, dot
 
 # These change from call to call; specialising on 1 or on divisibility would compile again.
 VOLATILE = ["scale", "expert", "expert_in", "expert_out", "stride_gi", "stride_go", "stride_g"]
-VOLATILE += ["group_rows", "row_blocks", "n_blocks", "blocks", "stripe_blocks", "stripes", "slots"]
+VOLATILE += ["group_rows", "row_blocks", "n_blocks", "blocks", "row_split_blocks", "row_splits", "slots"]
 UNALIGNED = [*UNALIGNED, "expert_in_ptr", "expert_out_ptr"]
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -218,14 +218,14 @@ def rows_kernel(
 def grad_kernel(
     x_ptr,
     s_ptr,
-    planes_ptr,
+    partials_ptr,
     sums_ptr,
     unit_sums_ptr,
     expert_ptr,
     group_rows,
     row_blocks,
     blocks,
-    stripe_blocks,
+    row_split_blocks,
     X,
     r,
     stride_g,
@@ -236,15 +236,15 @@ def grad_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Per stripe of rows and, with an expert pointer, per expert (otherwise all rows are of one):
-    planes [experts, stripes, X, r] = x^T s;  sums [experts, stripes, X] = column sums of x;  unit_sums
-    [experts, stripes, r] = column sums of s. Every output is optional, and so is an operand that none needs.
+    """Per split of the rows and, with an expert pointer, per expert (otherwise all rows are of one):
+    partials [experts, row_splits, X, r] = x^T s;  sums [experts, row_splits, X] = column sums of x;  unit_sums
+    [experts, row_splits, r] = column sums of s. Every output is optional, and so is an operand that none needs.
 
-    A program passes over the groups of other experts without reading their rows, so the planes are as many for a group
-    per row as for a few.
+    A program passes over the groups of other experts without reading their rows, so the partials are as many for a
+    group per row as for a few.
     """
     cols = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    stripe = tl.program_id(1)
+    row_split = tl.program_id(1)
     rank_blocks = tl.cdiv(r, BLOCK_R)
     slot = tl.program_id(2) // rank_blocks
     rank_block = tl.program_id(2) % rank_blocks
@@ -253,8 +253,8 @@ def grad_kernel(
     acc = tl.zeros([BLOCK_X, BLOCK_R], tl.float32)
     sums = tl.zeros([BLOCK_X], tl.float32)
     unit_sums = tl.zeros([BLOCK_R], tl.float32)
-    first = stripe * stripe_blocks
-    last = tl.minimum(first + stripe_blocks, blocks)
+    first = row_split * row_split_blocks
+    last = tl.minimum(first + row_split_blocks, blocks)
     for group in range(first // row_blocks, tl.cdiv(last, row_blocks)):
         begin = tl.maximum(first, group * row_blocks)
         end = tl.minimum(last, (group + 1) * row_blocks)
@@ -271,25 +271,25 @@ def grad_kernel(
             if s_ptr is not None:
                 s_mask = alive & (ranks < r)[None, :]
                 s = tl.load(s_ptr + rows[:, None] * r + ranks[None, :], mask=s_mask, other=0.0)
-            if planes_ptr is not None:
+            if partials_ptr is not None:
                 acc = dot(tl.trans(x), s, acc, PREC)
             if sums_ptr is not None:
                 sums += tl.sum(x.to(tl.float32), 0)
             if unit_sums_ptr is not None:
                 unit_sums += tl.sum(s.to(tl.float32), 0)
-    plane = slot.to(tl.int64) * tl.num_programs(1) + stripe
-    if planes_ptr is not None:
-        out = planes_ptr + (plane * X + wide_cols)[:, None] * r + ranks[None, :]
+    partial = slot.to(tl.int64) * tl.num_programs(1) + row_split
+    if partials_ptr is not None:
+        out = partials_ptr + (partial * X + wide_cols)[:, None] * r + ranks[None, :]
         tl.store(out, acc, mask=(cols < X)[:, None] & (ranks < r)[None, :])
     if sums_ptr is not None:
-        tl.store(sums_ptr + plane * X + cols, sums, mask=(cols < X) & (rank_block == 0))
+        tl.store(sums_ptr + partial * X + cols, sums, mask=(cols < X) & (rank_block == 0))
     if unit_sums_ptr is not None:
-        tl.store(unit_sums_ptr + plane * r + ranks, unit_sums, mask=(ranks < r) & (tl.program_id(0) == 0))
+        tl.store(unit_sums_ptr + partial * r + ranks, unit_sums, mask=(ranks < r) & (tl.program_id(0) == 0))
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
 def reduce_kernel(
-    planes_ptr,
+    partials_ptr,
     sums_ptr,
     unit_sums_ptr,
     out_ptr,
@@ -298,7 +298,7 @@ def reduce_kernel(
     scale_ptr,
     expert_ptr,
     slots,
-    stripes,
+    row_splits,
     X,
     r,
     scale,
@@ -311,7 +311,7 @@ def reduce_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """Second stage: for each expert, out [experts, X, r], bias [experts, X] and unit_bias [experts, r] are scale * the
-    sum over the stripes of planes, sums and unit_sums. Every output is optional.
+    sum over the splits of partials, sums and unit_sums. Every output is optional.
 
     With one slot its sums are those of `expert` and all others get zeros.
     """
@@ -321,34 +321,36 @@ def reduce_kernel(
     wide_cols = cols.to(tl.int64)
     factor = control(scale_ptr, scale, tl.float32)
     mine = (slots > 1) | (control(expert_ptr, expert, tl.int64) == slot)
-    first = tl.where(slots > 1, slot, 0).to(tl.int64) * stripes
-    count = tl.where(mine, stripes, 0)
-    # BLOCK_P stripes are in flight at a time: one after the other, the sum would wait for memory at each.
-    if planes_ptr is not None:
+    first = tl.where(slots > 1, slot, 0).to(tl.int64) * row_splits
+    count = tl.where(mine, row_splits, 0)
+    # BLOCK_P splits are in flight at a time: one after the other, the sum would wait for memory at each.
+    if partials_ptr is not None:
         inside = (cols < X)[:, None] & (ranks < r)[None, :]
         total = tl.zeros([BLOCK_X, BLOCK_R], tl.float32)
         for p in range(0, count, BLOCK_P):
-            stripe = p + tl.arange(0, BLOCK_P)
-            offsets = ((first + stripe)[:, None] * X + wide_cols[None, :])[:, :, None] * r + ranks[None, None, :]
-            mask = (stripe < count)[:, None, None] & inside[None, :, :]
-            total += tl.sum(tl.load(planes_ptr + offsets, mask=mask, other=0.0), 0)
+            row_split = p + tl.arange(0, BLOCK_P)
+            offsets = ((first + row_split)[:, None] * X + wide_cols[None, :])[:, :, None] * r + ranks[None, None, :]
+            mask = (row_split < count)[:, None, None] & inside[None, :, :]
+            total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
         out = out_ptr + slot.to(tl.int64) * stride_oe + wide_cols[:, None] * stride_ox
         out += ranks.to(tl.int64)[None, :] * stride_or
         tl.store(out, (total * factor).to(out_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
         bias = tl.zeros([BLOCK_X], tl.float32)
         for p in range(0, count, BLOCK_P):
-            stripe = p + tl.arange(0, BLOCK_P)
-            mask = (stripe < count)[:, None] & (cols < X)[None, :]
-            bias += tl.sum(tl.load(sums_ptr + (first + stripe)[:, None] * X + cols[None, :], mask=mask, other=0.0), 0)
+            row_split = p + tl.arange(0, BLOCK_P)
+            mask = (row_split < count)[:, None] & (cols < X)[None, :]
+            bias += tl.sum(
+                tl.load(sums_ptr + (first + row_split)[:, None] * X + cols[None, :], mask=mask, other=0.0), 0
+            )
         to = bias_ptr + slot.to(tl.int64) * X + cols
         tl.store(to, (bias * factor).to(bias_ptr.dtype.element_ty), mask=cols < X)
     if unit_sums_ptr is not None:
         unit_bias = tl.zeros([BLOCK_R], tl.float32)
         for p in range(0, count, BLOCK_P):
-            stripe = p + tl.arange(0, BLOCK_P)
-            mask = (stripe < count)[:, None] & (ranks < r)[None, :]
-            loaded = tl.load(unit_sums_ptr + (first + stripe)[:, None] * r + ranks[None, :], mask=mask, other=0.0)
+            row_split = p + tl.arange(0, BLOCK_P)
+            mask = (row_split < count)[:, None] & (ranks < r)[None, :]
+            loaded = tl.load(unit_sums_ptr + (first + row_split)[:, None] * r + ranks[None, :], mask=mask, other=0.0)
             unit_bias += tl.sum(loaded, 0)
         to = unit_bias_ptr + slot.to(tl.int64) * r + ranks
         written = (ranks < r) & (tl.program_id(0) == 0)

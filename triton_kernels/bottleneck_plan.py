@@ -1,4 +1,4 @@
-"""Launch plans of the bottleneck kernels: a pure function, without torch or triton, like plan.py.
+"""Launch plans of the bottleneck kernels: a pure function, without torch or triton, like lowrank_plan.py.
 
 The rows of a group never share a block with those of another, so the number of rows of a group picks the block. Tiles
 were chosen from the compiler's resource report (no register spills, at most 163 KB of shared memory), not from timings.
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from .plan import DTYPES, MAX_RANK, cdiv, next_power_of_2, operand_class
+from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
@@ -59,21 +59,21 @@ class BottleneckProblem:
 
     def launch_plan(self, backend: str):
         """What the implementation is given to run by."""
-        return plan(self) if backend == "triton" else None
+        return plan_bottleneck(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""
         if backend != "triton":
             return ", two GEMMs"
-        return ", one kernel" if plan(self).fused else ", two kernels"
+        return ", one kernel" if plan_bottleneck(self).fused else ", two kernels"
 
 
 @dataclass(frozen=True)
-class Launch:
+class RowsLaunch:
     """One launch of rows_kernel, over rows of one group at a time.
 
     block_k: columns read in a step of the product into the units. block_n: columns of a tile of the result. block_r:
-    units of a block, all of them where one launch does both, which are `shrink` and `expand`. parts: programs that
+    units of a block, all of them where one launch does both, which are `shrink` and `expand`. splits: programs that
     share the columns of the result; each finds the units of its rows again.
     """
 
@@ -85,27 +85,27 @@ class Launch:
     block_r: int
     num_warps: int
     num_stages: int
-    parts: int = 1
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class GradLaunch:
-    """Tile of grad_kernel. parts: stripes of rows, each with partial sums of its own."""
+    """Tile of grad_kernel. splits: of the rows, each with partial sums of its own."""
 
     block_m: int
     block_x: int
     block_r: int
     num_warps: int
     num_stages: int
-    parts: int = 1
+    splits: int = 1
 
 
 @dataclass(frozen=True)
 class BottleneckPlan:
     """How a problem runs. forward, backward (to dz and dh): one launch for both products, or two."""
 
-    forward: tuple[Launch, ...]
-    backward: tuple[Launch, ...]
+    forward: tuple[RowsLaunch, ...]
+    backward: tuple[RowsLaunch, ...]
     grad_down: GradLaunch
     grad_up: GradLaunch
 
@@ -114,20 +114,8 @@ class BottleneckPlan:
         return len(self.forward) == 1
 
 
-@dataclass(frozen=True)
-class KernelConfig:
-    """One kernel to compile: its constexpr arguments, absent pointers among them, and its types."""
-
-    kernel: str
-    dtype: str
-    adapter_dtype: str
-    constexprs: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
-
-
-# By class of operands (see plan.py) and block of units: (most rows, block_k, block_n, num_warps, num_stages). More
-# units than the largest key of FUSED take two launches, with blocks of units in both.
+# By class of operands (see lowrank_plan.py) and block of units: (most rows, block_k, block_n, num_warps, num_stages).
+# More units than the largest key of FUSED take two launches, with blocks of units in both.
 FUSED = {
     "half": {16: (64, 128, 64, 4, 3), 32: (64, 128, 64, 4, 3), 64: (64, 64, 64, 8, 3), 128: (32, 64, 64, 8, 3)},
     "split": {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 4, 3), 64: (32, 64, 64, 8, 3)},
@@ -155,7 +143,7 @@ ROWS = (64, 32, 16)
 PART_COLUMNS = 256
 
 
-def plan(problem: BottleneckProblem) -> BottleneckPlan:
+def plan_bottleneck(problem: BottleneckProblem) -> BottleneckPlan:
     """Plan of a problem. ValueError for a size or an activation beyond the limits, or an unsupported pair of types."""
     return _plan(problem)
 
@@ -181,7 +169,7 @@ def _block_r(table: dict, r: int) -> int:
     return min(max(16, next_power_of_2(r)), max(table))
 
 
-def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[Launch, ...]:
+def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[RowsLaunch, ...]:
     rows = cdiv(p.m, p.groups)
     enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= p.sm_count and rows >= b), ROWS[-1])
 
@@ -190,8 +178,8 @@ def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[Launch, ...]:
         most_rows, block_k, block_n, num_warps, num_stages = table[block_r]
         block_m = min(enough, most_rows)
         blocks = p.groups * cdiv(rows, block_m)
-        parts = max(1, min(cdiv(p.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
-        return Launch(shrink, expand, block_m, block_k, block_n, block_r, num_warps, num_stages, parts)
+        splits = max(1, min(cdiv(p.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
+        return RowsLaunch(shrink, expand, block_m, block_k, block_n, block_r, num_warps, num_stages, splits)
 
     if p.r <= max(FUSED[kind]):
         return (launch(FUSED[kind], True, True),)
@@ -203,10 +191,10 @@ def _grad(p: BottleneckProblem, kind: str, columns: int) -> GradLaunch:
     block_m, block_x, num_warps, num_stages = GRAD[kind][block_r]
     rows = cdiv(p.m, p.groups)
     block_m = max(16, min(block_m, next_power_of_2(rows)))
-    # Two programs per multiprocessor, but at least four blocks of rows each: every stripe costs a plane.
-    stripes = cdiv(2 * p.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
-    parts = max(1, min(stripes, p.groups * cdiv(rows, block_m) // 4))
-    return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, parts)
+    # Two programs per multiprocessor, but at least four blocks of rows each: every split costs a partial sum.
+    row_splits = cdiv(2 * p.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
+    splits = max(1, min(row_splits, p.groups * cdiv(rows, block_m) // 4))
+    return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, splits)
 
 
 def reduce_launch(r: int) -> tuple[dict[str, int], int]:
@@ -216,7 +204,7 @@ def reduce_launch(r: int) -> tuple[dict[str, int], int]:
     return blocks, 4 if block_r <= 64 else 8
 
 
-def rows_constexprs(launch: Launch, activation: str, backward: bool) -> dict[str, object]:
+def rows_constexprs(launch: RowsLaunch, activation: str, backward: bool) -> dict[str, object]:
     """What rows_kernel is compiled for, apart from the precision of fp32 products."""
     blocks = {name.upper(): getattr(launch, name) for name in ("block_m", "block_k", "block_n", "block_r")}
     flags = {"BACKWARD": backward, "SHRINK": launch.shrink, "EXPAND": launch.expand}
@@ -227,14 +215,14 @@ def grad_constexprs(launch: GradLaunch) -> dict[str, int]:
     return {name.upper(): getattr(launch, name) for name in ("block_m", "block_x", "block_r")}
 
 
-def shrink_only(launches: tuple[Launch, ...]) -> tuple[Launch, ...]:
+def shrink_only(launches: tuple[RowsLaunch, ...]) -> tuple[RowsLaunch, ...]:
     """The launches without the product that leaves the units."""
-    return (replace(launches[0], expand=False, parts=1),)
+    return (replace(launches[0], expand=False, splits=1),)
 
 
 def kernel_configs(problem: BottleneckProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
-    chosen = plan(problem)
+    chosen = plan_bottleneck(problem)
     configs = []
 
     def add(kernel, constants, num_warps, num_stages):

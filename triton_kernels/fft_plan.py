@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .plan import DTYPES, cdiv, next_power_of_2
+from .tiles import DTYPES, cdiv, next_power_of_2
 
 MAX_SINGLE = 64
 MAX_FACTOR = 32

@@ -17,9 +17,9 @@ These functions launch what `kronecker_plan` says and check little; `kronecker_p
 import torch
 
 from . import kronecker_kernels as kernels
-from .kronecker_plan import REDUCE, REDUCE_WARPS, Problem, backward_passes, constexprs, forward_launch
+from .kronecker_plan import REDUCE, REDUCE_WARPS, KroneckerProblem, backward_passes, constexprs, forward_launch
 from .launching import control, gpu_of, name_of, precision
-from .plan import cdiv
+from .tiles import cdiv
 
 
 def kronecker_fwd(x, A, B, *, add=None, scale=1.0, threshold=0, seed=None, mask_output=False, out_dtype=None):
@@ -57,35 +57,39 @@ def kronecker_bwd(dy, x, A, B, *, scale=1.0, threshold=0, seed=None, needs=froze
 
 
 def _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group):
-    stripes, columns = launch.grid
+    row_splits, columns = launch.grid
     dx = dy.new_empty(x.shape) if "x" in group else None
-    planes = {
+    partials = {
         name: dy.new_empty(count, *factor.shape, dtype=torch.float32) if name in group else None
-        for name, factor, count in (("A", A, stripes), ("B", B, stripes * columns))
+        for name, factor, count in (("A", A, row_splits), ("B", B, row_splits * columns))
     }
     scale_ptr, value = control(scale, 1.0)
     if problem.m:
         with torch.cuda.device_of(dy):
             kernels.backward_kernel[launch.grid](
-                dy, x, A, B, dx, planes["A"], planes["B"], scale_ptr, seed, problem.m, value, threshold,
+                dy, x, A, B, dx, partials["A"], partials["B"], scale_ptr, seed, problem.m, value, threshold,
                 launch.m_blocks, *dy.stride(), *x.stride(), *A.stride(), *B.stride(),
                 **constexprs(problem, launch), NEED_DX="x" in group, NEED_DA="A" in group, NEED_DB="B" in group,
                 DROPOUT=threshold > 0, PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
             )  # fmt: skip
-    sums = {name: _reduce(planes[name], factor.dtype, scale) for name, factor in (("A", A), ("B", B)) if name in group}
+    sums = {
+        name: _reduce(partials[name], factor.dtype, scale) for name, factor in (("A", A), ("B", B)) if name in group
+    }
     return sums | ({} if dx is None else {"x": dx})
 
 
-def _reduce(planes, dtype, scale):
-    """scale * the sum of planes over their first axis, in their order; of no planes, zeros."""
-    out = planes.new_empty(planes.shape[1:], dtype=dtype)
+def _reduce(partials, dtype, scale):
+    """scale * the sum of partials over their first axis, in their order; of no partials, zeros."""
+    out = partials.new_empty(partials.shape[1:], dtype=dtype)
     scale_ptr, scale = control(scale, 1.0)
-    with torch.cuda.device_of(planes):
+    with torch.cuda.device_of(partials):
         kernels.reduce_kernel[(cdiv(out.numel(), REDUCE["BLOCK"]),)](
-            planes, out, scale_ptr, planes.shape[0], out.numel(), scale, **REDUCE, num_warps=REDUCE_WARPS
+            partials, out, scale_ptr, partials.shape[0], out.numel(), scale, **REDUCE, num_warps=REDUCE_WARPS
         )
     return out
 
 
-def _problem(rows, A, B) -> Problem:
-    return Problem(rows.shape[0], *A.shape, *B.shape, name_of(rows.dtype), name_of(A.dtype), gpu_of(rows.device)[1])
+def _problem(rows, A, B) -> KroneckerProblem:
+    return KroneckerProblem(
+        rows.shape[0], *A.shape, *B.shape, name_of(rows.dtype), name_of(A.dtype), gpu_of(rows.device)[1]
+    )

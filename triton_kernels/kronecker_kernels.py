@@ -128,8 +128,8 @@ def backward_kernel(
     a_ptr,
     b_ptr,
     dx_ptr,
-    planes_a_ptr,
-    planes_b_ptr,
+    partials_a_ptr,
+    partials_b_ptr,
     scale_ptr,
     seed_ptr,
     M,
@@ -160,9 +160,10 @@ def backward_kernel(
     BLOCK_B2: tl.constexpr,
 ):
     """Of dY and x, per row with G = dY, E = B^T G and H = drop(X) A^T: dx = drop^T(scale * E A), and sums over the rows
-    of a program, planes_a [programs(0), A1, A2] of E^T drop(X) and planes_b [programs(0) programs(1), B1, B2] of G H^T.
+    of a program, partials_a [programs(0), A1, A2] of E^T drop(X) and partials_b [programs(0) programs(1), B1, B2] of
+    G H^T.
 
-    A program takes m_blocks blocks of rows and BLOCK_A1 columns of every G; dx needs all of them. The planes lack the
+    A program takes m_blocks blocks of rows and BLOCK_A1 columns of every G; dx needs all of them. The partials lack the
     scale, which reaches dA and dB in the reduction, in fp32.
     """
     rows = tl.arange(0, BLOCK_B2 * BLOCK_M)[:, None]
@@ -219,35 +220,35 @@ def backward_kernel(
         if DROPOUT:
             da *= keep_scale(threshold)
         a_col = tl.arange(0, BLOCK_A2)[:, None]
-        plane = planes_a_ptr + tl.program_id(0).to(tl.int64) * (A1 * A2)
-        tl.store(plane + a_row[None, :] * A2 + a_col, da, mask=(a_row[None, :] < A1) & (a_col < A2))
+        partial = partials_a_ptr + tl.program_id(0).to(tl.int64) * (A1 * A2)
+        tl.store(partial + a_row[None, :] * A2 + a_col, da, mask=(a_row[None, :] < A1) & (a_col < A2))
     if NEED_DB:
         if DROPOUT:
             db *= keep_scale(threshold)
-        plane = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        plane = planes_b_ptr + plane * (B1 * B2)
-        tl.store(plane + b_row * B2 + b_col, db, mask=(b_row < B1) & (b_col < B2))
+        partial = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+        partial = partials_b_ptr + partial * (B1 * B2)
+        tl.store(partial + b_row * B2 + b_col, db, mask=(b_row < B1) & (b_col < B2))
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
 def reduce_kernel(
-    planes_ptr,
+    partials_ptr,
     out_ptr,
     scale_ptr,
-    planes,
+    partials,
     size,
     scale,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [size] = scale * the sum of planes [planes, size] over its first axis."""
+    """out [size] = scale * the sum of partials [partials, size] over its first axis."""
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    # BLOCK_P planes are in flight at a time: one after the other, the sum would wait for memory at each.
-    for p in range(0, planes, BLOCK_P):
-        plane = p + tl.arange(0, BLOCK_P)
-        offsets = plane.to(tl.int64)[:, None] * size + cols[None, :]
-        mask = (plane < planes)[:, None] & (cols < size)[None, :]
-        total += tl.sum(tl.load(planes_ptr + offsets, mask=mask, other=0.0), 0)
+    # BLOCK_P partials are in flight at a time: one after the other, the sum would wait for memory at each.
+    for p in range(0, partials, BLOCK_P):
+        partial = p + tl.arange(0, BLOCK_P)
+        offsets = partial.to(tl.int64)[:, None] * size + cols[None, :]
+        mask = (partial < partials)[:, None] & (cols < size)[None, :]
+        total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
     total *= control(scale_ptr, scale, tl.float32)
     tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < size)

@@ -1,4 +1,4 @@
-"""Launch plans of the Kronecker kernels: a pure function, without torch or triton, like plan.py.
+"""Launch plans of the Kronecker kernels: a pure function, without torch or triton, like lowrank_plan.py.
 
 Tiles depend on the factors' sizes and types alone, so that no number of rows compiles a kernel again. They were chosen
 from the compiler's resource report (no register spills, at most 163 KB of shared memory), not from timings.
@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from .plan import DTYPES, cdiv, next_power_of_2, operand_class
+from .tiles import DTYPES, KernelConfig, cdiv, next_power_of_2, operand_class
 
 
 @dataclass(frozen=True)
-class Problem:
+class KroneckerProblem:
     """m rows, A [a1, a2], B [b1, b2]: b2 a2 inputs and b1 a1 outputs. Types are names such as "bfloat16"."""
 
     m: int
@@ -26,7 +26,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Launch:
+class KroneckerLaunch:
     """Tile of one kernel: block_m rows at a time and block_a1 columns of every Y_m, the other sizes whole but padded.
 
     m_blocks: blocks of rows of one program. grid: programs along the rows and along the columns.
@@ -44,18 +44,6 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class KernelConfig:
-    """One kernel to compile: its constexpr arguments and its types."""
-
-    kernel: str
-    dtype: str
-    factor_dtype: str
-    constexprs: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
 class Tile:
     """How large a tile may be: elements of its largest matrix, and columns of Y_m, whose number divides the work."""
 
@@ -65,7 +53,7 @@ class Tile:
     num_stages: int = 2
 
 
-# By class of operands (see plan.py) and by the largest padded size, which must be in the table.
+# By class of operands (see lowrank_plan.py) and by the largest padded size, which must be in the table.
 FORWARD = {
     "half": {16: Tile(8192, 16, 4), 32: Tile(8192, 32, 4), 64: Tile(8192, 64, 4), 128: Tile(16384, 128, 8)},
     "split": {16: Tile(4096, 16, 4), 32: Tile(4096, 32, 4), 64: Tile(4096, 32, 4)},
@@ -84,7 +72,7 @@ TOGETHER = {
     "split": {16: ("xAB",), 32: ("x", "AB"), 64: ("x", "AB")},
     "full": {16: ALONE, 32: ALONE, 64: ALONE},
 }
-# Several programs for each multiprocessor, but each of backward's costs a plane of partial sums.
+# Several programs for each multiprocessor, but each of backward's costs a partial of partial sums.
 PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
 REDUCE = {"BLOCK_P": 32, "BLOCK": 128}
 REDUCE_WARPS = 4
@@ -117,18 +105,20 @@ def limits(a1: int, a2: int, b1: int, b2: int, dtype: str, factor_dtype: str, dr
     return reasons
 
 
-def forward_launch(problem: Problem) -> Launch:
+def forward_launch(problem: KroneckerProblem) -> KroneckerLaunch:
     """Launch of a forward. ValueError for factors beyond the limits."""
     return _launch(problem, "forward")
 
 
-def backward_passes(problem: Problem, needs: frozenset[str]) -> list[tuple[frozenset[str], Launch | None]]:
+def backward_passes(
+    problem: KroneckerProblem, needs: frozenset[str]
+) -> list[tuple[frozenset[str], KroneckerLaunch | None]]:
     """The passes of a backward: gradients taken together, and their launch. dx alone has none: it is a forward."""
     passes = [frozenset(group) & needs for group in _entry(TOGETHER, problem)]
     return [(group, None if group == {"x"} else _launch(problem, "backward")) for group in passes if group]
 
 
-def _entry(table: dict, p: Problem):
+def _entry(table: dict, p: KroneckerProblem):
     reasons = limits(p.a1, p.a2, p.b1, p.b2, p.dtype, p.factor_dtype)
     if reasons:
         raise ValueError("; ".join(reasons))
@@ -141,7 +131,7 @@ def padded(size: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def _launch(p: Problem, direction: str) -> Launch:
+def _launch(p: KroneckerProblem, direction: str) -> KroneckerLaunch:
     tile = _entry(FORWARD if direction == "forward" else BACKWARD, p)
     block_a1 = min(padded(p.a1), tile.columns)
     block_a2, block_b1, block_b2 = padded(p.a2), padded(p.b1), padded(p.b2)
@@ -149,22 +139,24 @@ def _launch(p: Problem, direction: str) -> Launch:
     blocks, columns = cdiv(p.m, block_m), cdiv(p.a1, block_a1)
     m_blocks = max(1, cdiv(blocks, cdiv(PROGRAMS_PER_SM[direction] * p.sm_count, columns)))
     grid = (cdiv(blocks, m_blocks), columns)
-    return Launch(block_m, block_a1, block_a2, block_b1, block_b2, tile.num_warps, tile.num_stages, m_blocks, grid)
+    return KroneckerLaunch(
+        block_m, block_a1, block_a2, block_b1, block_b2, tile.num_warps, tile.num_stages, m_blocks, grid
+    )
 
 
-def constexprs(problem: Problem, launch: Launch) -> dict[str, int]:
+def constexprs(problem: KroneckerProblem, launch: KroneckerLaunch) -> dict[str, int]:
     """What both kernels are compiled for, apart from their flags."""
     sizes = {"A1": problem.a1, "A2": problem.a2, "B1": problem.b1, "B2": problem.b2}
     names = ("block_m", "block_a1", "block_a2", "block_b1", "block_b2")
     return sizes | {name.upper(): getattr(launch, name) for name in names}
 
 
-def transposed(problem: Problem) -> Problem:
+def transposed(problem: KroneckerProblem) -> KroneckerProblem:
     """The problem of dx = dy W: a forward with the factors transposed."""
     return replace(problem, a1=problem.a2, a2=problem.a1, b1=problem.b2, b2=problem.b1)
 
 
-def kernel_configs(problem: Problem) -> list[KernelConfig]:
+def kernel_configs(problem: KroneckerProblem) -> list[KernelConfig]:
     """Every kernel that a problem launches for all gradients or for those of the factors, with the precision default of
     fp32 products."""
     configs = []
@@ -197,5 +189,5 @@ def configurations(shapes=SHAPES) -> list[KernelConfig]:
         for factor_dtype in dict.fromkeys((dtype, "float32")):
             for shape in shapes:
                 if not limits(*shape, dtype, factor_dtype):
-                    found |= dict.fromkeys(kernel_configs(Problem(4096, *shape, dtype, factor_dtype, 132)))
+                    found |= dict.fromkeys(kernel_configs(KroneckerProblem(4096, *shape, dtype, factor_dtype, 132)))
     return list(found)

@@ -18,8 +18,8 @@ import torch
 from . import lowrank_kernels as kernels
 from .dropout import keep_scale
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .plan import Launch, LaunchPlan, LowRankProblem, cdiv, reduce_launch
-from .plan import plan as make_plan
+from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank, reduce_launch
+from .tiles import cdiv
 
 GROUP_M = 8
 
@@ -105,28 +105,28 @@ def grad_b(
     plan = plan or _plan(dy, B.dtype, N, r, 0)
     strides = stack_strides(B)
     over_rows = need_dB or need_dv
-    planes = sums = None
+    partials = sums = None
     with torch.cuda.device_of(dy):
         if need_dS and (over_rows or need_dbias) and plan.grad_b is not None:
-            stripes = cdiv(M, plan.grad_b.block_m)
-            planes, sums = _workspace(dy, stripes, N, r, over_rows, need_dbias)
-            _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, plan.grad_b)
+            row_splits = cdiv(M, plan.grad_b.block_m)
+            partials, sums = _workspace(dy, row_splits, N, r, over_rows, need_dbias)
+            _one_pass_b(dy, B, strides, S, v, dSu, partials, sums, scale, rank, expert, plan.grad_b)
         else:
             if need_dS:
                 transposed = (strides[0], strides[2], strides[1])
                 _shrink(dy, B, transposed, v, dSu, scale, rank, expert, 0, None, plan.dsu)
             if over_rows:
-                m_blocks, stripes = _stripes(M, plan.db)
-                planes, sums = _workspace(dy, stripes, N, r, over_rows, need_dbias)
-                _over_rows(dy, S, m_blocks, plan.db, planes=planes, sums=sums)
+                m_blocks, row_splits = _row_splits(M, plan.db)
+                partials, sums = _workspace(dy, row_splits, N, r, over_rows, need_dbias)
+                _over_rows(dy, S, m_blocks, plan.db, partials=partials, sums=sums)
             elif need_dbias:  # no other sum over the rows to share the pass with
                 torch.sum(dy, 0, out=dbias)
-        if planes is not None or sums is not None:
+        if partials is not None or sums is not None:
             _reduce(
-                stripes,
+                row_splits,
                 N,
                 r,
-                planes=planes,
+                partials=partials,
                 sums=sums,
                 B=B,
                 u=u,
@@ -179,9 +179,9 @@ def grad_a(
             transposed = (strides[0], strides[2], strides[1])
             _expand(dSu, A, transposed, u, None, None, None, U, 1.0, expert, threshold, seed, plan.expand)
         if need_dA or need_du:
-            m_blocks, stripes = _stripes(M, plan.grad_a)
-            planes = x.new_empty(stripes, K, r, dtype=torch.float32) if need_dA else None
-            dots = x.new_empty(stripes, r, dtype=torch.float32) if need_du else None
+            m_blocks, row_splits = _row_splits(M, plan.grad_a)
+            partials = x.new_empty(row_splits, K, r, dtype=torch.float32) if need_dA else None
+            dots = x.new_empty(row_splits, r, dtype=torch.float32) if need_du else None
             _over_rows(
                 x,
                 dSu,
@@ -191,17 +191,17 @@ def grad_a(
                 S=S,
                 u=u,
                 dx=U if fused else None,
-                planes=planes,
+                partials=partials,
                 dots=dots,
                 expert=expert,
                 threshold=threshold,
                 seed=seed,
             )
             _reduce(
-                stripes,
+                row_splits,
                 K,
                 r,
-                planes=planes,
+                partials=partials,
                 dots=dots,
                 u=u,
                 out=dA.mT if need_dA else None,
@@ -270,10 +270,10 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
     return {name: grads[name] for name in needs}
 
 
-def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LaunchPlan:
+def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
     gpu, sm_count = gpu_of(x.device)
     m, k = x.shape
-    return make_plan(
+    return plan_lowrank(
         LowRankProblem(
             m,
             n,
@@ -290,11 +290,11 @@ def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LaunchPlan:
     )
 
 
-def _stripes(M: int, launch: Launch) -> tuple[int, int]:
-    """(blocks of rows per stripe, number of stripes)."""
+def _row_splits(M: int, launch: LowRankLaunch) -> tuple[int, int]:
+    """(blocks of rows per row_split, number of row_splits)."""
     blocks = cdiv(M, launch.block_m)
-    per_stripe = cdiv(blocks, launch.parts)
-    return per_stripe, cdiv(blocks, per_stripe)
+    per_split = cdiv(blocks, launch.splits)
+    return per_split, cdiv(blocks, per_split)
 
 
 def _gradient(like, shape, M):
@@ -302,15 +302,15 @@ def _gradient(like, shape, M):
     return like.new_zeros(shape) if len(shape) == 3 or M == 0 else like.new_empty(shape)
 
 
-def _workspace(like, stripes, columns, r, need_planes, need_sums):
-    planes = like.new_empty(stripes, columns, r, dtype=torch.float32) if need_planes else None
-    return planes, like.new_empty(stripes, columns, dtype=torch.float32) if need_sums else None
+def _workspace(like, row_splits, columns, r, need_partials, need_sums):
+    partials = like.new_empty(row_splits, columns, r, dtype=torch.float32) if need_partials else None
+    return partials, like.new_empty(row_splits, columns, dtype=torch.float32) if need_sums else None
 
 
-def _split(columns: int, launch: Launch) -> tuple[int, int]:
+def _split(columns: int, launch: LowRankLaunch) -> tuple[int, int]:
     """(blocks of columns per split, number of splits)."""
     blocks = cdiv(columns, launch.block_n)
-    per_split = cdiv(blocks, launch.parts)
+    per_split = cdiv(blocks, launch.splits)
     return per_split, cdiv(blocks, per_split)
 
 
@@ -332,7 +332,7 @@ def _shrink(x, A, strides, v, out, scale, rank, expert, threshold, seed, launch)
         BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _reduce(splits, M, r, planes=target, out=out)
+        _reduce(splits, M, r, partials=target, out=out)
 
 
 def _expand(S, B, strides, u, v, bias, add, out, scale, expert, threshold, seed, launch):
@@ -347,7 +347,7 @@ def _expand(S, B, strides, u, v, bias, add, out, scale, expert, threshold, seed,
     )  # fmt: skip
 
 
-def _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, launch):
+def _one_pass_b(dy, B, strides, S, v, dSu, partials, sums, scale, rank, expert, launch):
     (M, N), r = dy.shape, B.shape[-1]
     n_blocks, splits = _split(N, launch)
     target = _splits_of(dSu, splits)
@@ -355,13 +355,13 @@ def _one_pass_b(dy, B, strides, S, v, dSu, planes, sums, scale, rank, expert, la
     rank_ptr, rank = control(rank, r)
     expert_ptr, expert = control(expert, 0)
     kernels.grad_b_kernel[(cdiv(M, launch.block_m), splits)](
-        dy, B, S, v, target, planes, sums, scale_ptr, rank_ptr, expert_ptr,
+        dy, B, S, v, target, partials, sums, scale_ptr, rank_ptr, expert_ptr,
         M, N, r, scale, rank, expert, n_blocks, *dy.stride(), *strides,
         PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     if splits > 1:
-        _reduce(splits, M, r, planes=target, out=dSu)
+        _reduce(splits, M, r, partials=target, out=dSu)
 
 
 def _over_rows(
@@ -374,21 +374,21 @@ def _over_rows(
     S=None,
     u=None,
     dx=None,
-    planes=None,
+    partials=None,
     dots=None,
     sums=None,
     expert=None,
     threshold=0,
     seed=None,
 ):
-    """grad_a_kernel; also dB's planes and the bias sums, with x := dY and dSu := S."""
+    """grad_a_kernel; also dB's partials and the bias sums, with x := dY and dSu := S."""
     (M, K), r = x.shape, dSu.shape[1]
     expert_ptr, expert = control(expert, 0)
-    columns = 1 if dx is None and planes is None else cdiv(K, launch.block_n)
+    columns = 1 if dx is None and partials is None else cdiv(K, launch.block_n)
     kernels.grad_a_kernel[(columns, cdiv(M, m_blocks * launch.block_m), cdiv(r, launch.block_r))](
-        x, dSu, A, S, u, dx, planes, dots, sums, expert_ptr, seed,
+        x, dSu, A, S, u, dx, partials, dots, sums, expert_ptr, seed,
         M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else stack_strides(A)),
-        NEED_DX=dx is not None, NEED_DA=planes is not None, DROPOUT=threshold > 0, PREC=precision(),
+        NEED_DX=dx is not None, NEED_DA=partials is not None, DROPOUT=threshold > 0, PREC=precision(),
         BLOCK_M=launch.block_m, BLOCK_K=launch.block_n, BLOCK_R=launch.block_r,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
@@ -399,7 +399,7 @@ def _reduce(
     X,
     r,
     *,
-    planes=None,
+    partials=None,
     sums=None,
     dots=None,
     B=None,
@@ -419,9 +419,9 @@ def _reduce(
     scale_ptr, scale = control(scale, 1.0)
     rank_ptr, rank = control(rank, r)
     expert_ptr, expert = control(expert, 0)
-    rows = X if planes is not None or sums is not None else 1
+    rows = X if partials is not None or sums is not None else 1
     kernels.reduce_kernel[(cdiv(rows, block_x),)](
-        planes, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
+        partials, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
         count, X, r, scale, rank, expert,
         *((0, 0, 0) if out is None else stack_strides(out)), *((0, 0, 0) if B is None else stack_strides(B)),
         FROZEN=frozen, BLOCK_P=block_p, BLOCK_X=block_x, BLOCK_R=block_r, num_warps=num_warps, num_stages=1,

@@ -16,7 +16,7 @@ from .philox import keep_mask
 # These change from call to call or from step to step; specialising on 1 or on divisibility would compile again. X is M
 # in the sum over splits of the columns.
 VOLATILE = ["M", "scale", "rank", "expert", "expert_a", "expert_b", "threshold"]
-VOLATILE += ["k_blocks", "n_blocks", "m_blocks", "planes", "X"]
+VOLATILE += ["k_blocks", "n_blocks", "m_blocks", "partials", "X"]
 # 0-d tensors are often views into a table, at any offset.
 UNALIGNED = ["scale_ptr", "rank_ptr", "expert_ptr", "expert_a_ptr", "expert_b_ptr", "seed_ptr"]
 
@@ -283,7 +283,7 @@ def grad_b_kernel(
     s_ptr,
     v_ptr,
     dsu_ptr,
-    planes_ptr,
+    partials_ptr,
     sums_ptr,
     scale_ptr,
     rank_ptr,
@@ -305,22 +305,22 @@ def grad_b_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One pass over dY: dsu [splits, M, r] = scale * dY (v . B) and, where their pointers are given, per stripe of rows
-    planes [stripes, N, r] = dY^T S and sums [stripes, N] = column sums of dY.
+    """One pass over dY: dsu [splits, M, r] = scale * dY (v . B) and, where their pointers are given, per split of
+    the rows partials [row_splits, N, r] = dY^T S and sums [row_splits, N] = column sums of dY.
 
-    dSu needs all of N and dB all of M. A program owns one stripe of BLOCK_M rows and walks its columns, so dSu stays in
-    registers and only dB leaves as partial planes; u, scale and v reach dB in the reduction, in fp32.
+    dSu needs all of N and dB all of M. A program owns one split of BLOCK_M rows and walks its columns, so dSu stays in
+    registers and only dB leaves in partial sums; u, scale and v reach dB in the reduction, in fp32.
     """
-    stripe = tl.program_id(0)
+    row_split = tl.program_id(0)
     split = tl.program_id(1)
-    rows = stripe * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = row_split * BLOCK_M + tl.arange(0, BLOCK_M)
     ranks = tl.arange(0, BLOCK_R)
     wide_rows = rows.to(tl.int64)
     live = ranks < tl.minimum(control(rank_ptr, rank, tl.int32), r)
     inside = (rows < M)[:, None] & (ranks < r)[None, :]
     y_rows = dy_ptr + wide_rows[:, None] * stride_ym
     b_ranks = b_ptr + control(expert_ptr, expert, tl.int64) * stride_be + ranks.to(tl.int64)[None, :] * stride_br
-    if planes_ptr is not None:
+    if partials_ptr is not None:
         s = tl.load(s_ptr + wide_rows[:, None] * r + ranks[None, :], mask=inside, other=0.0)
     n_begin = split * n_blocks * BLOCK_N
     n_end = tl.minimum(n_begin + n_blocks * BLOCK_N, N)
@@ -333,12 +333,12 @@ def grad_b_kernel(
         if v_ptr is not None:
             b = scaled(b, tl.load(v_ptr + cols, mask=cols < N, other=0.0)[:, None])
         dsu = dot(dy, b, dsu, PREC)
-        if planes_ptr is not None:
+        if partials_ptr is not None:
             db = dot(tl.trans(dy), s, tl.zeros([BLOCK_N, BLOCK_R], tl.float32), PREC)
-            plane = planes_ptr + (stripe.to(tl.int64) * N + wide_cols)[:, None] * r + ranks[None, :]
-            tl.store(plane, db, mask=(cols < N)[:, None] & (ranks < r)[None, :])
+            partial = partials_ptr + (row_split.to(tl.int64) * N + wide_cols)[:, None] * r + ranks[None, :]
+            tl.store(partial, db, mask=(cols < N)[:, None] & (ranks < r)[None, :])
         if sums_ptr is not None:
-            tl.store(sums_ptr + stripe.to(tl.int64) * N + cols, tl.sum(dy.to(tl.float32), 0), mask=cols < N)
+            tl.store(sums_ptr + row_split.to(tl.int64) * N + cols, tl.sum(dy.to(tl.float32), 0), mask=cols < N)
     dsu *= control(scale_ptr, scale, tl.float32)
     out = dsu_ptr + (split * M.to(tl.int64) + rows)[:, None] * r + ranks[None, :]
     tl.store(out, dsu.to(dsu_ptr.dtype.element_ty), mask=inside)
@@ -352,7 +352,7 @@ def grad_a_kernel(
     s_ptr,
     u_ptr,
     dx_ptr,
-    planes_ptr,
+    partials_ptr,
     dots_ptr,
     sums_ptr,
     expert_ptr,
@@ -376,14 +376,16 @@ def grad_a_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One pass over x: dx [M, K] = drop^T((u . dSu) A) and planes [stripes, K, r] = drop(x)^T dSu per stripe of rows.
+    """One pass over x: dx [M, K] = drop^T((u . dSu) A) and partials [row_splits, K, r] = drop(x)^T dSu per split of
+    the rows.
 
-    Optional by-products: dots [stripes, r] = column sums of dSu . S (for du), sums [stripes, K] = column sums of x.
+    Optional by-products: dots [row_splits, r] = column sums of dSu . S (for du), sums [row_splits, K] = column sums of
+    x.
     dB is the same product with x := dY and dSu := S. u and the keep scale reach dA in the reduction, in fp32. dx needs
     every rank in one block; a larger rank takes it from expand_kernel, which need not read x.
     """
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    stripe = tl.program_id(1)
+    row_split = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     wide_cols = cols.to(tl.int64)
     if NEED_DX:
@@ -396,7 +398,7 @@ def grad_a_kernel(
         da = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
     dots = tl.zeros([BLOCK_R], tl.float32)
     sums = tl.zeros([BLOCK_K], tl.float32)
-    m_begin = stripe * m_blocks * BLOCK_M
+    m_begin = row_split * m_blocks * BLOCK_M
     m_end = tl.minimum(m_begin + m_blocks * BLOCK_M, M)
     for m in range(m_begin, m_end, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
@@ -423,18 +425,18 @@ def grad_a_kernel(
                 s = tl.load(s_ptr + lowrank, mask=(rows < M)[:, None] & (ranks < r)[None, :], other=0.0)
                 dots += tl.sum(dsu.to(tl.float32) * s.to(tl.float32), 0)
     if NEED_DA:
-        plane = planes_ptr + (stripe.to(tl.int64) * K + wide_cols)[:, None] * r + ranks[None, :]
-        tl.store(plane, da, mask=(cols < K)[:, None] & (ranks < r)[None, :])
+        partial = partials_ptr + (row_split.to(tl.int64) * K + wide_cols)[:, None] * r + ranks[None, :]
+        tl.store(partial, da, mask=(cols < K)[:, None] & (ranks < r)[None, :])
     if sums_ptr is not None:
-        tl.store(sums_ptr + stripe.to(tl.int64) * K + cols, sums, mask=cols < K)
+        tl.store(sums_ptr + row_split.to(tl.int64) * K + cols, sums, mask=cols < K)
     if dots_ptr is not None:  # noqa: SIM102
         if tl.program_id(0) == 0:
-            tl.store(dots_ptr + stripe * r + ranks, dots, mask=ranks < r)
+            tl.store(dots_ptr + row_split * r + ranks, dots, mask=ranks < r)
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
 def reduce_kernel(
-    planes_ptr,
+    partials_ptr,
     sums_ptr,
     dots_ptr,
     b_ptr,
@@ -447,7 +449,7 @@ def reduce_kernel(
     scale_ptr,
     rank_ptr,
     expert_ptr,
-    planes,
+    partials,
     X,
     r,
     scale,
@@ -464,23 +466,23 @@ def reduce_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Second stage. With t[x, j] = scale * u[j] * the sum of planes [planes, X, r] over its first axis:
+    """Second stage. With t[x, j] = scale * u[j] * the sum of partials [partials, X, r] over its first axis:
     out[expert, x, j] = v[x] t[x, j], zero but for column rank - 1 when FROZEN;  dv[x] = sum_j B[expert, x, j] t[x, j];
-    dbias[x] = sum of sums [planes, X];  du[j] = sum of dots [planes, r]. Every output is optional.
+    dbias[x] = sum of sums [partials, X];  du[j] = sum of dots [partials, r]. Every output is optional.
     """
     rows = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
     ranks = tl.arange(0, BLOCK_R)
     wide_rows = rows.to(tl.int64)
     inside = (rows < X)[:, None] & (ranks < r)[None, :]
     expert = control(expert_ptr, expert, tl.int64)
-    if planes_ptr is not None:
-        # BLOCK_P planes are in flight at a time: one after the other, the sum would wait for memory at each.
+    if partials_ptr is not None:
+        # BLOCK_P partials are in flight at a time: one after the other, the sum would wait for memory at each.
         total = tl.zeros([BLOCK_X, BLOCK_R], tl.float32)
-        for p in range(0, planes, BLOCK_P):
-            plane = p + tl.arange(0, BLOCK_P)
-            offsets = (plane.to(tl.int64)[:, None] * X + wide_rows[None, :])[:, :, None] * r + ranks[None, None, :]
-            mask = (plane < planes)[:, None, None] & inside[None, :, :]
-            total += tl.sum(tl.load(planes_ptr + offsets, mask=mask, other=0.0), 0)
+        for p in range(0, partials, BLOCK_P):
+            partial = p + tl.arange(0, BLOCK_P)
+            offsets = (partial.to(tl.int64)[:, None] * X + wide_rows[None, :])[:, :, None] * r + ranks[None, None, :]
+            mask = (partial < partials)[:, None, None] & inside[None, :, :]
+            total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
         total *= control(scale_ptr, scale, tl.float32)
         if u_ptr is not None:
             total *= tl.load(u_ptr + ranks, mask=ranks < r, other=0.0).to(tl.float32)[None, :]
@@ -499,17 +501,17 @@ def reduce_kernel(
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
     if sums_ptr is not None:
         dbias = tl.zeros([BLOCK_X], tl.float32)
-        for p in range(0, planes, BLOCK_P):
-            plane = p + tl.arange(0, BLOCK_P)
-            offsets = plane.to(tl.int64)[:, None] * X + rows[None, :]
-            mask = (plane < planes)[:, None] & (rows < X)[None, :]
+        for p in range(0, partials, BLOCK_P):
+            partial = p + tl.arange(0, BLOCK_P)
+            offsets = partial.to(tl.int64)[:, None] * X + rows[None, :]
+            mask = (partial < partials)[:, None] & (rows < X)[None, :]
             dbias += tl.sum(tl.load(sums_ptr + offsets, mask=mask, other=0.0), 0)
         tl.store(dbias_ptr + rows, dbias.to(dbias_ptr.dtype.element_ty), mask=rows < X)
     if dots_ptr is not None:  # noqa: SIM102
         if tl.program_id(0) == 0:
             du = tl.zeros([BLOCK_R], tl.float32)
-            for p in range(0, planes, BLOCK_P):
-                plane = p + tl.arange(0, BLOCK_P)
-                mask = (plane < planes)[:, None] & (ranks < r)[None, :]
-                du += tl.sum(tl.load(dots_ptr + plane[:, None] * r + ranks[None, :], mask=mask, other=0.0), 0)
+            for p in range(0, partials, BLOCK_P):
+                partial = p + tl.arange(0, BLOCK_P)
+                mask = (partial < partials)[:, None] & (ranks < r)[None, :]
+                du += tl.sum(tl.load(dots_ptr + partial[:, None] * r + ranks[None, :], mask=mask, other=0.0), 0)
             tl.store(du_ptr + ranks, du.to(du_ptr.dtype.element_ty), mask=ranks < r)

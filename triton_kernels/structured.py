@@ -22,7 +22,7 @@ from .launching import control, gpu_of
 from .plan import cdiv
 
 BLOCK = 512  # elements of a program of the kernels over a single spectrum
-BLOCK_S = 8  # planes that a program of the reduction reads at once
+BLOCK_S = 8  # partials that a program of the reduction reads at once
 
 
 def convolve(
@@ -120,13 +120,13 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
     (M, n_out), length = dy.shape, kernel.shape[0]
     tiles = cdiv(cdiv(M, 2 * plan.pairs), plan.programs)
     programs = cdiv(cdiv(M, 2 * plan.pairs), tiles)
-    planes = dy.new_empty(programs, 2, plan.pairs * plan.points, dtype=torch.float32)
+    partials = dy.new_empty(programs, 2, plan.pairs * plan.points, dtype=torch.float32)
     scratch = dy.new_empty(programs, 2, plan.pairs * math.prod(plan.tile), dtype=torch.float32)
     frequencies = dy.new_empty(length, 2, dtype=torch.float32)
     scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(dy):
         kernels.backward_kernel[(programs,)](
-            dy, x, None if dx is None else _spectrum(kernel, plan, transposed=True), dx, planes, scratch,
+            dy, x, None if dx is None else _spectrum(kernel, plan, transposed=True), dx, partials, scratch,
             *_tables(plan, dy.device),
             scale_ptr, seed, M, n_out, n_in, scale, threshold, tiles, *dy.stride(), *x.stride(),
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, OUT=plan.rows_out, IN=plan.rows_in,
@@ -134,7 +134,7 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
             num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=plan.maxnreg,
         )  # fmt: skip
         kernels.reduce_kernel[(cdiv(length, BLOCK),)](
-            planes, frequencies, scale_ptr, programs, scale, threshold,
+            partials, frequencies, scale_ptr, programs, scale, threshold,
             N=plan.factors, P=plan.padded, PAIRS=plan.pairs, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4, num_stages=1,
         )  # fmt: skip
     # The transforms were unitary, so their products lack the factor L that the inverse divides by.

@@ -20,7 +20,7 @@ Conventions of every kernel, beside those of lowrank_kernels.py:
 - Nothing overflows fp16. A power of two brings the norm of a row to GAIN..2 GAIN, and no stage enlarges the norm of a
   pair: the 1 / sqrt(N) of unitary transforms are in the twiddles and spectra (inside W they would make its low half
   subnormal), and spectra are brought below 1.
-- The DFT matrices are one tensor [high, low][W1, W2, W3][re, im][P, P]; twiddles and spectra are [re, im] planes.
+- The DFT matrices are one tensor [high, low][W1, W2, W3][re, im][P, P]; twiddles and spectra are [re, im] partials.
 """
 
 import triton
@@ -208,7 +208,7 @@ def inverse(
 
 @triton.jit
 def frequencies(band, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
-    """(offset in a plane [P3, P2, P1] of a spectrum, pair) of every element of a band [Q3, (Q2, Q1, pair)]."""
+    """(offset in a partial [P3, P2, P1] of a spectrum, pair) of every element of a band [Q3, (Q2, Q1, pair)]."""
     place = tl.arange(0, Q[1] * Q[0] * PAIRS)[None, :]
     k1 = band * Q[0] + place // PAIRS % Q[0]
     k2 = place // (PAIRS * Q[0])
@@ -465,7 +465,7 @@ def backward_kernel(
     x_ptr,
     spectrum_ptr,
     dx_ptr,
-    planes_ptr,
+    partials_ptr,
     scratch_ptr,
     dft_ptr,
     twiddle_ptr,
@@ -491,7 +491,7 @@ def backward_kernel(
     DROPOUT: tl.constexpr,
     NEED_DX: tl.constexpr,
 ):
-    """planes [programs, (re, im), P3, (P2, P1, pair)] = sum over a program's tiles of conj(DFT(drop(x))) DFT(dy), and
+    """partials [programs, (re, im), P3, (P2, P1, pair)] = sum over a program's tiles of conj(DFT(drop(x))) DFT(dy), and
     dx [M, n_in] = drop(scale * crop(kernel^T * pad(dy))) if NEED_DX, from one pass over dy and x.
 
     The imaginary part of the inverse transform of such a sum is the correlation of one row of a pair with the other:
@@ -540,7 +540,7 @@ def backward_kernel(
                 band, dft_ptr, twiddle_ptr, False, OUT, SPLIT, N, P, Q, PAIRS,
             )  # fmt: skip
             offsets, pair = frequencies(band, P, Q, PAIRS)
-            sum_re_ptr = planes_ptr + program.to(tl.int64) * (2 * PLANE) + offsets * PAIRS + pair
+            sum_re_ptr = partials_ptr + program.to(tl.int64) * (2 * PLANE) + offsets * PAIRS + pair
             sum_im_ptr = sum_re_ptr + PLANE
             tl.debug_barrier()  # until all threads have written
             x_re = tl.load(x_re_ptr)
@@ -573,8 +573,8 @@ def backward_kernel(
 def spectrum_kernel(
     frequencies_ptr, spectrum_ptr, SIGN: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Frequencies [N1 N2 N3, (re, im)] to planes [re, im][P3, P2, P1] divided by N3 and by a power of two above the
-    largest of them, which follows the planes; conjugated for SIGN -1. Padding is zero.
+    """Frequencies [N1 N2 N3, (re, im)] to partials [re, im][P3, P2, P1] divided by N3 and by a power of two above the
+    largest of them, which follows the partials; conjugated for SIGN -1. Padding is zero.
     """
     LENGTH: tl.constexpr = N[0] * N[1] * N[2]
     POINTS: tl.constexpr = P[0] * P[1] * P[2]
@@ -601,7 +601,7 @@ def spectrum_kernel(
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
 def reduce_kernel(
-    planes_ptr,
+    partials_ptr,
     frequencies_ptr,
     scale_ptr,
     programs,
@@ -613,7 +613,7 @@ def reduce_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Frequencies [N1 N2 N3, (re, im)] = scale * sum over programs and pairs of the planes of backward_kernel."""
+    """Frequencies [N1 N2 N3, (re, im)] = scale * sum over programs and pairs of the partials of backward_kernel."""
     LENGTH: tl.constexpr = N[0] * N[1] * N[2]
     POINTS: tl.constexpr = P[0] * P[1] * P[2]
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -628,8 +628,8 @@ def reduce_kernel(
         offsets = (term // PAIRS).to(tl.int64)[:, None] * (2 * PAIRS * POINTS)
         offsets += (term % PAIRS)[:, None] + element[None, :]
         mask = (term < programs * PAIRS)[:, None] & (k < LENGTH)[None, :]
-        sum_re += tl.sum(tl.load(planes_ptr + offsets, mask=mask, other=0.0), 0)
-        sum_im += tl.sum(tl.load(planes_ptr + PAIRS * POINTS + offsets, mask=mask, other=0.0), 0)
+        sum_re += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
+        sum_im += tl.sum(tl.load(partials_ptr + PAIRS * POINTS + offsets, mask=mask, other=0.0), 0)
     factor = control(scale_ptr, scale, tl.float32) * keep_scale(threshold)
     tl.store(frequencies_ptr + 2 * k, sum_re * factor, mask=k < LENGTH)
     tl.store(frequencies_ptr + 2 * k + 1, sum_im * factor, mask=k < LENGTH)

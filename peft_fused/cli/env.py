@@ -74,7 +74,7 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
 
     from peft_fused.ops import dispatch, structured
     from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
-    from peft_fused.triton_kernels.plan import LowRankProblem
+    from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
 
     gpu, sm_count = "", 1
     if device == "cuda":

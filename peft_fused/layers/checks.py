@@ -6,7 +6,7 @@ from torch.nn.parameter import is_lazy
 
 from ..ops.arguments import FLOATING
 from ..ops.arguments import check_flag as check_flag
-from ..triton_kernels.plan import MAX_RANK
+from ..triton_kernels.tiles import MAX_RANK
 
 # What a number that an adapter computes with may be at most: factors and scales are kept in fp32.
 LARGEST = torch.finfo(torch.float32).max

@@ -20,7 +20,7 @@ import torch
 
 from ..triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS, BottleneckProblem
 from ..triton_kernels.launching import gpu_of, name_of
-from ..triton_kernels.plan import MAX_RANK
+from ..triton_kernels.tiles import MAX_RANK
 from . import bottleneck_torch
 from .arguments import (
     check_control,

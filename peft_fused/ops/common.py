@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..triton_kernels.plan import MAX_RANK
+from ..triton_kernels.tiles import MAX_RANK
 from .dispatch import uses_onednn
 from .dropout import drop
 

@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from ..triton_kernels.launching import gpu_of, name_of
-from ..triton_kernels.plan import MAX_RANK, LowRankProblem
+from ..triton_kernels.lowrank_plan import LowRankProblem
+from ..triton_kernels.tiles import MAX_RANK
 from . import lowrank_torch
 from .arguments import (
     check_control,

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft_fused.triton_kernels.plan import LowRankProblem
+from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
 
 import peft_fused
 from peft_fused.cli.check import OPS

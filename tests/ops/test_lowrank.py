@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from peft_fused.triton_kernels.plan import LowRankProblem
+from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode

@@ -10,13 +10,13 @@ from itertools import product
 import pytest
 from aot import TRITON_TYPES, Row, launch_source
 from peft_fused.triton_kernels import lowrank_kernels
-from peft_fused.triton_kernels.plan import configurations
+from peft_fused.triton_kernels.lowrank_plan import configurations
 
 pytestmark = pytest.mark.aot
 
 ACTIVATIONS = {"x_ptr", "w_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr", "dbias_ptr"}
 ADAPTER = {"a_ptr", "b_ptr", "u_ptr", "v_ptr", "s_ptr", "dsu_ptr", "dv_ptr", "du_ptr"}
-PARTIAL_SUMS = {"planes_ptr", "sums_ptr", "dots_ptr"}
+PARTIAL_SUMS = {"partials_ptr", "sums_ptr", "dots_ptr"}
 INTEGERS = {"rank_ptr", "expert_ptr", "expert_a_ptr", "expert_b_ptr", "seed_ptr"}
 # Strides of contiguous operands, as they are on the hot path; `linear` and `expand` read B along its ranks.
 UNIT_STRIDES = {

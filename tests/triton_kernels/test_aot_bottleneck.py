@@ -10,7 +10,7 @@ from peft_fused.triton_kernels.bottleneck_plan import configurations
 pytestmark = pytest.mark.aot
 
 ROWS = {"x_ptr", "add_ptr", "y_ptr"}
-SUMS = {"planes_ptr", "sums_ptr", "unit_sums_ptr", "scale_ptr"}
+SUMS = {"partials_ptr", "sums_ptr", "unit_sums_ptr", "scale_ptr"}
 # Strides of contiguous operands; backward reads both factors transposed.
 FORWARD_UNIT = {"stride_xk", "stride_ik", "stride_or", "stride_dn"}
 BACKWARD_UNIT = {"stride_xk", "stride_ir", "stride_on", "stride_dn"}

@@ -11,12 +11,12 @@ pytestmark = pytest.mark.aot
 
 ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
 FACTORS = {"a_ptr", "b_ptr", "out_ptr"}
-SUMS = {"planes_ptr", "planes_a_ptr", "planes_b_ptr", "scale_ptr"}
+SUMS = {"partials_ptr", "partials_a_ptr", "partials_b_ptr", "scale_ptr"}
 
 
 def describe(config):
     c = dict(config.constexprs)
-    types = config.dtype if config.dtype == config.factor_dtype else f"{config.dtype}+{config.factor_dtype}"
+    types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     sizes = "x".join(str(c[name]) for name in ("A1", "A2", "B1", "B2") if name in c)
     blocks = "x".join(f"{name[6:]}{value}" for name, value in c.items() if name.startswith("BLOCK_"))
     flags = "-".join(name for name, value in c.items() if value is True)
@@ -75,7 +75,7 @@ def source(config):
         if name in ACTIVATIONS:
             types[name] = "*" + TRITON_TYPES[config.dtype]
         elif name in FACTORS:
-            types[name] = "*" + TRITON_TYPES[config.factor_dtype]
+            types[name] = "*" + TRITON_TYPES[config.adapter_dtype]
         elif name in SUMS:
             types[name] = "*fp32"
         else:

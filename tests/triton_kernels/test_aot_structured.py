@@ -13,7 +13,7 @@ from peft_fused.triton_kernels.fft_plan import configurations
 pytestmark = pytest.mark.aot
 
 ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
-FLOATS = {"spectrum_ptr", "then_ptr", "planes_ptr", "scratch_ptr", "twiddle_ptr", "scale_ptr"}
+FLOATS = {"spectrum_ptr", "then_ptr", "partials_ptr", "scratch_ptr", "twiddle_ptr", "scale_ptr"}
 UNIT_STRIDES = {"stride_xk", "stride_yn", "stride_an"}
 
 

@@ -242,7 +242,7 @@ CASES = [
     *(Case(types=types, residual="other", strided=True, biases=False) for types in ("fp32", "fp16-fp32", "bf16")),
     *(Case(rows=1, groups=groups, sm_count=132, draws=8) for groups in (1, 2, 7)),
     *(Case(rows=97, groups=groups, types=types) for groups in (1, 2) for types in ("fp32", "fp16", "bf16-fp32")),
-    # Several stripes, with parts of groups and with several groups, and more than one part of the columns.
+    # Several splits of the rows, with parts of groups and with several groups, and of the columns.
     *(
         Case(rows=97, groups=7, expert_d=(2, 0, 2, 1), sm_count=132, K=72, N=520, types=types)
         for types in ("fp32", "fp16", "bf16-fp32")

@@ -11,10 +11,10 @@ from peft_fused.triton_kernels.bottleneck_plan import (
     BottleneckProblem,
     configurations,
     kernel_configs,
-    plan,
+    plan_bottleneck,
     shrink_only,
 )
-from peft_fused.triton_kernels.plan import DTYPES, cdiv
+from peft_fused.triton_kernels.tiles import DTYPES, cdiv
 
 PROBLEM = BottleneckProblem(4096, 1024, 1024, 16, "bfloat16", "bfloat16", "cuda", "Some GPU", 132, 1, "gelu")
 TYPES = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
@@ -45,7 +45,7 @@ def test_limits_and_words():
 )
 def test_what_has_no_plan_says_why(change, message):
     with pytest.raises(ValueError, match=message):
-        plan(replace(PROBLEM, **change))
+        plan_bottleneck(replace(PROBLEM, **change))
 
 
 def test_any_problem_has_a_plan():
@@ -53,34 +53,36 @@ def test_any_problem_has_a_plan():
         for sm_count in (1, 7, 148):
             for dtype, adapter in TYPES:
                 for groups in (1, 5):
-                    chosen = plan(BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", sm_count, groups, "relu"))
+                    chosen = plan_bottleneck(
+                        BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", sm_count, groups, "relu")
+                    )
                     for launches in (chosen.forward, chosen.backward):
-                        assert all(launch.block_m in (16, 32, 64) and launch.parts >= 1 for launch in launches)
+                        assert all(launch.block_m in (16, 32, 64) and launch.splits >= 1 for launch in launches)
                         fused = [launch for launch in launches if launch.shrink and launch.expand]
                         assert all(launch.block_r >= r for launch in fused)
                         assert chosen.fused == (len(fused) == 1) and len(launches) == 2 - len(fused)
-                    assert min(chosen.grad_down.parts, chosen.grad_up.parts) >= 1
+                    assert min(chosen.grad_down.splits, chosen.grad_up.splits) >= 1
 
 
 def test_blocks_fill_the_gpu():
     """Few rows are cut into the least blocks and share their columns out, many into the largest."""
-    (few,), (many,) = (plan(replace(PROBLEM, m=m)).forward for m in (100, 100_000))
-    assert few.block_m == 16 and few.parts > 1 and few.parts * few.block_n <= PROBLEM.n
-    assert many.block_m == 64 and many.parts == 1
+    (few,), (many,) = (plan_bottleneck(replace(PROBLEM, m=m)).forward for m in (100, 100_000))
+    assert few.block_m == 16 and few.splits > 1 and few.splits * few.block_n <= PROBLEM.n
+    assert many.block_m == 64 and many.splits == 1
     # Rows of two groups never share a block, so that 32 groups of 20 rows are 64 blocks.
-    (grouped,) = plan(replace(PROBLEM, m=640, groups=32)).forward
-    assert grouped.block_m == 16 and grouped.parts == cdiv(132, 64)
+    (grouped,) = plan_bottleneck(replace(PROBLEM, m=640, groups=32)).forward
+    assert grouped.block_m == 16 and grouped.splits == cdiv(132, 64)
 
 
 def test_partial_sums_do_not_grow_with_the_groups():
-    parts = [plan(replace(PROBLEM, m=2**20, groups=groups)).grad_down.parts for groups in (1, 64, 2**20)]
-    assert max(parts) <= 2 * PROBLEM.sm_count // (PROBLEM.k // 64) + 1
+    splits = [plan_bottleneck(replace(PROBLEM, m=2**20, groups=groups)).grad_down.splits for groups in (1, 64, 2**20)]
+    assert max(splits) <= 2 * PROBLEM.sm_count // (PROBLEM.k // 64) + 1
 
 
 def test_shrink_only_leaves_the_second_product_out():
     for r in (16, 256):
-        (launch,) = shrink_only(plan(replace(PROBLEM, m=64, r=r)).backward)
-        assert launch.shrink and not launch.expand and launch.parts == 1
+        (launch,) = shrink_only(plan_bottleneck(replace(PROBLEM, m=64, r=r)).backward)
+        assert launch.shrink and not launch.expand and launch.splits == 1
 
 
 def test_compiled_configurations_are_all_that_plans_give():

@@ -16,7 +16,7 @@ from peft_fused.triton_kernels.fft_plan import (
     padded_factors,
     plan_convolution,
 )
-from peft_fused.triton_kernels.plan import cdiv
+from peft_fused.triton_kernels.tiles import cdiv
 
 
 def test_widths_of_models_need_no_longer_length():

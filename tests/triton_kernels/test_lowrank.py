@@ -46,7 +46,7 @@ class Case:
     frozen: bool = False
     p: float = 0.0
     strided: bool = False
-    parts: int = 1  # splits and stripes
+    splits: int = 1  # of columns and of rows
     seed: int = 0x1234_5678_9ABC_DEF1
     draws: int = 1  # inputs drawn; their errors are pooled where an output has few elements
 
@@ -180,12 +180,12 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
     seed = torch.tensor(case.seed, device=t["x"].device) if case.p else None
     if plan is None and t["x"].shape[0]:
         plan = lowrank._plan(t["x"], t["A"].dtype, case.N, case.r, c["threshold"], has_weight=case.base == "weight")
-        parts = {
-            name: replace(getattr(plan, name), parts=case.parts)
+        splits = {
+            name: replace(getattr(plan, name), splits=case.splits)
             for name in ("shrink", "grad_b", "dsu", "db", "grad_a")
             if getattr(plan, name) is not None
         }
-        plan = replace(plan, **parts) if case.parts > 1 else plan
+        plan = replace(plan, **splits) if case.splits > 1 else plan
     tensors = {name: t[name] for name in ("x", "weight", "add", "bias", "A", "B", "u", "v")}
     call = LowRankCall(**tensors, **c, seed=seed, frozen=case.frozen)
     y, S = lowrank_fwd(call, plan=plan)
@@ -236,8 +236,8 @@ CASES = [
     *(replace(DELTA, types=types, r=r, vectors=r != 16) for types in TYPES for r in (16, 33)),
     *(replace(DELTA, types=types, r=1, vectors=True, T=17, draws=16) for types in TYPES),
     *(replace(DELTA, types=types, r=150, K=264, N=136, T=11) for types in ("fp32", "fp16", "bf16-fp32")),
-    *(replace(DELTA, types=types, T=131, K=330, N=270, parts=3, vectors=True) for types in TYPES),
-    *(replace(DELTA, types=types, T=131, r=70, parts=2, p=0.3, vectors=True) for types in ("fp32", "fp16", "bf16")),
+    *(replace(DELTA, types=types, T=131, K=330, N=270, splits=3, vectors=True) for types in TYPES),
+    *(replace(DELTA, types=types, T=131, r=70, splits=2, p=0.3, vectors=True) for types in ("fp32", "fp16", "bf16")),
     *(replace(DELTA, types=types, p=0.1, K=50, vectors=True, r=r) for types in TYPES for r in (3, 33)),
     *(replace(DELTA, types=types, r=16, rank=7, frozen=f) for types in ("fp32", "bf16-fp32") for f in (False, True)),
     *(replace(DELTA, types=types, experts=3, vectors=True, p=0.2) for types in ("fp32", "fp16", "bf16-fp32")),
@@ -248,7 +248,7 @@ CASES = [
     *(Case(types=types, base="weight", bias=True, vectors=True, strided=s) for types in TYPES for s in (False, True)),
     Case(T=70, N=150, base="weight", bias=True, r=16, types="fp16"),
     Case(T=150, N=150, base="weight", experts=2, rank=4, types="bf16-fp32"),
-    Case(T=70, base="weight", bias=True, r=20, types="fp16", parts=2),
+    Case(T=70, base="weight", bias=True, r=20, types="fp16", splits=2),
     Case(T=70, base="weight", p=0.25, types="fp16", vectors=True),
     Case(T=0, base="weight", bias=True, vectors=True, experts=2, p=0.5),
     Case(T=1, base="weight", p=0.5, vectors=True, draws=8),

@@ -15,9 +15,9 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
+
 TUNED = Path(__file__).parent / "tuned"
-MAX_RANK = 256
-DTYPES = ("float16", "bfloat16", "float32")
 # Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
 # Python does, so the C++ node, which launches without Python, comes first there.
 LAUNCH_BOUND = 4e10
@@ -70,23 +70,23 @@ class LowRankProblem:
 
     def launch_plan(self, backend: str):
         """What the implementation is given to run by."""
-        return plan(self) if backend == "triton" else None
+        return plan_lowrank(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
         """What the backend runs, as the end of a sentence."""
         if backend == "triton":
-            return f", {plan(self).forward}"
+            return f", {plan_lowrank(self).forward}"
         if backend == "cuda":
             return ", CUDA shrink kernel" + (", adapter first, base GEMM last with beta=1" if self.has_weight else "")
         return f", {'oneDNN' if onednn else 'BLAS'} base GEMM" if self.has_weight else ""
 
 
 @dataclass(frozen=True)
-class Launch:
+class LowRankLaunch:
     """Tile and shape of one kernel.
 
     block_n counts columns of the wide matrix (x, y, dY or dx), block_r ranks, block_k steps of the inner product of the
-    single kernel. `parts` is how many programs share one sum: splits of the columns or stripes of the rows.
+    single kernel. splits: how many programs share one sum, of the columns or of the rows.
     """
 
     block_m: int
@@ -95,11 +95,11 @@ class Launch:
     num_warps: int
     num_stages: int
     block_k: int = 0
-    parts: int = 1
+    splits: int = 1
 
 
 @dataclass(frozen=True)
-class LaunchPlan:
+class LowRankPlan:
     """How a problem runs.
 
     forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add".
@@ -108,26 +108,14 @@ class LaunchPlan:
     """
 
     forward: str
-    shrink: Launch
-    expand: Launch
-    linear: Launch | None
-    grad_b: Launch | None
-    dsu: Launch
-    db: Launch
+    shrink: LowRankLaunch
+    expand: LowRankLaunch
+    linear: LowRankLaunch | None
+    grad_b: LowRankLaunch | None
+    dsu: LowRankLaunch
+    db: LowRankLaunch
     fused_a: bool
-    grad_a: Launch
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """One kernel to compile: its constexpr arguments and its types."""
-
-    kernel: str
-    dtype: str
-    adapter_dtype: str
-    constexprs: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
+    grad_a: LowRankLaunch
 
 
 # Tiles by class of operands: "half" (all of one 16-bit type), "split" (bf16 activations, fp32 adapter: every product
@@ -172,20 +160,6 @@ NARROW = 3072
 NARROW_MAX_RANK = 16
 
 
-def next_power_of_2(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def operand_class(dtype: str, adapter_dtype: str) -> str:
-    if dtype == adapter_dtype and dtype != "float32":
-        return "half"
-    return "split" if dtype == "bfloat16" else "full"
-
-
 def table_key(problem: LowRankProblem) -> str:
     """Key of a tuned file. M is bucketed by powers of two; dropout and the missing base weight have their own rows."""
     p = problem
@@ -193,13 +167,13 @@ def table_key(problem: LowRankProblem) -> str:
     return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add")
 
 
-def plan(problem: LowRankProblem) -> LaunchPlan:
+def plan_lowrank(problem: LowRankProblem) -> LowRankPlan:
     """Plan of a problem. Raises ValueError for a rank outside 1..256 or an unsupported pair of types."""
     return _plan(replace(problem, m=next_power_of_2(problem.m)))
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: LowRankProblem) -> LaunchPlan:
+def _plan(problem: LowRankProblem) -> LowRankPlan:
     if not 1 <= problem.r <= MAX_RANK:
         raise ValueError(f"rank must be in 1..{MAX_RANK}, got {problem.r}")
     if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
@@ -216,20 +190,20 @@ def tuned_table(gpu: str) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _merge(chosen: LaunchPlan, changes: dict) -> LaunchPlan:
-    unknown = changes.keys() - {field.name for field in fields(LaunchPlan)}
+def _merge(chosen: LowRankPlan, changes: dict) -> LowRankPlan:
+    unknown = changes.keys() - {field.name for field in fields(LowRankPlan)}
     if unknown:
         raise ValueError(f"unknown fields in a tuned plan: {sorted(unknown)}")
     values = {}
     for name, change in changes.items():
         current = getattr(chosen, name)
         if isinstance(change, dict):
-            change = replace(current, **change) if current is not None else Launch(**change)
+            change = replace(current, **change) if current is not None else LowRankLaunch(**change)
         values[name] = change
     return replace(chosen, **values)
 
 
-def _default_plan(p: LowRankProblem) -> LaunchPlan:
+def _default_plan(p: LowRankProblem) -> LowRankPlan:
     kind = operand_class(p.dtype, p.adapter_dtype)
     block_r = max(16, next_power_of_2(p.r))
     linear = _linear(p, kind, block_r)
@@ -244,30 +218,30 @@ def _default_plan(p: LowRankProblem) -> LaunchPlan:
     if block_r in GRAD_B[kind]:
         grad_b = _launch(GRAD_B[kind], block_r)
         if kind == "half" and block_r == 16 and p.m >= 16384:
-            # Half the partial planes, once there are stripes enough to fill the GPU without short ones.
+            # Half the partial partials, once there are row_splits enough to fill the GPU without short ones.
             grad_b = replace(grad_b, block_m=256)
         grad_b = _split_columns(grad_b, p.m, p.n, p.sm_count, least=256)
     fused_a = block_r in GRAD_A_FUSED[kind]
-    return LaunchPlan(
+    return LowRankPlan(
         forward=forward,
         shrink=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.k, p.sm_count),
         expand=_launch(EXPAND[kind], block_r),
         linear=linear,
         grad_b=grad_b,
         dsu=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.n, p.sm_count),
-        db=_stripe_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.sm_count),
+        db=_split_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.sm_count),
         fused_a=fused_a,
-        grad_a=_stripe_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.sm_count),
+        grad_a=_split_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.sm_count),
     )
 
 
-def _launch(table: dict, block_r: int) -> Launch:
+def _launch(table: dict, block_r: int) -> LowRankLaunch:
     block_r = min(block_r, max(table))
     block_m, block_n, num_warps, num_stages = table[block_r]
-    return Launch(block_m, block_n, block_r, num_warps, num_stages)
+    return LowRankLaunch(block_m, block_n, block_r, num_warps, num_stages)
 
 
-def _linear(p: LowRankProblem, kind: str, block_r: int) -> Launch | None:
+def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
     if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
         return None
     if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK:
@@ -280,31 +254,31 @@ def _linear(p: LowRankProblem, kind: str, block_r: int) -> Launch | None:
     else:
         return None
     block_m, block_n, block_k, num_warps, num_stages = shape
-    return Launch(block_m, block_n, block_r, num_warps, num_stages, block_k)
+    return LowRankLaunch(block_m, block_n, block_r, num_warps, num_stages, block_k)
 
 
-def _split_columns(launch: Launch, m: int, columns: int, sm_count: int, least: int = 1024) -> Launch:
+def _split_columns(launch: LowRankLaunch, m: int, columns: int, sm_count: int, least: int = 1024) -> LowRankLaunch:
     """Share the columns out when the rows alone leave multiprocessors idle, but not into less than `least` columns."""
     row_blocks = cdiv(m, launch.block_m)
-    return replace(launch, parts=max(1, min(cdiv(sm_count, max(1, row_blocks)), columns // least)))
+    return replace(launch, splits=max(1, min(cdiv(sm_count, max(1, row_blocks)), columns // least)))
 
 
-def _stripe_rows(launch: Launch, m: int, columns: int, sm_count: int) -> Launch:
-    """Two programs per multiprocessor, but at least four blocks of rows each: every stripe costs a partial plane."""
-    stripes = cdiv(2 * sm_count, cdiv(columns, launch.block_n))
-    return replace(launch, parts=max(1, min(stripes, m // (4 * launch.block_m))))
+def _split_rows(launch: LowRankLaunch, m: int, columns: int, sm_count: int) -> LowRankLaunch:
+    """Two programs per multiprocessor, but at least four blocks of rows each: every split costs a partial sum."""
+    row_splits = cdiv(2 * sm_count, cdiv(columns, launch.block_n))
+    return replace(launch, splits=max(1, min(row_splits, m // (4 * launch.block_m))))
 
 
 def reduce_launch(r: int) -> tuple[int, int, int, int]:
-    """(planes, rows, ranks, num_warps) of a tile of the second-stage sum of rank r."""
+    """(partials, rows, ranks, num_warps) of a tile of the second-stage sum of rank r."""
     block_r = max(16, next_power_of_2(r))
-    planes = 8 if block_r <= 64 else 4
-    return planes, max(8, 512 // block_r), block_r, 4 if block_r <= 64 else 8
+    partials = 8 if block_r <= 64 else 4
+    return partials, max(8, 512 // block_r), block_r, 4 if block_r <= 64 else 8
 
 
 def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
-    chosen = plan(problem)
+    chosen = plan_lowrank(problem)
     configs = []
 
     def add(kernel, launch, **flags):
@@ -331,8 +305,8 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da)
     for need_da in (True, False):
         add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=False, NEED_DA=need_da)
-    planes, rows, ranks, num_warps = reduce_launch(problem.r)
-    blocks = {"BLOCK_P": planes, "BLOCK_X": rows, "BLOCK_R": ranks, "FROZEN": True}
+    partials, rows, ranks, num_warps = reduce_launch(problem.r)
+    blocks = {"BLOCK_P": partials, "BLOCK_X": rows, "BLOCK_R": ranks, "FROZEN": True}
     constexprs = tuple(sorted(blocks.items()))
     configs.append(KernelConfig("reduce_kernel", problem.dtype, problem.adapter_dtype, constexprs, num_warps, 1))
     return configs

@@ -6,9 +6,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from peft_fused.triton_kernels import plan as plans
+from peft_fused.triton_kernels import lowrank_plan as plans
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
-from peft_fused.triton_kernels.plan import Launch, LowRankProblem, configurations, plan, table_key
+from peft_fused.triton_kernels.lowrank_plan import (
+    LowRankLaunch,
+    LowRankProblem,
+    configurations,
+    plan_lowrank,
+    table_key,
+)
 
 PROBLEM = LowRankProblem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, False, True)
 
@@ -43,12 +49,12 @@ def tuned(tmp_path, monkeypatch):
     ],
 )
 def test_forward_path(change, forward):
-    assert plan(replace(PROBLEM, **change)).forward == forward
+    assert plan_lowrank(replace(PROBLEM, **change)).forward == forward
 
 
 def test_rows_are_bucketed_by_powers_of_two():
-    assert plan(replace(PROBLEM, m=2049)) == plan(PROBLEM) != plan(replace(PROBLEM, m=2048))
-    assert plan(replace(PROBLEM, m=0)).forward == "single_kernel"
+    assert plan_lowrank(replace(PROBLEM, m=2049)) == plan_lowrank(PROBLEM) != plan_lowrank(replace(PROBLEM, m=2048))
+    assert plan_lowrank(replace(PROBLEM, m=0)).forward == "single_kernel"
 
 
 def test_any_problem_has_a_plan():
@@ -56,10 +62,10 @@ def test_any_problem_has_a_plan():
         for sm_count in (1, 7, 148):
             for dtype in ("float16", "bfloat16", "float32"):
                 for adapter in {dtype, "float32"}:
-                    chosen = plan(
+                    chosen = plan_lowrank(
                         LowRankProblem(m, n, k, r, dtype, adapter, "cuda", "unheard of", sm_count, True, False)
                     )
-                    assert min(chosen.shrink.parts, chosen.db.parts, chosen.grad_a.parts) >= 1
+                    assert min(chosen.shrink.splits, chosen.db.splits, chosen.grad_a.splits) >= 1
 
 
 @pytest.mark.parametrize(
@@ -73,13 +79,13 @@ def test_any_problem_has_a_plan():
 )
 def test_unsupported_problems_raise(change, message):
     with pytest.raises(ValueError, match=message):
-        plan(replace(PROBLEM, **change))
+        plan_lowrank(replace(PROBLEM, **change))
 
 
 def test_tuned_file_replaces_fields(tuned):
-    default = plan(PROBLEM)
+    default = plan_lowrank(PROBLEM)
     other = replace(PROBLEM, n=8192)
-    other_default = plan(other)
+    other_default = plan_lowrank(other)
     assert default.linear is None and default.grad_b is not None
     linear = dict(block_m=128, block_n=256, block_r=16, num_warps=8, num_stages=3, block_k=64)
     tuned(
@@ -87,17 +93,17 @@ def test_tuned_file_replaces_fields(tuned):
     )
     for cached in (plans._plan, plans.tuned_table):
         cached.cache_clear()
-    chosen = plan(replace(PROBLEM, m=3000))
-    assert chosen.forward == "single_kernel" and chosen.linear == Launch(**linear) and chosen.grad_b is None
+    chosen = plan_lowrank(replace(PROBLEM, m=3000))
+    assert chosen.forward == "single_kernel" and chosen.linear == LowRankLaunch(**linear) and chosen.grad_b is None
     assert chosen.shrink == replace(default.shrink, block_m=32) and chosen.expand == default.expand
-    assert plan(other) == other_default
-    assert plan(replace(PROBLEM, gpu="Another")) == default
+    assert plan_lowrank(other) == other_default
+    assert plan_lowrank(replace(PROBLEM, gpu="Another")) == default
 
 
 def test_tuned_file_with_an_unknown_field_raises(tuned):
     tuned({table_key(PROBLEM): {"shrnk": {"block_m": 32}}})
     with pytest.raises(ValueError, match="shrnk"):
-        plan(PROBLEM)
+        plan_lowrank(PROBLEM)
 
 
 def test_configurations_are_distinct():
@@ -123,6 +129,6 @@ def test_needs_neither_torch_nor_triton():
         "import sys; sys.modules.update(torch=None, triton=None);"
         f"sys.path.insert(0, {str(plans.TUNED.parent.parent)!r});"
         f"import importlib; name = {plans.TUNED.parent.name!r};"
-        "importlib.import_module(name + '.plan').configurations(); importlib.import_module(name + '.dropout')"
+        "importlib.import_module(name + '.lowrank_plan').configurations(); importlib.import_module(name + '.dropout')"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -1,0 +1,32 @@
+"""What the plans of all kernels share: sizes, classes of operands, and the description of one kernel to compile."""
+
+from dataclasses import dataclass
+
+MAX_RANK = 256
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One kernel to compile: its constexpr arguments, absent pointers among them, and its types."""
+
+    kernel: str
+    dtype: str
+    adapter_dtype: str
+    constexprs: tuple[tuple[str, object], ...]
+    num_warps: int
+    num_stages: int
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def operand_class(dtype: str, adapter_dtype: str) -> str:
+    if dtype == adapter_dtype and dtype != "float32":
+        return "half"
+    return "split" if dtype == "bfloat16" else "full"
