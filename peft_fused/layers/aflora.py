@@ -222,13 +222,7 @@ class AfLoraAdapter(NamedTuple):
     scale: float
     dropout: nn.Dropout
 
-    @property
-    def on_output(self) -> bool:
-        return False
-
-    def factor(self) -> nn.Parameter:
-        """One of the parameters, whose dtype and device all share."""
-        return self.A
+    on_output = False
 
     def step(self, x: torch.Tensor) -> LowRankStep:
         state, dropout = self.state, self.dropout

@@ -153,13 +153,7 @@ class DyLoraAdapter(NamedTuple):
     ranks: RankState
     dropout: nn.Dropout
 
-    @property
-    def on_output(self) -> bool:
-        return False
-
-    def factor(self) -> nn.Parameter:
-        """One of the parameters, whose dtype and device all share."""
-        return self.A
+    on_output = False
 
     def step(self, x: torch.Tensor) -> LowRankStep:
         ranks, dropout = self.ranks, self.dropout

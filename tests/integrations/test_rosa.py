@@ -185,7 +185,7 @@ def test_merging_disabling_and_unloading_are_exact(make, dtype):
 
     model.merge_adapter(safe_merge=True)
     for layer in layers(model).values():
-        W0, delta = layer._pretrained.values, layer._total_change("default")
+        W0, delta = layer._pretrained.values, layer.adapter("default").change()
         assert torch.equal(layer.base_weight(), (W0.double() + (delta.T if layer.transposed else delta)).to(dtype))
     torch.testing.assert_close(logits(model), before, **close)
     merged = base_weights(model)
@@ -302,7 +302,7 @@ def test_several_adapters_take_turns():
     model.merge_adapter(["second"])
     for layer in layers(model).values():
         if "second" in layer.rosa_A:
-            expected = layer._pretrained.values + layer._total_change("second")
+            expected = layer._pretrained.values + layer.adapter("second").change()
             assert torch.equal(layer.base_weight(), expected.float())
     model.unmerge_adapter()
     assert torch.equal(logits(model), first)

@@ -136,10 +136,10 @@ class BaseLayer(CallBase):
 class AddStep(Step):
     """An adapter's part, added to a result whose type may be another one than the adapter's."""
 
-    __slots__ = ("adapter", "layer")
+    __slots__ = ("adapter", "factor", "layer")
 
     def __init__(self, layer: "FusedLayer", name: str):
-        self.layer, self.adapter = layer, layer.adapter(name)
+        self.layer, self.adapter, self.factor = layer, layer.adapter(name), layer.factor(name).dtype
 
     @property
     def name(self) -> str:
@@ -148,13 +148,12 @@ class AddStep(Step):
     def run(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         adapter = self.adapter
         x = y if adapter.on_output else x
-        factor = adapter.factor().dtype
         autocast = torch.is_autocast_enabled(x.device.type)
-        if (autocast or x.dtype == y.dtype) and mixes(factor, y.dtype):
+        if (autocast or x.dtype == y.dtype) and mixes(self.factor, y.dtype):
             return adapter.step(x).run(x, y)
         # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
-        if not mixes(factor, x.dtype):
-            x = x.to(factor)
+        if not mixes(self.factor, x.dtype):
+            x = x.to(self.factor)
         return (y + adapter.step(x).run(x, None)).to(y.dtype)
 
     def problem(self, x: torch.Tensor):
@@ -171,9 +170,9 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     name, in `adapter_layer_names` and `other_param_names`, and define:
 
     update_layer(adapter_name, **options): creates and initialises an adapter.
-    adapter(adapter_name): it, as the plain layers have it: with `step(x)`, its part in a forward pass; `factor()`, one
-    of its parameters, whose dtype and device all share; `delta()`, its change of the weight, [N, K], in fp32;
-    `is_zero()`, whether it is as it was made, and so changes nothing; and `on_output`.
+    adapter(adapter_name): it, as the plain layers have it: with `step(x)`, its part in a forward pass; `delta()`, its
+    change of the weight, [N, K], in fp32; `is_zero()`, whether it is as it was made, and so changes nothing; on_output.
+    factor(adapter_name): one of its parameters, whose dtype and device all share.
     linear_op, linear_step(adapter_name, x): the op that computes base and adapter in one, and the part in that, which
     takes weight and bias. None if there is no such op: then the base layer is called, and the adapter added.
     """

@@ -137,7 +137,8 @@ class RoutedBlock(nn.Module):
 
         count: it is not only asked, but will run.
         """
-        down, up, expert = self.down, self.up, None
+        modules = self._modules  # the short way, as in `AdaptedLinear.operands`
+        down, up, expert = modules["down"], modules["up"], None
         if down.stacked or up.stacked:
             if count and self.training:
                 self.routes.count_forward()
@@ -178,7 +179,8 @@ class AdaMixDelta(RoutedBlock):
 
     @property
     def dropout_p(self) -> float:
-        return self.dropout.p if self.dropout.training else 0.0
+        dropout = self._modules["dropout"]
+        return dropout.p if dropout.training else 0.0
 
     def linear_step(self, x: torch.Tensor) -> LowRankStep:
         """The part in one op with the base product; ValueError if the routes are grouped."""
@@ -241,9 +243,10 @@ class AdaMixAdapter(RoutedBlock):
     def forward(self, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """residual + U_j act(D_i drop(h) + b_i) + c_j; residual None means h. h: [..., n]."""
         down, down_bias, up, up_bias, expert = self._operands(h, count=True)
-        if self.dropout.training and self.dropout.p > 0:
+        dropout = self._modules["dropout"]
+        if dropout.training and dropout.p > 0:
             residual = h if residual is None else residual
-            h = F.dropout(h, self.dropout.p)
+            h = F.dropout(h, dropout.p)
         return bottleneck_adapter(h, down, down_bias, up, up_bias, self.activation, residual=residual, expert=expert)
 
     def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:

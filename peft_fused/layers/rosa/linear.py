@@ -155,12 +155,9 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         self._merged, self._restored = False, True
         self.refresh()
 
-    def route(self, x: torch.Tensor) -> Route:
+    def adapted_route(self, x: torch.Tensor) -> Route:
         if self._restored:
             return Route((FrozenProduct(self),))
-        return super().route(x)
-
-    def adapted_route(self, x: torch.Tensor) -> Route:
         step = self.adapter().step(x)
         step.weight, step.bias = self.operands()
         return Route((step,))

@@ -223,13 +223,9 @@ class RosaStep(LowRankStep):
 
     __slots__ = ("check_held",)
 
-    def __init__(self, adapter: "RosaAdapter", state: RosaState | None):
-        super().__init__(adapter.A, adapter.B, {}, state)
-        self.check_held = adapter.check_held
-
     def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         self.check_held()
-        return super().run(x, y)
+        return LowRankStep.run(self, x, y)
 
 
 class RosaAdapter(NamedTuple):
@@ -243,16 +239,12 @@ class RosaAdapter(NamedTuple):
     state: RosaState
     check_held: Callable[[], None]
 
-    @property
-    def on_output(self) -> bool:
-        return False
-
-    def factor(self) -> nn.Parameter:
-        """One of the parameters, whose dtype and device all share."""
-        return self.A
+    on_output = False
 
     def step(self, x: torch.Tensor) -> LowRankStep:
-        return RosaStep(self, self.state if self.state.training else None)
+        step = RosaStep(self.A, self.B, {}, self.state if self.state.training else None)
+        step.check_held = self.check_held
+        return step
 
     @torch.no_grad()
     def change(self) -> torch.Tensor:

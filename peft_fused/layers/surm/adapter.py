@@ -4,10 +4,9 @@ import torch
 from torch import nn
 
 from ...ops.structured import StructuredProblem
-from ..adapted import NO_DELTA, AdaptedLinear, FrozenProduct
+from ..adapted import NO_DELTA
 from ..checks import check_adapter_dtype, check_flag, check_linear, check_size, features
-from ..route import Route
-from .linear import StructuredDelta
+from .linear import MapLinear, StructuredDelta
 from .maps import MapSpec
 
 
@@ -132,15 +131,11 @@ class SurmAdapter(StructuredDelta):
         nn.init.normal_(self.beta, std=self.beta.shape[0] ** -0.5)
 
 
-class SurmAdapterLinear(AdaptedLinear):
+class SurmAdapterLinear(MapLinear):
     """A linear map with W and bias frozen, and a `SurmAdapter` on its output. Made by `from_linear`.
 
     `merge` raises ValueError: the adapter is not linear in the layer's weight.
     """
-
-    def __init__(self, base: nn.Module, adapter: SurmAdapter):
-        super().__init__(base)
-        self.adapter = adapter
 
     @classmethod
     def from_linear(cls, base: nn.Module, structure: str = "circulant", *, dtype=None, **options):
@@ -153,14 +148,3 @@ class SurmAdapterLinear(AdaptedLinear):
         _, n = features(base)
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
         return cls(base, SurmAdapter(n, structure, dtype=dtype, device=base.weight.device, **options))
-
-    @property
-    def op_name(self) -> str:
-        return self.adapter.map.op_name
-
-    def delta(self) -> torch.Tensor:
-        """Raises ValueError: there is none."""
-        return self.adapter.delta()
-
-    def adapted_route(self, x: torch.Tensor) -> Route:
-        return Route((FrozenProduct(self), self.adapter.step(x)))

@@ -30,11 +30,12 @@ class StructuredDelta(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        return self.dropout.p if self.dropout.training else 0.0
+        dropout = self._modules["dropout"]  # the short way, as in `AdaptedLinear.operands`
+        return dropout.p if dropout.training else 0.0
 
     def forward(self, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
         """x: [..., K] -> add + scale * M drop(x), [..., N] in x's dtype."""
-        return self.map(x, add=add, scale=self.scale, dropout_p=self.dropout_p)
+        return self._modules["map"](x, add=add, scale=self.scale, dropout_p=self.dropout_p)
 
     def apply_to(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         return self(x, add=y)
@@ -70,7 +71,26 @@ class StructuredDelta(nn.Module):
         return f"scale={self.scale:g}"
 
 
-class StructuredLinear(AdaptedLinear):
+class MapLinear(AdaptedLinear):
+    """A linear map with W and bias frozen, and a module with a structured map, `adapter`, after it. Base class."""
+
+    def __init__(self, base: nn.Module, adapter: StructuredDelta):
+        super().__init__(base)
+        self.adapter = adapter
+
+    @property
+    def op_name(self) -> str:
+        return self.adapter.map.op_name
+
+    def delta(self) -> torch.Tensor:
+        """The dense change of the weight, [N, K]; ValueError if there is none."""
+        return self.adapter.delta()
+
+    def adapted_route(self, x: torch.Tensor) -> Route:
+        return Route((FrozenProduct(self), self._modules["adapter"].step(x)))
+
+
+class StructuredLinear(MapLinear):
     """y = x W^T + bias + scale * M drop(x) with W and bias frozen. Base class: see the layers of each structure.
 
     adapter: the scaled map, which owns the parameters. The product with W comes first, the op adds M's to it.
@@ -80,18 +100,7 @@ class StructuredLinear(AdaptedLinear):
         check_linear("base", base)
         dtype = check_adapter_dtype("dtype", dtype, base.weight.dtype)
         adapter = StructuredDelta(spec.make(*features(base), dtype=dtype, device=base.weight.device), alpha, dropout)
-        super().__init__(base)
-        self.adapter = adapter
-
-    @property
-    def op_name(self) -> str:
-        return self.adapter.map.op_name
-
-    def delta(self) -> torch.Tensor:
-        return self.adapter.delta()
-
-    def adapted_route(self, x: torch.Tensor) -> Route:
-        return Route((FrozenProduct(self), self.adapter.step(x)))
+        super().__init__(base, adapter)
 
 
 class CirculantLinear(StructuredLinear):
