@@ -19,7 +19,7 @@ import torch
 from . import structured_kernels as kernels
 from .fft_plan import ConvolutionPlan, plan_convolution
 from .launching import control, gpu_of
-from .plan import cdiv
+from .tiles import cdiv
 
 BLOCK = 512  # elements of a program of the kernels over a single spectrum
 BLOCK_S = 8  # partials that a program of the reduction reads at once
