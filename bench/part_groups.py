@@ -213,7 +213,7 @@ def _on(backend: str | None, native: bool = True) -> Callable:
     return partial(dispatch.use_backend, backend, native=native)
 
 
-def _tile(launch: plans.Launch) -> str:
+def _tile(launch: plans.LowRankLaunch) -> str:
     return ", ".join(f"{name} {value}" for name, value in vars(launch).items())
 
 
@@ -309,7 +309,7 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
         wide = dy.to(B.dtype)
         return wide @ B, wide.t() @ S
 
-    def passes(chosen: plans.LaunchPlan, against: str, note: str) -> Entry | str:
+    def passes(chosen: plans.LowRankPlan, against: str, note: str) -> Entry | str:
         call = lambda op: partial(op.grad_b, dy, B, S, plan=chosen, **needs)  # noqa: E731
         return _triton(t.problem, call, work, against=against, equals="torch", note=note)
 
@@ -325,7 +325,7 @@ def _grad_a(shape: Shape, device: torch.device) -> dict:
     work = Work(_bytes(x, dS, A, A, x), 4 * shape.m * shape.k * shape.r, shape.dtype)
     needs = dict(need_dA=True, need_dx=True, need_du=False)
 
-    def kernels(chosen: plans.LaunchPlan, against: str) -> Entry | str:
+    def kernels(chosen: plans.LowRankPlan, against: str) -> Entry | str:
         call = lambda op: partial(op.grad_a, x, dS, A, None, plan=chosen, **needs)  # noqa: E731
         return _triton(t.problem, call, work, against=against, equals="torch", note=_tile(chosen.grad_a))
 
