@@ -5,7 +5,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-import contract  # noqa: E402
+import contract
 
 
 @pytest.fixture(autouse=True)
