@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
-from unittest import mock
 
 import torch
 from peft import get_peft_model
@@ -219,8 +218,3 @@ def unchanged(model: nn.Module):
     yield
     assert same(model.state_dict(), state) and tree(model) == modules
     assert list(getattr(model, "peft_config", {})) == names
-
-
-def alone():
-    """As a process without a process group."""
-    return mock.patch.object(torch.distributed, "is_initialized", lambda: False)
