@@ -368,16 +368,16 @@ def exported(model, folder, full_rank):
         return export_lora(model, folder, rank=full_rank)
 
 
-def test_exports_to_lora(tmp_path, additive):
-    model = contract.train(contract.adapted(additive, modules_to_save=["head"], bias="all"), 1)
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_exports_to_lora(tmp_path, additive, bias):
+    bias, stored_bias = ("all", "all") if bias == "all" else (f"{additive.method.name}_only", "lora_only")
+    model = contract.train(contract.adapted(additive, modules_to_save=["head"], bias=bias), 1)
     error = exported(model, tmp_path, contract.WIDTH)
     assert error is None or error < 1e-5
     lora = PeftModel.from_pretrained(contract.net(), tmp_path).eval()
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert isinstance(lora.peft_config["default"], LoraConfig) and (stored["peft_type"], stored["bias"]) == (
-        "LORA",
-        "all",
-    )
+    assert isinstance(lora.peft_config["default"], LoraConfig)
+    assert (stored["peft_type"], stored["bias"]) == ("LORA", stored_bias)
     assert not any("_state" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
     torch.testing.assert_close(contract.logits(lora), contract.logits(model), rtol=0, atol=1e-5)
     assert (contract.logits(lora) - contract.logits(contract.net())).abs().max() > 1e-2

@@ -185,7 +185,8 @@ def test_opaque_base_layers_are_called_not_read(variant):
                 each.mul_(2)
             torch.testing.assert_close(layer(X), other(X))
             assert not torch.equal(layer(X), layer.base_layer(X))
-    assert "base layer, then" in str(explain(model))
+    why = str(explain(model))
+    assert "base layer, then" in why and ("Doubled" in why or layer.linear_op is None)
 
 
 def test_hooks_and_replaced_forwards_of_a_base_layer_run(variant):
@@ -196,7 +197,8 @@ def test_hooks_and_replaced_forwards_of_a_base_layer_run(variant):
     handle = base.register_forward_hook(lambda *_: calls.append(1))
     torch.testing.assert_close(outer(X), expected)
     assert len(calls) == 1 + ("target_modules" in variant.options)  # a norm is run on two inputs
-    assert "base layer, then" in str(explain(model))
+    why = str(explain(model))
+    assert "base layer, then" in why and ("hooks" in why or layer.linear_op is None)
     handle.remove()
     if variant.additive:
         plain = base.forward
