@@ -6,55 +6,32 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import contract
 import torch
 import torch.distributed as dist
+from contract import Block, Net
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PretrainedConfig
 
 import peft_fused
-from peft_fused.integrations.peft.registration import REGISTERED
+from peft_fused.integrations.peft.acceleration.layer import AcceleratedLayer
 from peft_fused.integrations.peft.tuner import FusedLayer
 
 ROWS, STEPS, TOTAL = 8, 6, 12
-TARGETS = ["first", "second"]
-DENSE = dict(target_modules=TARGETS, modules_to_save=["head"])
+DENSE = dict(modules_to_save=["head"])
 # PEFT's LoRA, accelerated, and every variant of every method that its registration names.
-METHODS = {"lora": lambda: LoraConfig(r=3, **DENSE)} | {
-    variant: partial(method.config, **options, **DENSE)
-    for method in REGISTERED.values()
-    for variant, options in method.contract.items()
+METHODS = {"lora": lambda: LoraConfig(r=3, target_modules=contract.TARGETS, **DENSE)} | {
+    variant.name: partial(variant.config, **DENSE) for variant in contract.VARIANTS
 }
+REGISTRATIONS = {variant.name: variant.method for variant in contract.VARIANTS}
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 12)
-
-    def forward(self, x):
-        return x + self.second(torch.tanh(self.first(x)))
-
-
-class Net(nn.Module):
-    """Two blocks and a head, with what transformers' models say about themselves."""
-
-    def __init__(self):
-        super().__init__()
-        self.config = PretrainedConfig()
-        self.blocks = nn.ModuleList([Block(), Block()])
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x, labels=None):
-        for block in self.blocks:
-            x = block(x)
-        logits = self.head(x.mean(1))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits}
+def writes_base(method: str) -> bool:
+    return method in REGISTRATIONS and REGISTRATIONS[method].writes_base
 
 
 def build(method: str, seed: int = 0, **options) -> nn.Module:
@@ -70,7 +47,7 @@ def build(method: str, seed: int = 0, **options) -> nn.Module:
     # From a start at zero a wrong adapter could pass for a right one.
     generator = torch.Generator().manual_seed(8)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "head" not in name and method != "rosa":
+        if parameter.requires_grad and "head" not in name and not writes_base(method):
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     if method == "lora":
         peft_fused.accelerate(model)
@@ -79,7 +56,7 @@ def build(method: str, seed: int = 0, **options) -> nn.Module:
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(ROWS, 5, 12, generator=generator), torch.randint(0, 4, (ROWS,), generator=generator)
+    return torch.randn(ROWS, 5, contract.WIDTH, generator=generator), torch.randint(0, 4, (ROWS,), generator=generator)
 
 
 def mine(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,10 +71,8 @@ def train(model, method: str, part, steps=STEPS, accumulate: int = 1, start: int
         for micro in range(accumulate):
             peft_fused.on_step(model, step=step, micro=micro, total_steps=TOTAL, epoch=step, optimizer=optimizer)
             x, labels = (part(t) for t in batch(step * accumulate + micro))
-            if method.startswith("adamix"):
-                loss, _ = peft_fused.adamix_loss(model, {"x": x, "labels": labels}, weight=0.5)
-            else:
-                loss = model(x, labels)["loss"]
+            own = REGISTRATIONS[method].demo.loss if method in REGISTRATIONS else None
+            loss = model(x, labels)["loss"] if own is None else own(model, {"x": x, "labels": labels})[0]
             (loss / accumulate).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -122,8 +97,10 @@ def compare(found: dict, expected: dict, moved_from: dict) -> int:
 
 
 def frozen(model: nn.Module) -> int:
-    """Matrices of AFLoRA that no longer train."""
-    return sum(not p.requires_grad for n, p in model.named_parameters() if ".aflora_A." in n or ".aflora_B." in n)
+    """Parameters of adapters that no longer train."""
+    layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
+    blocks = [layer._modules[each] for layer in layers for each in layer.adapter_layer_names]
+    return sum(not p.requires_grad for block in blocks for p in block.parameters())
 
 
 def single(method: str, **options):
@@ -166,7 +143,8 @@ def shard(model: nn.Module, unit: str) -> None:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     units = blocks
     if unit == "own":
-        units = [m for m in model.modules() if isinstance(m, FusedLayer) or hasattr(type(m), "accelerated")] + blocks
+        units = [m for m in model.modules() if isinstance(m, FusedLayer | AcceleratedLayer)] + blocks
+        assert len(units) > len(blocks)
     for module in units:
         fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)

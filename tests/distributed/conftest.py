@@ -10,6 +10,7 @@ import pytest
 WORLD = 2
 SECONDS = 100
 HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent)]
 
 
 def pytest_collection_modifyitems(items):

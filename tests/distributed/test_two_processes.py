@@ -2,23 +2,29 @@
 
 import re
 
+import cases
+import contract
 import pytest
 
-METHODS = ["lora", "dylora", "surm", "adamix", "adamix_lora", "adamix_sequence", "aflora", "rosa"]
+METHODS = list(cases.METHODS)
+SCHEDULED = [variant.name for variant in contract.VARIANTS if variant.method.schedule]
+SEEDED = [v.name for v in contract.VARIANTS if v.method.schedule and hasattr(v.config(), "seed")]
+# What freezes in training is then unused: see test_aflora_needs_a_reducer_that_looks.
+FREEZES = [v.name for v in contract.VARIANTS if cases.frozen(contract.midway(v))]
 
 
 @pytest.mark.parametrize(
     ("method", "find_unused"),
-    # What AFLoRA freezes is unused: see test_aflora_needs_a_reducer_that_looks.
-    [(method, find_unused) for method in METHODS for find_unused in (True, False) if find_unused or method != "aflora"],
-)
+    [(method, find_unused) for method in METHODS for find_unused in (True, False)
+     if find_unused or method not in FREEZES],
+)  # fmt: skip
 def test_ddp_equals_one_process(processes, method, find_unused):
     found = processes("ddp", method=method, find_unused=find_unused)
     assert found[0] == found[1] and found[0]["moved"] >= 4
-    assert (found[0]["frozen"] > 0) == (method == "aflora")
+    assert (found[0]["frozen"] > 0) == (method in FREEZES)
 
 
-@pytest.mark.parametrize("method", ["dylora", "adamix", "aflora", "rosa"])
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_accumulated_steps_equal_one_process(processes, method):
     found = processes("ddp", method=method, find_unused=True, accumulate=2)
     assert found[0]["moved"] >= 4
@@ -29,7 +35,7 @@ def test_accumulated_steps_equal_one_process(processes, method):
 def test_fsdp2_equals_one_process(processes, method, unit):
     found = processes("fsdp2", method=method, unit=unit)
     assert found[0] == found[1] and found[0]["moved"] >= 4
-    assert (found[0]["frozen"] > 0) == (method == "aflora")
+    assert (found[0]["frozen"] > 0) == (method in FREEZES)
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "lora"])
@@ -37,16 +43,18 @@ def test_what_fsdp2_saves_loads_without_it(processes, method):
     assert max(processes("saved_and_loaded", method=method, unit="parent")) < 1e-6  # files hold fp32 of a bf16 base
 
 
-@pytest.mark.parametrize("method", ["dylora", "adamix", "aflora", "rosa"])
+@pytest.mark.parametrize("method", SCHEDULED)
 def test_a_resumed_run_equals_the_straight_one(processes, method):
     processes("resumed", method=method)
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["dylora", "adamix", "rosa"])
+@pytest.mark.parametrize("method", SEEDED)
 def test_processes_of_different_seeds_are_told(processes, method, wrap):
     for message in processes("other_seed_is_caught", method=method, wrap=wrap):
-        assert f"differ from process 0 in what {method} chose" in message and "seed" in message
+        assert (
+            f"differ from process 0 in what {cases.REGISTRATIONS[method].name} chose" in message and "seed" in message
+        )
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Client
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ def main(address: str, store: str, rank: str, world: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world), timeout=timedelta(seconds=SECONDS)
     )
+    sys.path.append(str(Path(__file__).parents[1]))  # of contract.py
     import cases
 
     pipe = Client(address)

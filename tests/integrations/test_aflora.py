@@ -1,12 +1,10 @@
 import copy
 import json
 import math
-import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
@@ -26,9 +24,8 @@ from transformers import (
 )
 
 import peft_fused
-from peft_fused.integrations.peft import AfLoraConfig, DyLoraConfig
-from peft_fused.integrations.peft.aflora import ATTENTION, TARGETS, AfLoraModel, AfLoraPeftLinear
-from peft_fused.integrations.peft.registration import REGISTERED, register
+from peft_fused.integrations.peft import AfLoraConfig
+from peft_fused.integrations.peft.aflora import ATTENTION, TARGETS, AfLoraPeftLinear
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.methods import freezing_history, on_step
 
@@ -148,13 +145,9 @@ def test_starts_as_nothing_with_the_papers_numbers():
             assert 0.8 * bound < weight.abs().max() <= bound
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_gradients_are_those_of_the_dense_formula(checkpointing):
+def test_gradients_are_those_of_the_dense_formula():
     model, _ = mid_schedule(llama(torch.float64), frozen_modules=["k_proj"])
     model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
-        model.enable_input_require_grads()
     model(IDS, labels=IDS).loss.backward()
     reference = llama(torch.float64)
     weights = {name: p for name, p in reference.named_parameters() if p.dim() == 2}
@@ -174,47 +167,6 @@ def test_gradients_are_those_of_the_dense_formula(checkpointing):
         torch.testing.assert_close(d.grad, ((b[:, None] * B) * (G @ A.T)).sum(0))
         torch.testing.assert_close(b.grad, ((B * d) * (G @ A.T)).sum(1))
     assert kinds >= {("A", False), ("B", True)}
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_and_exact_unmerge(make, dtype):
-    model = adapted(make(dtype), target_modules=["c_attn", "mlp.c_proj"] if make is gpt2 else ["q_proj", "down_proj"])
-    assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if "aflora" in name)
-    before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
-    atol = 1e-5 if dtype == torch.float32 else 0.2
-    model.merge_adapter(safe_merge=True)
-    for name, layer in layers(model).items():
-        delta = delta_in_double(layer, ALPHA / R)
-        base = weights[f"{name}.base_layer.weight"].double()
-        exact = base + (delta.T if layer.transposed else delta)
-        torch.testing.assert_close(layer.weight.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=atol)
-    model.unmerge_adapter()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert torch.equal(logits(model), before)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(make(dtype)))
-    unloaded = model.merge_and_unload()
-    assert not layers(unloaded)
-    torch.testing.assert_close(logits(unloaded), before, rtol=0, atol=atol)
-
-
-def test_autocast_and_a_base_layer_that_has_to_be_called():
-    model = adapted()
-    expected = logits(model)
-    for layer in layers(model).values():
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(logits(model), expected)
-    assert "base layer, then lowrank added to it" in str(peft_fused.explain(model))
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=0.1)
-
-
-def test_compiles():
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config(target_modules=["0"]))
-    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.ones(2, 6)
-    torch.testing.assert_close(compiled(x), model(x))
 
 
 # ------------------------------------------------------------------------------------------------- who trains, and when
@@ -354,8 +306,7 @@ def assert_same_state(a, b):
     assert any(v[5:].any() for k, v in a.items() if k.endswith("_extra_state"))
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load_in_mid_schedule(tmp_path, low_cpu_mem_usage):
+def test_save_and_load_in_mid_schedule(tmp_path):
     model, _ = mid_schedule(
         rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 3.0}, ramp="quadratic", beta1=0.5, steps=8
     )
@@ -364,11 +315,11 @@ def test_save_and_load_in_mid_schedule(tmp_path, low_cpu_mem_usage):
     assert all(tensor.is_floating_point() for tensor in stored.values())
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "AFLORA" and saved["frozen_modules"] == ["q_proj"]
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert loaded.peft_config["default"].policy() == model.peft_config["default"].policy()
     assert_same_state(model, loaded)
     assert torch.equal(logits(loaded.eval()), logits(model))
-    inference = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    inference = PeftModel.from_pretrained(llama(), tmp_path)
     assert not trainable(inference) and torch.equal(logits(inference), logits(model))
     on_step(inference, step=0)  # nothing trains, so nothing is asked for
     other = adapted(llama())
@@ -382,48 +333,28 @@ def test_save_and_load_in_mid_schedule(tmp_path, low_cpu_mem_usage):
     assert_same_state(model, fresh)
 
 
-@pytest.mark.parametrize("without", ["aflora_state", "layers.0.mlp.down_proj.aflora_state"])
-def test_a_checkpoint_without_the_state_of_a_layer_is_refused(tmp_path, without):
-    adapted().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    stored = load_file(path)
-    save_file({key: tensor for key, tensor in stored.items() if without not in key}, path)
-    base = llama()
-    names = [name for name, _ in base.named_modules()]
-    message = "aflora_state of '.*' is missing, without which matrices that are frozen would train again"
-    with pytest.raises(ValueError, match=message):
-        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
-    assert names == [name for name, _ in base.named_modules()]
-
-
 def damage(folder, what):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     state = next(k for k in tensors if "down_proj.aflora_state._extra_state" in k)
-    if what == "foreign state":
-        tensors[state.replace("_extra_state", "progress")] = torch.zeros(3)
+    if what == "no state":
+        del tensors[state]
     elif what == "shape":
         tensors[state] = tensors[state][:-1].clone()
     elif what == "number":
         tensors[state][0] = 0.5
-    elif what == "vector":
-        del tensors[next(k for k in tensors if k.endswith("aflora_vectors.b"))]
-    elif what == "foreign":
-        tensors = {k.replace("aflora", "lora"): v for k, v in tensors.items()}
     save_file(tensors, path)
 
 
 MESSAGES = {
-    "foreign state": r"1 unexpected: .*down_proj.aflora_state.progress",
+    "no state": "aflora_state of '.*' is missing, without which matrices that are frozen would train again",
     "shape": r"aflora_state of '.*down_proj' must have \d+ or \d+ numbers",
     "number": r"aflora_state of '.*down_proj' starts with \[0.5, ",
-    "vector": "1 missing: .*aflora_vectors.default.b",
-    "foreign": "missing.*unexpected",
 }
 
 
 @pytest.mark.parametrize("what", MESSAGES)
-def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
+def test_a_damaged_state_is_refused(tmp_path, what):
     model, _ = mid_schedule()
     model.save_pretrained(tmp_path)
     damage(tmp_path, what)
@@ -431,32 +362,6 @@ def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
     with pytest.raises(ValueError, match=MESSAGES[what]):
         PeftModel.from_pretrained(base, tmp_path)
     assert not layers(base) and all(p.requires_grad for p in base.parameters())
-    assert torch.equal(logits(base), logits(llama()))
-    other, _ = mid_schedule(steps=5)
-    before, wanted = copy.deepcopy(other.state_dict()), trainable(other)
-    for adapter in ("second", "default"):
-        with pytest.raises(ValueError, match=MESSAGES[what].replace("default", adapter)):
-            other.load_adapter(tmp_path, adapter, is_trainable=True)
-        after = other.state_dict()
-        assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
-        assert trainable(other) == wanted and list(other.peft_config) == ["default"]
-
-
-def test_another_method_is_refused(tmp_path):
-    for other in (LoraConfig(target_modules=["q_proj"]), DyLoraConfig(target_modules=["q_proj"])):
-        get_peft_model(llama(), other).save_pretrained(tmp_path)
-        model = adapted()
-        with pytest.raises(ValueError, match="unexpected"):
-            model.load_adapter(tmp_path, "default")
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_equal_and_independent(copied):
-    model, _ = mid_schedule()
-    other = copied(model)
-    assert_same_state(model, other)
-    train(other, adam(other), 6, STEPS)
-    assert freezing_history(other) != freezing_history(model)
 
 
 # --------------------------------------------------------------------------------------------------------------- export
@@ -477,14 +382,6 @@ def test_export_is_exact(tmp_path, alpha):
     with pytest.raises(ValueError, match="rank must be None for an AFLoRA adapter, which is exported whole, got 2"):
         peft_fused.export_lora(model, tmp_path / "other", rank=2)
     assert not (tmp_path / "other").exists()
-
-
-def test_convert_to_lora():
-    model = adapted()
-    lora_config, state = convert_to_lora(model, R)
-    lora = get_peft_model(llama(), lora_config).eval()
-    set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(logits(lora), logits(model), rtol=0, atol=1e-4)
 
 
 # -------------------------------------------------------------------------------------------------------------- Trainer
@@ -514,8 +411,7 @@ def fresh(**options):
     return model.train()
 
 
-@pytest.mark.parametrize("rule", ["paper", "code"])
-@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize(("rule", "at"), [("code", 6), ("paper", 9)])
 def test_a_resumed_training_equals_the_straight_one_bit_for_bit(tmp_path, at, rule):
     straight = fresh(rule=rule)
     trainer(tmp_path / "straight", straight).train()
@@ -549,18 +445,6 @@ def test_a_resumed_loop_equals_the_straight_one_bit_for_bit(tmp_path, at):
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_checkpointed_training_equals_plain_training(tmp_path):
-    models = [fresh(), fresh(), fresh()]
-    for model, reentrant in zip(models, (None, False, True), strict=True):
-        trainer(
-            tmp_path / str(reentrant), model, gradient_checkpointing=reentrant is not None,
-            gradient_checkpointing_kwargs=None if reentrant is None else {"use_reentrant": reentrant},
-        ).train()  # fmt: skip
-    plain, *others = (model.state_dict() for model in models)
-    assert all(torch.equal(plain[key], other[key]) for other in others for key in plain)
-    assert len({freezing.step for freezing in freezing_history(models[0])}) > 3
-
-
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -590,11 +474,6 @@ def test_checkpointed_training_equals_plain_training(tmp_path):
 def test_bad_configs_are_named(options, error, message):
     with pytest.raises(error, match=message):
         config(**options)
-
-
-def test_registration_is_idempotent():
-    register(REGISTERED["aflora"])
-    assert PEFT_TYPE_TO_TUNER_MAPPING["AFLORA"] is AfLoraModel
 
 
 def test_the_trainer_is_told_when_the_run_is_too_short(tmp_path):

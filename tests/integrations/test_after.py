@@ -1,5 +1,6 @@
 """Adapters on a layer's output, before or after the dropout that the model has there."""
 
+import contract
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -9,10 +10,7 @@ from transformers import BertConfig, BertModel
 import peft_fused
 from peft_fused.integrations.peft.tuner import FusedLayer
 
-METHODS = {
-    "surm": lambda **o: peft_fused.SurmConfig(kind="adapter", **o),
-    "adamix": lambda **o: peft_fused.AdaMixConfig(r=4, position=o.pop("position", "houlsby"), **o),
-}
+METHODS = {v.name: v.config for v in contract.ON_OUTPUT if hasattr(v.config(), "after") and "position" not in v.options}
 IDS = torch.arange(2, 18).reshape(2, 8)
 
 
@@ -39,8 +37,7 @@ def hidden(model, seed=None):
 
 
 def blocks(model):
-    return [m.surm_block if hasattr(m, "surm_block") else m.adamix_block for m in model.modules()
-            if isinstance(m, FusedLayer)]  # fmt: skip
+    return [m.adapters_here() for m in model.modules() if isinstance(m, FusedLayer)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,6 +1,8 @@
 """What all configurations check of the fields they share, and how they are stored."""
 
 import json
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_fused import AdaMixConfig, AfLoraConfig, DyLoraConfig, RosaConfig, SurmConfig, export_lora
+from peft_fused.integrations.peft.config import FusedConfig
+from peft_fused.integrations.peft.registration import REGISTERED
 
-CONFIGS = (AdaMixConfig, AfLoraConfig, DyLoraConfig, RosaConfig, SurmConfig)
+CONFIGS = [method.config for method in REGISTERED.values()]
 HUGE = 10**400
 
 
@@ -52,22 +56,21 @@ def test_fields_of_the_wrong_type_are_refused_by_name(config):
             config(**{"target_modules": ["q_proj"], **more, name: value})
 
 
-NUMBERS = {
-    AdaMixConfig: ("r", "lora_alpha", "adamix_dropout", "num_experts"),
-    AfLoraConfig: ("r", "lora_alpha", "lora_dropout", "d_initial", "t_i", "t_f", "beta1"),
-    DyLoraConfig: ("r", "lora_alpha", "lora_dropout", "r_min", "geometric_p"),
-    RosaConfig: ("r",),
-    SurmConfig: ("surm_alpha", "surm_dropout"),
-}
+def own_numbers(config):
+    """Its own fields that hold a number, None or not; but a seed and a number of steps are any integer."""
+    shared = {each.name for each in fields(FusedConfig)} | {"seed", "window", "resample_every"}
+    own = [each for each in fields(config) if each.name not in shared]
+    return [each.name for each in own if {int, float} & {each.type, *get_args(each.type)}]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_numbers_that_no_float_holds_are_refused_by_name(config):
-    kind = {"kind": "lora"} if config is AdaMixConfig else {}
-    for name in NUMBERS[config]:
+    names = own_numbers(config)
+    assert names
+    for name in names:
         for value in (HUGE, -HUGE, float("nan"), float("inf"), "1"):
             with pytest.raises((TypeError, ValueError), match=f"^{name} "):
-                config(**kind, **{name: value})
+                config(**{name: value})
     for name in {"rank_pattern", "alpha_pattern"} & set(config.__dataclass_fields__):
         for value in ({"q": HUGE}, {3: 4}, {"(": 4}, {"(?i)q": 4}, {"q": None}, [4], "q", 0):
             with pytest.raises((TypeError, ValueError), match=f"^{name}"):
@@ -87,10 +90,10 @@ RANKS = {"self_attn.q_proj": 3, "q_proj": 2, "layers.1.mlp.down_proj": 4, "down_
 ALPHAS = {"layers.0.self_attn.q_proj": 7.0, "q_proj": 2.0}
 
 
-@pytest.mark.parametrize("config", [AfLoraConfig, DyLoraConfig, RosaConfig])
+@pytest.mark.parametrize("config", [each for each in CONFIGS if "rank_pattern" in each.__dataclass_fields__])
 def test_overlapping_patterns_mean_the_same_after_saving(tmp_path, config):
     options = {"rank_pattern": RANKS}
-    if config is not RosaConfig:
+    if "alpha_pattern" in config.__dataclass_fields__:
         options["alpha_pattern"] = ALPHAS
     made = config(r=6, target_modules=["q_proj", "down_proj"], init_weights=False, **options)
     model = get_peft_model(llama(), made).eval()

@@ -10,23 +10,23 @@ from peft import (
     get_peft_model,
     set_peft_model_state_dict,
 )
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
 )
 
 from peft_fused import copy_adapter
-from peft_fused.integrations.peft import DyLoraConfig, tuner
-from peft_fused.integrations.peft.dylora import DyLoraModel, DyLoraPeftLinear
-from peft_fused.integrations.peft.registration import REGISTERED, register
-from peft_fused.methods import evaluate_dylora_ranks, on_step, set_dylora_rank
-from peft_fused.ops.dispatch import explain
+from peft_fused.integrations.peft import DyLoraConfig
+from peft_fused.integrations.peft.dylora import DyLoraPeftLinear
+from peft_fused.integrations.transformers import PeftFusedCallback
+from peft_fused.methods import draw_rank, evaluate_dylora_ranks, on_step, set_dylora_rank
 
 R, ALPHA = 4, 6.0
 IDS = torch.arange(20).reshape(2, 10)
@@ -87,20 +87,12 @@ def test_forward_equals_the_dense_formula(make, b):
     assert (logits(model) - logits(make())).abs().max() > 1e-2
 
 
-def test_only_the_adapter_is_trainable_and_starts_as_nothing():
-    model = adapted(init_weights=True)
-    trainable = {name.split(".")[-3] for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {"dylora_A", "dylora_B"}
-    assert torch.equal(logits(model), logits(llama()))
-    assert model.get_nb_trainable_parameters()[0] == 2 * R * (16 + 16 + 24 + 16)
+def test_trains_as_many_parameters_as_lora():
+    assert adapted().get_nb_trainable_parameters()[0] == 2 * R * (16 + 16 + 24 + 16)
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_training_gradients_follow_the_drawn_rank(checkpointing):
+def test_training_gradients_follow_the_drawn_rank():
     model = adapted().train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
-        model.enable_input_require_grads()
     step = next(s for s in range(100) if on_step(model, step=s) and 1 < drawn(model) < R)
     on_step(model, step=step)
     model(IDS, labels=IDS).loss.backward()
@@ -129,39 +121,17 @@ def test_frozen_trains_one_row():
         assert layer.dylora_B["default"].weight.grad.any(dim=0).tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_at_the_evaluation_rank_and_exact_unmerge(make, dtype):
-    targets = ["c_attn"] if make is gpt2 else ["q_proj", "down_proj"]
-    model = adapted(make().to(dtype), target_modules=targets)
-    assert all(layer.dylora_A["default"].weight.dtype == torch.float32 for layer in layers(model).values())
+def test_merges_at_the_evaluation_rank_which_then_stays():
+    model = adapted()
     set_dylora_rank(model, 2)
-    before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
-    model.merge_adapter(safe_merge=True)
-    for name, layer in layers(model).items():
-        base = weights[f"{name}.base_layer.weight"]
-        assert torch.equal(layer.weight, (base.float() + layer.get_delta_weight("default")).to(dtype))
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+    before = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(by_hand(llama(), model, 2)), before, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="unmerge it first"):
         set_dylora_rank(model, 1)
     model.unmerge_adapter()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), before)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(make().to(dtype)))
-    unloaded = model.merge_and_unload()
-    assert not layers(unloaded)
-    torch.testing.assert_close(logits(unloaded), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
-
-
-def test_safe_merge_refuses_what_is_not_finite():
-    model = adapted()
-    layer = next(iter(layers(model).values()))
-    layer.dylora_B["default"].weight.data[0, 0] = torch.inf
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="not finite"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.weight, before) and not layer.merged
 
 
 def test_a_saved_adapter_evaluates_at_the_rank_that_was_set(tmp_path):
@@ -207,32 +177,18 @@ def test_ranks_are_not_evaluated_of_what_was_merged_meanwhile():
     assert {state.dylora_ranks["default"].eval_value for state in layers(model).values()} == {R}
 
 
-def test_several_adapters():
+def test_adapters_have_ranks_of_their_own():
     model = adapted()
-    first = logits(model)
     model.add_adapter("second", config(target_modules=["q_proj", "v_proj"], r=2, lora_alpha=ALPHA))
-    assert not any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
-    assert torch.equal(logits(model), first)
-    model.set_adapter("second")
-    second = logits(model)
     model.base_model.set_adapter(["default", "second"])
-    both = logits(model)
     expected = by_hand(by_hand(llama(), model, R), model, 2, "second")
-    torch.testing.assert_close(both, logits(expected))
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
-    model.unmerge_adapter()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    torch.testing.assert_close(logits(model), logits(expected))
     set_dylora_rank(model, 1, adapter_name="second")
     ranks = {(n, s.eval_value) for layer in layers(model).values() for n, s in layer.dylora_ranks.items()}
     assert ranks == {("default", R), ("second", 1)}
-    model.set_adapter("default")
-    assert torch.equal(logits(model), first)
     model.delete_adapter("default")
-    assert model.active_adapters == ["second"] and not any("default" in name for name, _ in model.named_modules())
     set_dylora_rank(model, None)
-    torch.testing.assert_close(logits(model), second)
+    torch.testing.assert_close(logits(model), logits(by_hand(llama(), model, 2, "second")))
 
 
 def test_convert_to_lora_takes_the_evaluation_rank():
@@ -254,126 +210,11 @@ def test_copies_are_equal_and_independent(copied):
     assert not torch.equal(logits(other), logits(model))
 
 
-class Doubled(nn.Linear):
-    """Stands for a layer whose weight must not be read, such as a quantised one."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class FakeInt8(nn.Linear):
-    """A quantised layer: rounding its weight again does not give back the weight it had."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.store(self.weight.data)
-
-    def store(self, weight):
-        self.step = weight.abs().max() / 127
-        self.weight = nn.Parameter((weight / self.step).round().to(torch.int8), requires_grad=False)
-
-    def dense(self):
-        return self.weight * self.step
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dense(), self.bias)
-
-
-class FakeBackend(QuantizationBackend):
-    layer_type = "linear"
-
-    def get_base_weight(self, base_layer):
-        return base_layer.dense()
-
-    def set_base_weight(self, peft_layer, weight_data):
-        peft_layer.get_base_layer().store(weight_data)
-
-
-def test_quantised_bases_merge_and_unmerge_exactly(monkeypatch):
-    backend = lambda module, **_: FakeBackend() if isinstance(module, FakeInt8) else None  # noqa: E731
-    monkeypatch.setattr(tuner, "resolve_quantization_backend", backend)
-    model = nn.Sequential(FakeInt8(6, 5))
-    base, x = model[0], torch.randn(3, 6)
-    weight, step = base.weight.clone(), base.step.clone()
-    peft_model = get_peft_model(model, DyLoraConfig(target_modules=["0"], r=2, init_weights=False)).eval()
-    layer = peft_model.base_model.model[0]
-    expected = peft_model(x)
-    torch.testing.assert_close(expected, base(x) + x @ layer.get_delta_weight("default").T)
-    layer.merge()
-    assert not torch.equal(layer.base_layer.dense(), base.dense())
-    torch.testing.assert_close(peft_model(x), expected, rtol=0, atol=0.1)
-    layer.unmerge()
-    assert layer.base_layer is base and torch.equal(base.weight, weight) and torch.equal(base.step, step)
-    assert torch.equal(peft_model(x), expected)
-
-
-def test_a_replaced_forward_of_the_base_is_called():
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), DyLoraConfig(target_modules=["0"], r=2, init_weights=False))
-    base = model.base_model.model[0].base_layer
-    x, plain = torch.randn(3, 6), base.forward
-    before = model(x)
-    base.forward = lambda x: plain(x) + 1
-    torch.testing.assert_close(model(x), before + 1)
-
-
-def test_opaque_bases_are_called_not_read():
-    model = nn.Sequential(Doubled(6, 5), nn.Linear(5, 4), nn.Linear(4, 4))
-    calls = []
-    model[1].register_forward_hook(lambda *_: calls.append(1))
-    x = torch.randn(3, 6)
-    h = 2 * nn.functional.linear(x, model[0].weight, model[0].bias)
-    peft_model = get_peft_model(model, DyLoraConfig(target_modules=["0", "1", "2"], r=2, init_weights=False)).eval()
-    delta = lambda i: peft_model.base_model.model[i].get_delta_weight("default")  # noqa: E731
-    h = h + x @ delta(0).T
-    h = model[1].base_layer(h) + h @ delta(1).T
-    calls.clear()
-    torch.testing.assert_close(peft_model(x), model[2].base_layer(h) + h @ delta(2).T)
-    assert len(calls) == 1
-    paths = [path for _, path, _ in explain(peft_model).lines]
-    ops = [path.split(" -> ")[0] for path in paths]
-    assert ops == ["base layer, then lowrank added to it"] * 2 + ["lowrank_linear"]
-    assert "Doubled" in str(explain(peft_model)) and "hooks" in str(explain(peft_model))
-
-
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
-def test_autocast(base_dtype):
-    model = adapted(llama(dtype=base_dtype)).train()
-    on_step(model, step=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(IDS, labels=IDS).loss.backward()
-    expected = by_hand(llama(), model, drawn(model))
-    with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(IDS).logits, expected(IDS).logits, rtol=0, atol=0.1)
-    assert all(layer.dylora_A["default"].weight.grad.dtype == torch.float32 for layer in layers(model).values())
-
-
 def test_sequence_classification_and_ranks_of_a_whole_model():
     model = adapted(llama(LlamaForSequenceClassification), task_type=TaskType.SEQ_CLS)
     results = evaluate_dylora_ranks(model, lambda m: logits(m))
     assert list(results) == [1, 2, 3, 4] and not torch.equal(results[1], results[4])
     assert torch.equal(logits(model), results[4])
-
-
-def test_one_adapter_per_sample_is_refused_not_ignored():
-    model = adapted()
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        model(IDS, adapter_names=["default", "__base__"])
-
-
-@pytest.mark.parametrize(
-    ("model", "targets"), [(nn.Sequential(nn.Embedding(4, 4)), ["0"]), (nn.MultiheadAttention(4, 2), ["out_proj"])]
-)
-def test_targets_without_effect_are_refused(model, targets):
-    with pytest.raises(TypeError, match="target module"):
-        get_peft_model(nn.ModuleDict({"m": model}), DyLoraConfig(target_modules=targets))
-
-
-def test_registration_is_idempotent_and_yields_to_peft(monkeypatch):
-    register(REGISTERED["dylora"])
-    assert PEFT_TYPE_TO_TUNER_MAPPING["DYLORA"] is DyLoraModel
-    monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, "DYLORA", PEFT_TYPE_TO_TUNER_MAPPING["LORA"])
-    with pytest.raises(RuntimeError, match="has a method DYLORA of its own"):
-        register(REGISTERED["dylora"])
 
 
 @pytest.mark.parametrize(
@@ -413,3 +254,104 @@ def test_compiles_once_for_all_ranks_and_steps():
         torch.testing.assert_close(compiled(x), layer.base_layer(x) + ALPHA / b * x @ A[:b].T @ B[:, :b].T)
         seen.add(b)
     assert len(compilations) == 1 and len(seen) == R
+
+
+# -------------------------------------------------------------------------------------------------------------- Trainer
+
+STEPS = 6
+
+
+class Tokens(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(0, 32, (8,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trained(**options):
+    torch.manual_seed(1)
+    return get_peft_model(
+        llama(), DyLoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, **options)
+    ).train()
+
+
+class Recorder(PeftFusedCallback):
+    """Notes (step, micro, training rank, evaluation rank) as the layers see them when a micro-batch ends."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def note(self, state, model):
+        ranks = {
+            (m.dylora_ranks["default"].train_rank.item(), m.dylora_ranks["default"].eval_rank.item())
+            for m in model.modules()
+            if isinstance(m, DyLoraPeftLinear)
+        }
+        (pair,) = ranks
+        self.seen.append((state.global_step, self.micro, *pair))
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self.note(state, model)
+        super().on_substep_end(args, state, control, model=model, **kwargs)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.note(state, model)
+
+
+def trainer(folder, net, accumulate=1, callbacks=(), **arguments):
+    settings = dict(
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=accumulate, max_steps=STEPS,
+        learning_rate=1e-2, weight_decay=0.1, save_steps=3, logging_steps=100, report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=3,
+    )  # fmt: skip
+    args = TrainingArguments(**{**settings, **arguments})
+    return Trainer(model=net, args=args, train_dataset=Tokens(), callbacks=list(callbacks))
+
+
+def factors(net):
+    return {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("resample", ["step", "micro"])
+def test_the_schedule_reaches_every_step_and_micro_batch(tmp_path, resample):
+    net, recorder = trained(resample=resample, seed=11), Recorder()
+    before = factors(net)
+    trainer(tmp_path, net, accumulate=3, callbacks=[recorder]).train()
+    policy = net.peft_config["default"].policy()
+    expected = [(s, m, draw_rank(policy, 4, s, m), 4) for s in range(STEPS) for m in range(3)]
+    assert recorder.seen == expected
+    assert len({rank for _, _, rank, _ in expected}) > 1
+    assert all(not torch.equal(p, before[name]) for name, p in factors(net).items())
+
+
+def test_a_resumed_strict_run_equals_the_straight_one_bit_for_bit(tmp_path):
+    options = {"resample": "micro", "strict_frozen": True, "frozen": True}
+    straight = trained(**options)
+    trainer(tmp_path / "straight", straight, accumulate=2, callbacks=[PeftFusedCallback()]).train()
+    resumed = trained(**options)
+    run = trainer(tmp_path / "resumed", resumed, accumulate=2, callbacks=[PeftFusedCallback()])
+    run.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-3"))
+    assert run.state.global_step == STEPS
+    a, b = factors(straight), factors(resumed)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_strict_frozen_works_through_the_wrapped_optimizer(tmp_path):
+    net = trained(frozen=True, strict_frozen=True, init_weights=False)
+    moved = []
+
+    class Watch(PeftFusedCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.before = factors(model)
+
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            rank = draw_rank(net.peft_config["default"].policy(), 4, state.global_step)
+            for name, p in factors(model).items():
+                rows = (p != self.before[name]).any(dim=1 if "dylora_A" in name else 0)
+                moved.append(rows.nonzero().flatten().tolist() == [rank - 1])
+
+    trainer(tmp_path, net, callbacks=[Watch()]).train()
+    assert len(moved) == STEPS * 8 and all(moved)

@@ -1,7 +1,9 @@
 """torch.export, torch.jit.trace and torch.onnx record the plain formulas, which run without this package."""
 
 import logging
+from functools import partial
 
+import contract
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,24 +14,22 @@ import peft_fused
 
 pytest.importorskip("onnxscript")
 ReferenceEvaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
-TARGETS = dict(target_modules=["0"])
-RANDOM = dict(init_weights=False, **TARGETS)
-METHODS = {
-    "accelerated lora": lambda: LoraConfig(r=4, init_lora_weights=False, **TARGETS),
-    "dylora": lambda: peft_fused.DyLoraConfig(r=4, **RANDOM),
-    "aflora": lambda: peft_fused.AfLoraConfig(r=4, frozen_modules=[], **RANDOM),
-    "rosa": lambda: peft_fused.RosaConfig(r=4, **RANDOM),
-    "adamix": lambda: peft_fused.AdaMixConfig(kind="lora", r=4, **RANDOM),
-    "adamix adapter": lambda: peft_fused.AdaMixConfig(r=4, **RANDOM),
-    "adamix norm": lambda: peft_fused.AdaMixConfig(position="pfeiffer", target_modules=["1"], init_weights=False),
-    **{
-        f"surm {structure} {kind}": lambda structure=structure, kind=kind: peft_fused.SurmConfig(
-            structure=structure, kind=kind, **RANDOM
+LORA = "accelerated lora"
+STRUCTURES = ("circulant", "toeplitz", "symmetric_toeplitz", "kronecker", "ldr")
+METHODS = (
+    {LORA: lambda: LoraConfig(r=4, init_lora_weights=False, target_modules=["0"])}
+    | {
+        v.name: partial(v.config, target_modules=["1" if "target_modules" in v.options else "0"], init_weights=False)
+        for v in contract.VARIANTS
+    }
+    | {
+        f"surm {structure} {kind}": partial(
+            peft_fused.SurmConfig, structure=structure, kind=kind, target_modules=["0"], init_weights=False
         )
-        for structure in ("circulant", "toeplitz", "symmetric_toeplitz", "kronecker", "ldr")
+        for structure in STRUCTURES
         for kind in ("lora", "adapter")
-    },
-}
+    }
+)
 X = torch.linspace(-1, 1, 64).view(4, 16)
 MORE = torch.linspace(1, -2, 112).view(7, 16)
 
@@ -37,7 +37,7 @@ MORE = torch.linspace(1, -2, 112).view(7, 16)
 def adapted(method):
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16)), METHODS[method]()).eval()
-    if method == "accelerated lora":
+    if method == LORA:
         peft_fused.accelerate(model)
     inner = model.base_model.model
     with torch.no_grad():
@@ -91,19 +91,16 @@ def test_a_forced_backend_is_recorded_as_it_is():
     close(program.module()(X), expected[0])
 
 
-@pytest.mark.parametrize("method", ["lora", "dylora", "rosa"])
+@pytest.mark.parametrize("method", [LORA, "dylora", "rosa"])
 def test_a_language_model_is_exported_with_dynamic_shapes(method):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, use_cache=False
     )
-    configs = {
-        "lora": lambda **o: LoraConfig(init_lora_weights=False, **o),
-        "dylora": lambda **o: peft_fused.DyLoraConfig(init_weights=False, **o),
-        "rosa": lambda **o: peft_fused.RosaConfig(init_weights=False, **o),
-    }
-    model = get_peft_model(LlamaForCausalLM(config), configs[method](r=4, target_modules="all-linear")).eval()
-    if method == "lora":
+    adapter = METHODS[method]()
+    adapter.target_modules = "all-linear"
+    model = get_peft_model(LlamaForCausalLM(config), adapter).eval()
+    if method == LORA:
         peft_fused.accelerate(model)
 
     class Logits(nn.Module):

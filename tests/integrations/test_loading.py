@@ -4,14 +4,18 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
+import contract
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
     PeftConfig,
     PeftModel,
+    convert_to_lora,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -19,17 +23,15 @@ from peft import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_fused.integrations.peft import (
-    AdaMixConfig,
-    AfLoraConfig,
     DyLoraConfig,
-    RosaConfig,
-    SurmConfig,
     export,
     export_lora,
 )
 from peft_fused.integrations.peft.dylora import DyLoraPeftLinear
+from peft_fused.integrations.peft.registration import REGISTERED
 from peft_fused.methods import on_step, set_dylora_rank
 
 R, ALPHA = 4, 6.0
@@ -61,17 +63,9 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, DyLoraPeftLinear)]
 
 
-@pytest.mark.parametrize(
-    ("config", "method"),
-    [
-        (DyLoraConfig(r=2, target_modules=["q_proj"]), "DYLORA"),
-        (SurmConfig(structure="circulant", target_modules=["o_proj"]), "SURM"),
-        (AdaMixConfig(r=2, target_modules=["down_proj"]), "ADAMIX"),
-        (AfLoraConfig(r=2, target_modules=["q_proj"]), "AFLORA"),
-        (RosaConfig(r=2, target_modules=["q_proj"]), "ROSA"),
-    ],
-)
-def test_the_card_says_the_method_and_the_import(tmp_path, config, method):
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_card_says_the_method_and_the_import(tmp_path, name):
+    method, config = name.upper(), REGISTERED[name].config(target_modules=["down_proj"])
     get_peft_model(llama(), config, adapter_name="default").save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n") and "library_name: peft" in card and card.count("import peft_fused\n") == 1
@@ -134,36 +128,47 @@ def test_save_and_load_are_bit_equal(tmp_path, low_cpu_mem_usage):
         assert torch.equal(logits(loaded), logits(model))
 
 
-def test_transformers_and_auto_classes_load_it(tmp_path):
-    base = llama()
-    base.save_pretrained(tmp_path / "base")
-    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
+@pytest.mark.parametrize("variant", contract.only(lambda v: "target_modules" not in v.options), ids=str)
+def test_transformers_and_auto_classes_load_it(tmp_path, variant):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    config = variant.config(target_modules=["q_proj", "down_proj"], init_weights=False)
+    model = altered(get_peft_model(base, config).eval())
     model.save_pretrained(tmp_path / "adapter")
-    expected = logits(model)
-    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(auto), expected)
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(auto), logits(model))
     native = llama()
     native.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(logits(native), expected)
-    set_dylora_rank(native, 1)
-    assert not torch.equal(logits(native), expected) and on_step(native, step=0) == 4
-    export_lora(native, tmp_path / "lora")
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "lora")), logits(native))
+    torch.testing.assert_close(logits(native), logits(model))
+    if variant.additive:
+        exported(native, tmp_path / "lora", 16)
+        lora = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+        torch.testing.assert_close(logits(lora), logits(native), rtol=0, atol=1e-4)
 
 
-def test_modules_to_save_and_biases_travel(tmp_path):
-    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="dylora_only")
-    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert any("lm_head" in name for name in trainable) and any("q_proj.base_layer.bias" in name for name in trainable)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += torch.randn_like(p) / 4
-    model.save_pretrained(tmp_path / "adapter")
-    export_lora(model, tmp_path / "lora", rank=R)
-    for folder in ("adapter", "lora"):
-        loaded = PeftModel.from_pretrained(llama(), tmp_path / folder)
-        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-6)
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason="this transformers asks for a newer PEFT than this one in all but load_adapter",
+)
+def test_transformers_switches_it_and_adds_it(tmp_path, variant):
+    model = contract.midway(variant)
+    model.save_pretrained(tmp_path)
+    native, plain = contract.net(), contract.logits(contract.net())
+    native.load_adapter(str(tmp_path))
+    native.disable_adapters()
+    assert torch.equal(contract.logits(native), plain)
+    native.enable_adapters()
+    torch.testing.assert_close(contract.logits(native), contract.logits(model))
+    fresh = contract.net()
+    fresh.add_adapter(variant.config())
+    torch.testing.assert_close(contract.logits(fresh), plain, rtol=0, atol=1e-6)
+    contract.train(fresh, 5)
+    trained = contract.logits(fresh)
+    assert (trained - plain).abs().max() > 1e-3
+    fresh.disable_adapters()
+    assert torch.equal(contract.logits(fresh), plain)
+    fresh.enable_adapters()
+    assert torch.equal(contract.logits(fresh), trained)
 
 
 LOAD_IN_PLAIN_PEFT = """
@@ -237,62 +242,163 @@ def test_export_arguments_are_checked(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def damage(folder, what):
+def damage(folder, what, variant):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    key = next(k for k in tensors if "q_proj.dylora_B" in k)
+    name, prefix = variant.method.name, variant.method.tuner.prefix
+    key = next(key for key in tensors if f".{prefix}" in key and "_extra_state" not in key)
+    layer, container, rest = key.partition(f".{prefix}")[0], *key.partition(f".{prefix}")[2].split(".", 1)
     if what == "truncated":
         path.write_bytes(path.read_bytes()[:-100])
         return
     if what == "missing":
         del tensors[key]
     elif what == "shape":
-        tensors[key] = torch.zeros(16, R + 1)
+        tensors[key] = torch.zeros(5)
     elif what == "foreign":
-        tensors = {k.replace("dylora", "lora"): v for k, v in tensors.items()}
+        tensors = {each.replace(prefix, "lora_"): tensor for each, tensor in tensors.items()}
     elif what == "empty":
         tensors = {}
     elif what == "integers":
         tensors[key] = tensors[key].int()
+    elif what == "not finite":
+        tensors[key][0] = torch.nan
+    elif what == "base weight":
+        tensors[f"{layer}.base_layer.weight"] = torch.ones(12, 12)
+    elif what == "twice":
+        tensors[f"{layer}.{prefix}{container}.default.{rest}"] = tensors[key].clone()
+    elif what == "no state":
+        tensors = {each: tensor for each, tensor in tensors.items() if f"{name}_state" not in each}
+    elif what == "no state of a layer":
+        del tensors[next(each for each in reversed(tensors) if f"{name}_state" in each)]
+    elif what == "other state":
+        tensors[f"{layer}.{name}_state.progress"] = torch.zeros(3)
     save_file(tensors, path)
 
 
 MESSAGES = {
     "truncated": "not a complete safetensors",
     "missing": "1 missing",
-    "shape": r"1 of another shape.*\[16, 5\] in the file",
-    "foreign": "8 missing.*8 unexpected",
+    "shape": r"1 of another shape.*\[5\] in the file",
+    "foreign": r"\d+ missing.*\d+ unexpected",
     "empty": "no tensors",
-    "integers": r"1 of another type: .*dylora_B.*: torch.int32 in the file, torch.float32 in the model",
+    "integers": r"1 of another type: .*: torch.int32 in the file, torch.float32 in the model",
+    "not finite": "1 not finite",
+    "base weight": r"1 unexpected: .*base_layer\.weight",
+    "twice": "twice|1 unexpected",
 }
+STATES = {
+    "no state": r"nothing was loaded\. \w+_state of '.*' is missing",
+    "no state of a layer": r"nothing was loaded\. \w+_state of '.*' is missing",
+    "other state": r"1 unexpected: .*_state\.progress|must not have",
+}
+DAMAGED = [
+    pytest.param(variant, what, message, id=f"{variant}-{what}")
+    for variant in contract.VARIANTS
+    for what, message in (MESSAGES | (STATES if variant.method.tuner.tuner_layer_cls.state_names else {})).items()
+]
 
 
-@pytest.mark.parametrize("what", MESSAGES)
-def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, what):
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    damage(tmp_path, what)
-    base = llama()
-    names = {name: p.requires_grad for name, p in base.named_parameters()}
-    with pytest.raises(ValueError, match=MESSAGES[what]):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert names == {name: p.requires_grad for name, p in base.named_parameters()}
-    assert not layers(base) and torch.equal(logits(base), logits(llama()))
+@pytest.mark.parametrize(("variant", "what", "message"), DAMAGED)
+def test_a_damaged_checkpoint_is_refused_as_a_whole(tmp_path, variant, what, message):
+    contract.midway(variant, init_weights=True).save_pretrained(tmp_path)
+    damage(tmp_path, what, variant)
+    base = contract.net()
+    given = [{}]
+    if what not in ("truncated", "empty"):  # of which reading the config says so
+        given += [{"config": PeftConfig.from_pretrained(tmp_path)}]
+    for options in given:
+        with contract.unchanged(base), pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, tmp_path, **options)
+    other = contract.train(contract.adapted(variant), 3)
+    expected = contract.logits(other)
+    with contract.unchanged(other):
+        with pytest.raises(ValueError, match=message):
+            other.load_adapter(tmp_path, "other", is_trainable=True)
+        # Into an adapter that exists PEFT reads the file without its config; a torn one fails in safetensors itself.
+        if what != "integers":
+            with pytest.raises((SafetensorError, ValueError), match=f"{message}|deserializing|missing"):
+                other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert torch.equal(contract.logits(other), expected)
 
-    other = adapted()
-    before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match=MESSAGES[what]):
-        other.load_adapter(tmp_path, "second")
-    assert list(other.peft_config) == ["default"]
-    if what == "integers":
+
+@pytest.mark.parametrize("foreign", ["lora", *REGISTERED])
+def test_another_method_is_refused(tmp_path, variant, foreign):
+    if foreign == variant.method.name:
         return
-    # Into an adapter that exists PEFT reads the file without its config; the torn one fails in safetensors itself.
-    torn = what == "truncated"
-    message = "deserializing" if torn else "missing|of another shape"
-    with pytest.raises(SafetensorError if torn else ValueError, match=message):
-        other.load_adapter(tmp_path, "default")
-    after = other.state_dict()
-    assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
+    options = dict(target_modules=["first"])
+    config = LoraConfig(**options) if foreign == "lora" else REGISTERED[foreign].config(**options)
+    get_peft_model(contract.net(), config).save_pretrained(tmp_path)
+    model = contract.midway(variant)
+    with contract.unchanged(model):
+        with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+            model.load_adapter(tmp_path, "other")
+        with pytest.raises(ValueError, match=r"missing|unexpected"):
+            model.load_adapter(tmp_path, "default")
+
+
+def altered(model):
+    """All that trains, as training leaves it."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p) / 16
+    return model
+
+
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_modules_to_save_and_biases_travel(tmp_path, variant, bias):
+    bias = "all" if bias == "all" else f"{variant.method.name}_only"
+    model = altered(contract.adapted(variant, modules_to_save=["head"], bias=bias))
+    trainable = contract.trainable(model)
+    assert any("head" in name for name in trainable) and any("base_layer.bias" in name for name in trainable)
+    assert any("last.bias" in name for name in trainable) == (bias == "all")
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        contract.logits(PeftModel.from_pretrained(contract.net(), tmp_path).eval()), contract.logits(model)
+    )
+
+
+def exported(model, folder, full_rank):
+    """By export_lora, exactly: a method that has no rank of its own wants one."""
+    try:
+        return export_lora(model, folder)
+    except ValueError as error:
+        assert "rank must be given" in str(error)
+        return export_lora(model, folder, rank=full_rank)
+
+
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_exports_to_lora(tmp_path, additive, bias):
+    bias, stored_bias = ("all", "all") if bias == "all" else (f"{additive.method.name}_only", "lora_only")
+    model = contract.train(contract.adapted(additive, modules_to_save=["head"], bias=bias), 1)
+    error = exported(model, tmp_path, contract.WIDTH)
+    assert error is None or error < 1e-5
+    lora = PeftModel.from_pretrained(contract.net(), tmp_path).eval()
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert isinstance(lora.peft_config["default"], LoraConfig)
+    assert (stored["peft_type"], stored["bias"]) == ("LORA", stored_bias)
+    assert not any("_state" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    torch.testing.assert_close(contract.logits(lora), contract.logits(model), rtol=0, atol=1e-5)
+    assert (contract.logits(lora) - contract.logits(contract.net())).abs().max() > 1e-2
+    with pytest.raises(ValueError, match=r"rank must be (None|in 1\.\.)"):
+        export_lora(model, tmp_path / "other", rank=200)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_pefts_own_conversion_to_lora(additive, transposed):
+    model = contract.midway(additive, contract.net(transposed=transposed))
+    lora_config, state = convert_to_lora(model, contract.WIDTH)
+    lora = get_peft_model(contract.net(transposed=transposed), lora_config).eval()
+    set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(contract.logits(lora), contract.logits(model), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_on_the_output_is_not_exported(tmp_path, on_output):
+    with pytest.raises(ValueError, match="kind 'adapter', which LoRA cannot express"):
+        export_lora(contract.midway(on_output), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 def tree(model):
@@ -326,17 +432,6 @@ def test_a_missing_module_to_save_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"the checkpoint has no .*lm_head.weight; nothing was loaded"):
             load(target, tmp_path)
         assert tree(target) == before
-
-
-@pytest.mark.parametrize("what", ["missing", "shape", "foreign"])
-def test_a_config_given_by_hand_changes_nothing(tmp_path, what):
-    adapted(init_weights=True).save_pretrained(tmp_path)
-    damage(tmp_path, what)
-    base = llama()
-    before = tree(base)
-    with pytest.raises(ValueError, match=MESSAGES[what]):
-        PeftModel.from_pretrained(base, tmp_path, config=PeftConfig.from_pretrained(tmp_path))
-    assert tree(base) == before
 
 
 def test_layers_adapted_for_a_refused_checkpoint_are_given_back(tmp_path):
@@ -377,16 +472,6 @@ def test_every_bias_travels_beside_modules_to_save(tmp_path):
                 p += torch.randn_like(p) / 4
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(copy.deepcopy(start), tmp_path)), logits(model))
-
-
-def test_another_method_is_refused(tmp_path):
-    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    model = adapted()
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
-        model.load_adapter(tmp_path, "second")
-    with pytest.raises(ValueError, match="unexpected"):
-        model.load_adapter(tmp_path, "default")
-    assert list(model.peft_config) == ["default"]
 
 
 def test_state_dict_helpers_round_trip():
@@ -507,13 +592,13 @@ def test_a_refusal_undoes_what_the_second_adapter_left_in_modules_to_save(tmp_pa
     assert "second" in wrapper.modules_to_save
 
 
-@pytest.mark.parametrize("method", [DyLoraConfig, SurmConfig, AdaMixConfig, AfLoraConfig, RosaConfig])
-def test_biases_of_modules_saved_whole_load(method, tmp_path):
+@pytest.mark.parametrize("variant", contract.only(lambda v: "target_modules" not in v.options), ids=str)
+def test_biases_of_modules_saved_whole_load(variant, tmp_path):
     """With bias="all" PEFT saves those of a module in modules_to_save twice, and of one made of several under names
     that the model has."""
     options = dict(target_modules=["q_proj"], modules_to_save=["mlp"], bias="all", init_weights=False)
     torch.manual_seed(1)
-    model = get_peft_model(LlamaForCausalLM(MLP_BIAS), method(**options)).eval()
+    model = get_peft_model(LlamaForCausalLM(MLP_BIAS), variant.config(**options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

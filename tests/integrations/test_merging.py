@@ -1,27 +1,24 @@
-"""Merging where it cannot be right, or not be taken back: into weights that are shared, computed, or written to."""
+"""Merging and taking it back to the bit; and where it cannot be right: into weights shared, computed, written to."""
 
 import copy
 import warnings
 from functools import partial
 
+import contract
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import LoraConfig, get_peft_model
+from contract import layers, logits, midway, net
+from peft import LoraConfig, convert_to_lora, get_peft_model
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.nn.utils import prune
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_fused
+from peft_fused.integrations.peft import tuner
 from peft_fused.layers import AfLoraLinear, LoraLinear
 
-TARGETS = dict(target_modules=["first", "second"], init_weights=False)
-METHODS = {
-    "dylora": lambda: peft_fused.DyLoraConfig(r=4, **TARGETS),
-    "surm": lambda: peft_fused.SurmConfig(**TARGETS),
-    "adamix": lambda: peft_fused.AdaMixConfig(kind="lora", r=4, **TARGETS),
-    "aflora": lambda: peft_fused.AfLoraConfig(r=4, frozen_modules=[], **TARGETS),
-}
 X = torch.linspace(-1, 1, 64).view(4, 16)
 # Ways of merging all layers of a model.
 MERGES = (lambda model: model.merge_adapter(), lambda model: model.merge_and_unload())
@@ -37,9 +34,133 @@ class Pair(nn.Module):
         return self.other(self.second(self.first(x)))
 
 
-def adapted(method, base):
+# Of a method that writes base weights no layer may share its own in the first place.
+KEEPS = pytest.mark.parametrize("variant", [v for v in contract.ADDITIVE if not v.method.writes_base], ids=str)
+DYLORA, SURM = (next(v for v in contract.VARIANTS if v.name == name) for name in ("dylora", "surm"))
+
+
+# ------------------------------------------------------------------------------------------------ what merges, and back
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merges_and_unmerges_exactly(additive, dtype, transposed):
+    model = midway(additive, net(dtype, transposed=transposed))
+    plain = net(dtype, transposed=transposed)
+    before, state = logits(model), contract.copied(model.state_dict())
+    room = dict(rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
+    for safe_merge in (True, False):
+        model.merge_adapter(safe_merge=safe_merge)
+        for path, layer in layers(model).items():
+            weight = plain.get_submodule(path.removeprefix("base_model.model.")).weight
+            exact = weight.double() + layer.get_delta_weight("default").double()
+            found = layer.get_base_layer().weight
+            torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+            if not additive.method.writes_base:  # whose own change is wider than what it reports
+                assert torch.equal(found, (weight.float() + layer.get_delta_weight("default")).to(dtype))
+        torch.testing.assert_close(logits(model), before, **room)
+        merged = contract.base_weights(model)
+        with model.disable_adapter():  # which unmerges
+            assert torch.equal(logits(model), logits(plain))
+        assert torch.equal(logits(model), before) and contract.same(model.state_dict(), state)
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert contract.same(model.state_dict(), state) and torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    assert torch.equal(logits(copy.deepcopy(model).unload()), logits(plain))
+    other = copy.deepcopy(model)
+    other.merge_adapter()  # which unloading leaves, as in PEFT; only what a method has written is given back
+    expected = logits(plain) if additive.method.writes_base else logits(other)
+    assert torch.equal(logits(other.unload()), expected)
+    whole = model.merge_and_unload()
+    assert not layers(whole) and contract.same(contract.base_weights(whole), merged)
+    assert whole.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(logits(whole), before, **room)
+
+
+def test_an_adapter_on_the_output_is_not_merged(on_output):
+    model = midway(on_output)
+    expected = logits(model)
+    with contract.unchanged(model):
+        for merge in (model.merge_adapter, model.merge_and_unload, next(iter(layers(model).values())).merge):
+            with pytest.raises(ValueError, match="'default' is of kind 'adapter' and cannot be merged"):
+                merge()
+        with pytest.raises(TypeError, match="LoRA conversion"):
+            convert_to_lora(model, 2)
+    assert torch.equal(logits(model), expected) and torch.equal(logits(model.unload()), logits(net()))
+
+
+def test_a_single_layer_does_not_merge_what_is_not_finite(additive):
+    model = midway(additive)
+    layer = next(iter(layers(model).values()))
+    layer.factor("default").data.fill_(torch.inf)
+    with contract.unchanged(model), pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+
+
+class FakeInt8(nn.Linear):
+    """A quantised layer: rounding its weight again does not give back the weight it had."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.store(self.weight.data)
+
+    def store(self, weight):
+        self.step = weight.abs().max() / 127
+        self.weight = nn.Parameter((weight / self.step).round().to(torch.int8), requires_grad=False)
+
+    def dense(self):
+        return self.weight * self.step
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense(), self.bias)
+
+
+class FakeBackend(QuantizationBackend):
+    layer_type = "linear"
+
+    def get_base_weight(self, base_layer):
+        return base_layer.dense()
+
+    def set_base_weight(self, peft_layer, weight_data):
+        peft_layer.get_base_layer().store(weight_data)
+
+
+def test_quantised_bases_merge_and_unmerge_exactly(additive, monkeypatch):
+    backend = lambda module, **_: FakeBackend() if isinstance(module, FakeInt8) else None  # noqa: E731
+    monkeypatch.setattr(tuner, "resolve_quantization_backend", backend)
+    model, x = nn.Sequential(FakeInt8(16, 12)), X[:, :16]
+    base = model[0]
+    weight, step = base.weight.clone(), base.step.clone()
+    config = additive.config(target_modules=["0"], init_weights=False)
+    if additive.method.writes_base:
+        with contract.unchanged(model), pytest.raises(TypeError, match=r"'0'.*FakeInt8 is quantised.*in place"):
+            get_peft_model(model, config)
+        return
+    model = get_peft_model(model, config).eval()
+    layer = model.base_model.model[0]
+    expected = model(x)
+    torch.testing.assert_close(expected, base(x) + x @ layer.get_delta_weight("default").T)
+    layer.merge()
+    assert not torch.equal(layer.base_layer.dense(), base.dense())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.1)
+    layer.unmerge()
+    assert layer.base_layer is base and torch.equal(base.weight, weight) and torch.equal(base.step, step)
+    assert torch.equal(model(x), expected)
+
+
+# ---------------------------------------------------------------------------------------- what cannot be right, or back
+
+
+def adapted(variant, base):
     torch.manual_seed(1)
-    return get_peft_model(base, METHODS[method]()).eval()
+    return get_peft_model(base, config_of(variant)).eval()
+
+
+def config_of(variant):
+    return variant.config(init_weights=False)
 
 
 def unchanged_by_refused_merges(model, match):
@@ -51,16 +172,16 @@ def unchanged_by_refused_merges(model, match):
         assert torch.equal(model(X), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_weight_that_another_layer_shares_is_not_merged_into(method):
+@KEEPS
+def test_a_weight_that_another_layer_shares_is_not_merged_into(variant):
     base = Pair()
     base.second.weight = base.first.weight
     names = r"cannot merge into 'first', which shares its weight with 'second.base_layer'"
-    unchanged_by_refused_merges(adapted(method, base), names)
+    unchanged_by_refused_merges(adapted(variant, base), names)
     base = Pair()
     base.other.weight = nn.Parameter(base.second.weight.data.view(-1)[:256].view(16, 16))  # one memory, two parameters
     unchanged_by_refused_merges(
-        adapted(method, base), "cannot merge into 'second', which shares its weight with 'other'"
+        adapted(variant, base), "cannot merge into 'second', which shares its weight with 'other'"
     )
 
 
@@ -68,7 +189,7 @@ def test_a_layer_that_is_also_called_without_its_adapter_is_not_merged_into():
     base = Pair()
     base.other = base.second  # of which PEFT wraps the first
     unchanged_by_refused_merges(
-        adapted("dylora", base), "cannot merge into 'second', which shares its weight with 'other'"
+        adapted(DYLORA, base), "cannot merge into 'second', which shares its weight with 'other'"
     )
 
 
@@ -113,19 +234,19 @@ def test_a_head_whose_other_half_is_saved_whole_is_merged_into():
     "compute",
     [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, lambda m: prune.identity(m, "weight")],
 )
-@pytest.mark.parametrize("method", METHODS)
+@KEEPS
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-def test_a_computed_weight_is_not_merged_into(method, compute):
+def test_a_computed_weight_is_not_merged_into(variant, compute):
     base = Pair()
     compute(base.second)
     unchanged_by_refused_merges(
-        adapted(method, base), "cannot merge into 'second': the weight of this .* is no parameter"
+        adapted(variant, base), "cannot merge into 'second': the weight of this .* is no parameter"
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_layer_that_does_not_merge_finitely_keeps_the_others_unmerged(method):
-    model = adapted(method, Pair())
+@KEEPS
+def test_a_layer_that_does_not_merge_finitely_keeps_the_others_unmerged(variant):
+    model = adapted(variant, Pair())
     with torch.no_grad():
         model.base_model.model.second.factor("default").fill_(torch.inf)
     before = copy.deepcopy(model.state_dict())
@@ -160,10 +281,10 @@ def test_embeddings_that_are_tied_no_more_are_merged_into():
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_weight_written_to_while_merged_is_not_overwritten(method):
-    model = adapted(method, Pair())
-    model.add_adapter("more", METHODS[method]())
+@KEEPS
+def test_a_weight_written_to_while_merged_is_not_overwritten(variant):
+    model = adapted(variant, Pair())
+    model.add_adapter("more", config_of(variant))
     expected = model(X)
     model.merge_adapter()
     model = copy.deepcopy(model)
@@ -181,10 +302,10 @@ def test_a_weight_written_to_while_merged_is_not_overwritten(method):
     torch.testing.assert_close(model(X), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_merged_model_may_change_type_and_be_unmerged(method):
+@KEEPS
+def test_a_merged_model_may_change_type_and_be_unmerged(variant):
     for types in ([torch.bfloat16], [torch.float16, torch.float32]):
-        model = adapted(method, Pair())
+        model = adapted(variant, Pair())
         plain = model.base_model.model.second.get_base_layer().weight.clone()
         model.merge_adapter()
         for dtype in types:
@@ -197,7 +318,7 @@ def test_adapters_around_adapters_are_unmerged_from_the_outside():
     base = Pair()
     before = {name: parameter.clone() for name, parameter in base.named_parameters()}
     held = dict(base.named_parameters())
-    model = get_peft_model(adapted("dylora", base).base_model.model, METHODS["surm"]()).eval()
+    model = get_peft_model(adapted(DYLORA, base).base_model.model, config_of(SURM)).eval()
     expected = model(X)
     model.merge_adapter()
     assert not torch.equal(held["first.weight"], before["first.weight"])

@@ -1,5 +1,8 @@
 """accelerate's offloading of a model that has adapters: hooks bring a module's parameters when the module is called."""
 
+from functools import partial
+
+import contract
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
@@ -9,22 +12,17 @@ from torch import nn
 
 import peft_fused
 
-TARGETS = dict(target_modules=["0", "2"])
-RANDOM = dict(init_weights=False, **TARGETS)
-ADDITIVE = {
-    "lora": lambda: LoraConfig(init_lora_weights=False, **TARGETS),
-    "dylora": lambda: peft_fused.DyLoraConfig(r=4, **RANDOM),
-    "surm": lambda: peft_fused.SurmConfig(**RANDOM),
-    "kronecker": lambda: peft_fused.SurmConfig(structure="kronecker", **RANDOM),
-    "adamix": lambda: peft_fused.AdaMixConfig(kind="lora", **RANDOM),
-    "aflora": lambda: peft_fused.AfLoraConfig(frozen_modules=[], **RANDOM),
-    "rosa": lambda: peft_fused.RosaConfig(r=4, **RANDOM),
-}
-METHODS = ADDITIVE | {
-    "surm adapter": lambda: peft_fused.SurmConfig(kind="adapter", **RANDOM),
-    "adamix adapter": lambda: peft_fused.AdaMixConfig(**RANDOM),
-    "adamix norm": lambda: peft_fused.AdaMixConfig(position="pfeiffer", target_modules=["1"], init_weights=False),
-}
+LORA = "accelerated lora"
+METHODS = {LORA: lambda: LoraConfig(init_lora_weights=False, target_modules=["0", "2"])} | {
+    variant.name: partial(
+        variant.config, target_modules=["1" if "target_modules" in variant.options else each for each in ("0", "2")],
+        init_weights=False,
+    )
+    for variant in contract.VARIANTS
+}  # fmt: skip
+ADDITIVE = [LORA, *map(str, contract.ADDITIVE)]
+WRITES_BASE = [v.name for v in contract.VARIANTS if v.method.writes_base]
+KEEPS_BASE = [name for name in METHODS if name not in (LORA, *WRITES_BASE)]
 CPU = torch.device("cpu")
 OFFLOADS = {
     "cpu": lambda model, folder: cpu_offload(model, execution_device=CPU),
@@ -41,7 +39,7 @@ def adapted(method):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
     model = get_peft_model(base, METHODS[method]())
-    if method == "lora":
+    if method == LORA:
         peft_fused.accelerate(model)
     return model.eval()
 
@@ -59,7 +57,7 @@ def test_an_offloaded_model_computes_what_it_did(method, how, tmp_path):
         expected = model(X)
         with model.disable_adapter():
             without = model(X)
-    assert (expected - without).abs().max() > 1e-2 or method in ("rosa", "aflora")
+    assert (expected - without).abs().max() > 1e-2 or method in WRITES_BASE
     OFFLOADS[how](model, str(tmp_path))
     assert any(p.is_meta for name, p in model.named_parameters() if "base_layer" not in name)
     close(model, expected)
@@ -96,7 +94,7 @@ def test_rosa_says_that_it_cannot_draw_anew_for_offloaded_weights():
 
 
 @pytest.mark.parametrize("how", ["cpu", "disk"])
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lora", "rosa")])
+@pytest.mark.parametrize("method", KEEPS_BASE)
 def test_an_adapter_made_for_an_offloaded_model_is_the_one_of_the_model_at_hand(method, how, tmp_path):
     expected = adapted(method)
     torch.manual_seed(0)
@@ -145,7 +143,7 @@ def test_a_hook_of_several_hooks_says_where_a_module_runs():
     assert model(X).isfinite().all()
 
 
-@pytest.mark.parametrize("method", [name for name in ADDITIVE if name != "lora"])
+@pytest.mark.parametrize("method", [name for name in ADDITIVE if name != LORA])
 def test_disabling_merged_adapters_of_an_offloaded_model(method):
     model = adapted(method)
     with torch.no_grad(), model.disable_adapter():

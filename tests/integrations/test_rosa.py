@@ -1,20 +1,14 @@
 import copy
-import json
-import pickle
-from importlib.metadata import version
 
 import pytest
 import torch
-from packaging.version import Version
 from peft import (
     PeftConfig,
     PeftModel,
     convert_to_lora,
     get_peft_model,
-    get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -28,15 +22,12 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from peft_fused.integrations.peft import RosaConfig, RosaModel, export_lora
-from peft_fused.integrations.peft.dylora import DyLoraConfig
+from peft_fused.integrations.peft import RosaConfig, export_lora
 from peft_fused.integrations.peft.rosa import RosaPeftLinear
 from peft_fused.integrations.transformers import PeftFusedCallback
 from peft_fused.layers.rosa.subspace import draw_directions
 from peft_fused.methods import decay_groups, on_step
-from peft_fused.ops.dispatch import explain
 
 R = 3
 IDS = torch.arange(20).reshape(2, 10)
@@ -152,12 +143,8 @@ def test_the_function_survives_draws_in_every_dtype(dtype):
         assert same_weights(base_weights(model), dict(llama(dtype).named_parameters()))
 
 
-@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-def test_gradients_are_those_of_the_dense_weights(checkpointing):
+def test_gradients_are_those_of_the_dense_weights():
     model = train(adapted()).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(checkpointing)
-        model.enable_input_require_grads()
     model(input_ids=IDS, labels=IDS).loss.backward()
     reference = by_hand(llama(), model)
     reference(input_ids=IDS, labels=IDS).loss.backward()
@@ -170,66 +157,18 @@ def test_gradients_are_those_of_the_dense_weights(checkpointing):
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merging_disabling_and_unloading_are_exact(make, dtype):
-    targets = ["c_attn"] if make is gpt2 else TARGETS
-    model = train(adapted(make(dtype), target_modules=targets))
-    pretrained, trained, before = base_weights(make(dtype)), base_weights(model), logits(model)
-    close = dict(rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
-    assert not same_weights(trained, pretrained)
-
+def test_merges_the_whole_change_rounded_once(make, dtype):
+    model = train(adapted(make(dtype), target_modules=["c_attn"] if make is gpt2 else TARGETS))
+    trained = base_weights(model)
+    assert not same_weights(trained, base_weights(make(dtype)))
     with model.disable_adapter():
-        assert same_weights(base_weights(model), pretrained)
-        assert torch.equal(logits(model), logits(make(dtype)))
         assert on_step(model, step=9) == 0
-    assert same_weights(base_weights(model), trained) and torch.equal(logits(model), before)
-
     model.merge_adapter(safe_merge=True)
     for layer in layers(model).values():
         W0, delta = layer._pretrained.values, layer.adapter("default").change()
         assert torch.equal(layer.base_weight(), (W0.double() + (delta.T if layer.transposed else delta)).to(dtype))
-    torch.testing.assert_close(logits(model), before, **close)
-    merged = base_weights(model)
-    with model.disable_adapter():  # which unmerges
-        assert same_weights(base_weights(model), pretrained)
+    model.unmerge_adapter()
     assert same_weights(base_weights(model), trained)
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert same_weights(base_weights(model), trained) and torch.equal(logits(model), before)
-    with pytest.warns(UserWarning, match="Already unmerged"):
-        model.unmerge_adapter()
-
-    unloaded = copy.deepcopy(model).unload()
-    assert not layers(unloaded) and same_weights(base_weights(unloaded), pretrained)
-    model.merge_adapter()
-    unloaded = copy.deepcopy(model).unload()
-    assert same_weights(base_weights(unloaded), pretrained)
-    model.unmerge_adapter()
-    whole = model.merge_and_unload()
-    assert not layers(whole) and same_weights(base_weights(whole), merged)
-
-
-def test_safe_merge_refuses_what_is_not_finite():
-    model = train(adapted())
-    layer = next(iter(layers(model).values()))
-    layer.factors("default")[0].data[0, 0] = torch.inf
-    before = layer.base_weight().clone()
-    with pytest.raises(ValueError, match="not finite"):
-        layer.merge(safe_merge=True)
-    assert torch.equal(layer.base_weight(), before) and not layer.merged
-
-
-def test_disabling_between_forward_and_backward_leaves_the_gradients():
-    """As preference training does, for the reference model's logits."""
-    grads = []
-    for disabled in (False, True):
-        model = train(adapted()).train()
-        loss = model(input_ids=IDS, labels=IDS).loss
-        if disabled:
-            with model.disable_adapter(), torch.no_grad():
-                model(IDS)
-        loss.backward()
-        grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def switched_while_disabled(model):
@@ -324,15 +263,6 @@ def test_two_adapters_of_different_layers_may_be_active():
     assert on_step(model, step=0) == 4
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_equal_and_independent(copied):
-    model = train(adapted())
-    other, before = copied(model), logits(model)
-    assert torch.equal(logits(other), before)
-    other.base_model.unload()
-    assert torch.equal(logits(model), before) and torch.equal(logits(other), logits(llama()))
-
-
 def test_a_model_moved_and_cast_keeps_its_state():
     model = train(adapted()).to(torch.bfloat16)
     with model.disable_adapter():
@@ -352,104 +282,7 @@ def test_adapters_in_the_base_dtype_if_asked():
         assert not layer.get_delta_weight("default").any()
 
 
-def test_autocast_and_opaque_bases():
-    model = train(adapted()).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad.dtype == torch.float32 for layer in layers(model).values() for p in layer.factors("default"))
-    before = logits(model)
-    for layer in layers(model).values():
-        layer.base_layer.register_forward_hook(lambda *_: None)
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-6)
-    assert "base layer, then lowrank added to it" in str(explain(model))
-
-
-def test_compiles():
-    model = train(adapted())
-    expected = logits(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
-
-
 # ------------------------------------------------------------------------------------------------- saving and loading
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [1, 5])
-def test_an_adapter_on_a_fresh_base_is_bit_equal(tmp_path, steps, dtype, low_cpu_mem_usage):
-    model = train(adapted(llama(dtype)), steps)
-    model.save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert {key.split("_proj.")[1].split(".")[0] for key in stored} == {"rosa_A", "rosa_B", "rosa_state"}
-    assert {t.dtype for t in stored.values()} == {torch.float32}
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "ROSA"
-    loaded = PeftModel.from_pretrained(llama(dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert same_weights(base_weights(loaded), base_weights(model)) and torch.equal(logits(loaded), logits(model))
-    for mine, theirs in zip(layers(model).values(), layers(loaded).values(), strict=True):
-        a, b = (layer.rosa_state["default"].get_extra_state() for layer in (mine, theirs))
-        assert torch.equal(a, b)
-    assert loaded.peft_config["default"].policy() == model.peft_config["default"].policy()
-    with loaded.disable_adapter():
-        assert same_weights(base_weights(loaded), base_weights(llama(dtype)))
-    # Beside another adapter, and into one that has gone on.
-    other = adapted(llama(dtype))
-    other.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
-    torch.testing.assert_close(
-        logits(other), logits(llama(dtype)), rtol=0, atol=1e-6 if dtype == torch.float32 else 0.02
-    )
-    other.set_adapter("second")
-    assert torch.equal(logits(other), logits(model))
-    further = train(adapted(llama(dtype), seed=7), 3)
-    further.load_adapter(tmp_path, "default")
-    assert torch.equal(logits(further), logits(model)) and same_weights(base_weights(further), base_weights(model))
-
-
-@pytest.mark.parametrize("steps", [1, 5])
-def test_transformers_loads_it(tmp_path, steps):
-    model = train(adapted(), steps)
-    model.save_pretrained(tmp_path)
-    native = llama()
-    native.load_adapter(str(tmp_path))
-    assert same_weights(base_weights(native), base_weights(model)) and torch.equal(logits(native), logits(model))
-
-
-@pytest.mark.skipif(
-    Version(version("peft")) < Version(MIN_PEFT_VERSION),
-    reason="this transformers asks for a newer PEFT than this one in all but load_adapter",
-)
-def test_transformers_switches_it_and_adds_it(tmp_path):
-    model = train(adapted(), 5)
-    model.save_pretrained(tmp_path)
-    native = llama()
-    native.load_adapter(str(tmp_path))
-    native.disable_adapters()
-    assert torch.equal(logits(native), logits(llama()))
-    native.enable_adapters()
-    assert torch.equal(logits(native), logits(model)) and on_step(native, step=0) == 4
-    fresh = llama()
-    fresh.add_adapter(config())
-    torch.testing.assert_close(logits(fresh), logits(llama()), rtol=0, atol=1e-6)
-    assert on_step(fresh, step=0) == 4
-    train(fresh)
-    trained = logits(fresh)
-    fresh.disable_adapters()
-    assert torch.equal(logits(fresh), logits(llama()))
-    fresh.enable_adapters()
-    assert torch.equal(logits(fresh), trained)
-
-
-def test_state_dict_helpers_and_the_whole_state_dict_round_trip():
-    model = train(adapted())
-    saved = {key: tensor.clone() for key, tensor in get_peft_model_state_dict(model).items()}
-    other = adapted(seed=1)
-    set_peft_model_state_dict(other, saved)
-    assert torch.equal(logits(other), logits(model))
-    other = adapted(seed=1)
-    other.load_state_dict(copy.deepcopy(model.state_dict()))
-    assert torch.equal(logits(other), logits(model))
-    with other.disable_adapter():
-        assert torch.equal(logits(other), logits(llama()))
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -502,36 +335,24 @@ def damage(folder, what):
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(k for k in tensors if "q_proj.rosa_state._extra_state" in k)
-    if what == "no state":
-        tensors = {k: t for k, t in tensors.items() if "rosa_state" not in k}
-    elif what == "other state":
-        tensors[key.replace("_extra_state", "A0")] = torch.zeros(R, 16)
-    elif what == "size of the state":
+    if what == "size of the state":
         tensors[key] = tensors[key][:-1]
     elif what == "not finite":
         tensors[key][9] = torch.nan
     elif what == "integers":
         tensors[key] = tensors[key].long()
-    elif what == "shape":
-        tensors[key.replace("rosa_state._extra_state", "rosa_A.weight")] = torch.zeros(R + 1, 16)
-    elif what == "another method":
-        tensors = {k.replace("rosa_", "dylora_"): t for k, t in tensors.items()}
     save_file(tensors, path)
 
 
 MESSAGES = {
-    "no state": r"nothing was loaded. rosa_state of 'model.layers.0.self_attn.q_proj' is missing",
-    "other state": r"nothing was loaded",
     "size of the state": r"must have 356 numbers for r = 3 on \[16, 16\], got 355",
     "not finite": "1 not finite: .*q_proj.rosa_state",
     "integers": "1 of another type",
-    "shape": "1 of another shape",
-    "another method": "8 missing",
 }
 
 
 @pytest.mark.parametrize("what", MESSAGES)
-def test_a_damaged_checkpoint_changes_nothing(tmp_path, what):
+def test_a_damaged_state_changes_nothing(tmp_path, what):
     train(adapted()).save_pretrained(tmp_path)
     damage(tmp_path, what)
     base = llama()
@@ -548,17 +369,6 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path, what):
             other.load_adapter(tmp_path, name)
         assert list(other.peft_config) == ["default"]
         assert torch.equal(logits(other), before) and same_weights(base_weights(other), weights)
-
-
-def test_another_methods_checkpoint_is_refused(tmp_path):
-    get_peft_model(llama(), DyLoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    model = train(adapted())
-    before = logits(model)
-    with pytest.raises(ValueError, match="Cannot combine adapters"):
-        model.load_adapter(tmp_path, "second")
-    with pytest.raises(ValueError, match="missing"):
-        model.load_adapter(tmp_path, "default")
-    assert torch.equal(logits(model), before)
 
 
 def test_export_and_conversion_to_lora(tmp_path):
@@ -608,16 +418,15 @@ def everything(net):
     return states | {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
-@pytest.mark.parametrize(("every", "at"), [("epoch", (4, 6, 14)), (4, (4, 6))])
-def test_a_resumed_run_equals_the_straight_one_bit_for_bit(tmp_path, every, at):
+def test_a_run_by_epochs_that_is_resumed_equals_the_straight_one_bit_for_bit(tmp_path):
     """Resumed within a phase, and at its end, before the next one's draw."""
-    straight = adapted(resample_every=every)
+    straight = adapted(resample_every="epoch")
     trainer(tmp_path / "straight", straight).train()
     expected = everything(straight)
     phases = {layer.rosa_state["default"].phase for layer in layers(straight).values()}
-    assert phases == {2 if every == "epoch" else 4}
-    for step in at:
-        resumed = adapted(resample_every=every)
+    assert phases == {2}
+    for step in (4, 6, 14):
+        resumed = adapted(resample_every="epoch")
         run = trainer(tmp_path / "resumed", resumed)
         run.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
         assert run.state.global_step == 18
@@ -690,14 +499,6 @@ def test_a_second_run_of_a_trainer_counts_anew(tmp_path):
     assert phases.seen[6] == {2}
     run.train()  # on the same adapter, which goes on from the phase it has
     assert phases.seen == {0: {2}, 1: {2}, 2: {2}, 3: {3}, 4: {3}, 5: {3}, 6: {4}}
-
-
-def test_checkpointed_training_equals_plain_training(tmp_path):
-    nets = [adapted(), adapted()]
-    for i, net in enumerate(nets):
-        given = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}) if i else {}
-        trainer(tmp_path / str(i), net, max_steps=5, save_strategy="no", **given).train()
-    assert same_weights(*map(everything, nets))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -830,7 +631,3 @@ def test_training_by_epochs_needs_the_epoch():
     model = adapted(resample_every="epoch")
     with pytest.raises(ValueError, match="epoch must be passed to on_step"):
         on_step(model, step=0)
-
-
-def test_registered_with_peft():
-    assert PEFT_TYPE_TO_TUNER_MAPPING["ROSA"] is RosaModel

@@ -1,21 +1,13 @@
-import copy
-import json
-import pickle
-
 import pytest
 import torch
 from peft import (
-    AutoPeftModelForCausalLM,
     LoraConfig,
     PeftModel,
     convert_to_lora,
     get_peft_model,
-    set_peft_model_state_dict,
 )
-from peft.utils.quantization_utils import QuantizationBackend
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -25,14 +17,11 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
     ViTConfig,
     ViTModel,
 )
 
-import peft_fused
-from peft_fused.integrations.peft import SurmConfig, export_lora, tuner
+from peft_fused.integrations.peft import SurmConfig, export_lora
 from peft_fused.integrations.peft.surm import SurmPeftLinear
 from peft_fused.ops.dispatch import explain
 
@@ -208,23 +197,6 @@ def test_parameter_counts_are_the_published_ones(options, count):
     assert model.get_nb_trainable_parameters()[0] == count
 
 
-@pytest.mark.parametrize("checkpointing", [{"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_changes_no_gradient(kind, checkpointing, dropout):
-    grads = []
-    for checkpointed in (False, True):
-        model = adapted(kind=kind, surm_dropout=dropout).train()
-        if checkpointed:
-            model.gradient_checkpointing_enable(checkpointing)
-        model.enable_input_require_grads()
-        torch.manual_seed(5)
-        model(IDS, labels=IDS).loss.backward()
-        grads.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert len(grads[0]) > 6 and all(g.any() for g in grads[0])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
 def test_training_gradients_are_those_of_the_dense_formula():
     model = adapted().train()
     model(IDS, labels=IDS).loss.backward()
@@ -239,24 +211,16 @@ def test_training_gradients_are_those_of_the_dense_formula():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_and_exact_unmerge(form, dtype):
+def test_every_structure_merges_exactly(form, dtype):
     model = adapted(llama(dtype), form)
-    assert all(layer.factor("default").dtype == torch.float32 for layer in layers(model).values())
     before, weights = logits(model), {name: p.clone() for name, p in model.named_parameters()}
     model.merge_adapter(safe_merge=True)
     for name, layer in layers(model).items():
         base = weights[f"{name}.base_layer.weight"]
         assert torch.equal(layer.weight, (base.float() + layer.get_delta_weight("default")).to(dtype))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.1
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.1)
     model.unmerge_adapter()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), before)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(llama(dtype)))
-    unloaded = model.merge_and_unload()
-    assert not layers(unloaded)
-    torch.testing.assert_close(logits(unloaded), before, rtol=0, atol=tolerance)
 
 
 def test_merging_the_adapter_kind_is_refused_before_anything_has_changed():
@@ -279,51 +243,12 @@ def test_merging_the_adapter_kind_is_refused_before_anything_has_changed():
     assert torch.equal(logits(model.unload()), logits(llama()))
 
 
-def test_several_adapters():
-    model = adapted()
-    first = logits(model)
-    model.add_adapter("second", config("toeplitz", target_modules=["q_proj", "k_proj"]))
-    assert not any(p.requires_grad for name, p in model.named_parameters() if ".second." in name)
-    assert torch.equal(logits(model), first)
-    randomized(model).set_adapter("second")
-    torch.testing.assert_close(logits(model), logits(by_hand(llama(), model, "second")))
-    second = logits(model)
-    model.base_model.set_adapter(["default", "second"])
-    both = logits(model)
-    torch.testing.assert_close(both, logits(by_hand(llama(), model, "default", "second")))
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    model.merge_adapter()
-    torch.testing.assert_close(logits(model), both, rtol=0, atol=1e-5)
-    model.unmerge_adapter()
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    model.set_adapter("second")
-    model.delete_adapter("default")
-    assert model.active_adapters == ["second"] and not any("default" in name for name, _ in model.named_modules())
-    assert torch.equal(logits(model), second)
-
-
 @pytest.mark.parametrize("kind", ["lora", "adapter"])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_save_and_load_are_bit_equal(tmp_path, low_cpu_mem_usage, kind):
-    model = adapted(kind=kind, modules_to_save=["lm_head"], bias="surm_only")
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.requires_grad and "surm_block" not in name:
-                p += torch.randn_like(p) / 4
-    model.save_pretrained(tmp_path)
+def test_the_file_has_the_vectors_by_name(tmp_path, kind):
+    adapted(kind=kind).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    ends = {key.split(".surm_block.")[1] for key in stored if "surm_block" in key}
+    ends = {key.split(".surm_block.")[1] for key in stored}
     assert ends == {"map.a", "map.b"} | ({"beta"} if kind == "adapter" else set())
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SURM"
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    fields = ("structure", "kind", "surm_alpha", "activation")
-    was, now = model.peft_config["default"], loaded.peft_config["default"]
-    assert [getattr(now, f) for f in fields] == [getattr(was, f) for f in fields]
-    assert torch.equal(logits(loaded), logits(model))
-    other = adapted(kind=kind, target_modules=["k_proj"])
-    other.load_adapter(tmp_path, "second")
-    other.set_adapter("second")
-    assert torch.equal(logits(other), logits(model))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -333,29 +258,6 @@ def test_every_structure_travels(tmp_path, form):
     # Trainable as the model is: torch.matmul, on which the Kronecker map runs, orders its sums by whether a factor is.
     loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True).eval()
     assert torch.equal(logits(loaded), logits(model))
-
-
-def test_transformers_and_auto_classes_load_it(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    model = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "adapter")
-    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(auto), logits(model))
-    native = llama()
-    native.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(logits(native), logits(model))
-    assert export_lora(native, tmp_path / "lora", rank=16) < 1e-5
-
-
-def test_a_checkpoint_that_does_not_fit_is_refused_as_a_whole(tmp_path):
-    adapted().save_pretrained(tmp_path)
-    path = tmp_path / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file({**tensors, next(iter(tensors)): torch.zeros(5)}, path)
-    base = llama()
-    with pytest.raises(ValueError, match=r"1 of another shape.*\[5\] in the file"):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert not layers(base) and all(p.requires_grad for p in base.parameters())
 
 
 @pytest.mark.parametrize(
@@ -411,87 +313,6 @@ def test_bad_configs_are_named(options, error, message):
         SurmConfig(**{"target_modules": ["q_proj"], **options})
 
 
-class Doubled(nn.Linear):
-    """Stands for a layer whose weight must not be read, such as a quantised one."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-class FakeInt8(nn.Linear):
-    """A quantised layer: rounding its weight again does not give back the weight it had."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.store(self.weight.data)
-
-    def store(self, weight):
-        self.step = weight.abs().max() / 127
-        self.weight = nn.Parameter((weight / self.step).round().to(torch.int8), requires_grad=False)
-
-    def dense(self):
-        return self.weight * self.step
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dense(), self.bias)
-
-
-class FakeBackend(QuantizationBackend):
-    layer_type = "linear"
-
-    def get_base_weight(self, base_layer):
-        return base_layer.dense()
-
-    def set_base_weight(self, peft_layer, weight_data):
-        peft_layer.get_base_layer().store(weight_data)
-
-
-def test_opaque_and_quantised_bases(monkeypatch):
-    backend = lambda module, **_: FakeBackend() if isinstance(module, FakeInt8) else None  # noqa: E731
-    monkeypatch.setattr(tuner, "resolve_quantization_backend", backend)
-    base = nn.Sequential(Doubled(6, 5), FakeInt8(5, 4))
-    model = randomized(get_peft_model(base, SurmConfig(target_modules=["0", "1"])).eval())
-    x = torch.randn(3, 6)
-    first, second = model.base_model.model
-    h = first.base_layer(x) + x @ first.get_delta_weight("default").T
-    expected = second.base_layer(h) + h @ second.get_delta_weight("default").T
-    torch.testing.assert_close(model(x), expected)
-    weight = second.weight.clone()
-    second.merge()
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0.1)
-    second.unmerge()
-    assert torch.equal(second.weight, weight)
-    torch.testing.assert_close(model(x), expected)
-    assert [path.split(" -> ")[0] for _, path, _ in explain(model).lines] == [
-        "base layer, then circulant added to it"
-    ] * 2
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
-def test_autocast(base_dtype, kind):
-    model = adapted(llama(base_dtype), kind=kind).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        model(IDS, labels=IDS).loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert grads and all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = logits(model)
-    torch.testing.assert_close(got.float(), logits(adapted(kind=kind)), rtol=0, atol=0.15)
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-def test_half_precision_adapters_on_an_fp32_input(kind):
-    """bf16 vectors, as autocast_adapter_dtype=False leaves them, behind a base layer that answers in fp32."""
-    base = nn.Sequential(nn.Linear(6, 6))
-    model = get_peft_model(base, SurmConfig(target_modules=["0"], kind=kind, init_weights=False)).eval()
-    expected, x = model(torch.ones(2, 6)), torch.ones(2, 6)
-    model.base_model.model[0].surm_block.to(torch.bfloat16)
-    got = model(x)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0, atol=0.05)
-
-
 def test_explain_names_what_runs():
     model = adapted()
     model.add_adapter("block", SurmConfig(kind="adapter", target_modules=["down_proj"]))
@@ -526,102 +347,10 @@ def test_export_lora_of_every_rank_and_its_error(tmp_path, make, form):
         assert error == pytest.approx(worst, abs=1e-5)
         errors.append((logits(loaded) - expected).abs().max().item())
     assert errors[0] > 1e-3 and errors[-1] < 1e-5
+    untrained = get_peft_model(make(), config(form, target_modules=targets))
+    assert export_lora(untrained, tmp_path / "zero", rank=1) == 0.0
     with pytest.raises(ValueError, match=r"rank must be given for a SURM adapter, 1\.\.16"):
         export_lora(model, tmp_path / "none")
     with pytest.raises(ValueError, match=r"rank must be in 1\.\.16, got 17"):
         export_lora(model, tmp_path / "none", rank=17)
     assert not (tmp_path / "none").exists()
-
-
-def test_export_takes_biases_and_modules_to_save_along_and_refuses_the_adapter_kind(tmp_path):
-    model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"], bias="surm_only")
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += torch.randn_like(p) / 4
-    export_lora(model, tmp_path / "lora", rank=16)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "lora")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
-    stored = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert (stored["peft_type"], stored["bias"]) == ("LORA", "lora_only")
-    assert export_lora(get_peft_model(llama(), config()), tmp_path / "zero", rank=1) == 0.0
-    with pytest.raises(ValueError, match="'default' is of kind 'adapter', which LoRA cannot express"):
-        export_lora(adapted(kind="adapter"), tmp_path / "none", rank=4)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_pefts_own_conversion_to_lora(make):
-    model = adapted(make(), target_modules=["q_proj", "down_proj"] if make is llama else ["c_attn"])
-    lora_config, state = convert_to_lora(model, 16)
-    lora = get_peft_model(make(), lora_config).eval()
-    set_peft_model_state_dict(lora, state)
-    torch.testing.assert_close(logits(lora), logits(model), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-def test_copies_are_equal_and_independent(copied, kind):
-    model = adapted(kind=kind)
-    other = copied(model)
-    assert torch.equal(logits(other), logits(model))
-    nn.init.ones_(next(iter(layers(other).values())).surm_block["default"].map.b)
-    assert not torch.equal(logits(other), logits(model))
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-def test_compiles_without_graph_breaks(kind):
-    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), SurmConfig(target_modules=["0"], kind=kind))
-    x = torch.randn(2, 6)
-    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
-
-
-STEPS = 6
-
-
-class Tokens(Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, i):
-        ids = torch.randint(0, 32, (8,), generator=torch.Generator().manual_seed(i))
-        return {"input_ids": ids, "labels": ids}
-
-
-def train(folder, net, resume=None, decay=None, **arguments):
-    settings = dict(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=STEPS,
-        learning_rate=1e-2, weight_decay=0.1, save_steps=3, logging_steps=100, report_to=[], use_cpu=True,
-        disable_tqdm=True, seed=3,
-    )  # fmt: skip
-    optimizers = (None, None)
-    if decay is not None:
-        optimizers = (torch.optim.AdamW(peft_fused.decay_groups(net, decay), lr=1e-2), None)
-    args = TrainingArguments(**{**settings, **arguments})
-    Trainer(net, args, train_dataset=Tokens(), optimizers=optimizers).train(resume_from_checkpoint=resume)
-    return {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
-
-
-def trainable(kind):
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LLAMA)
-    torch.manual_seed(1)
-    targets = ["o_proj", "down_proj"]
-    return get_peft_model(
-        base, SurmConfig(kind=kind, target_modules=targets, surm_dropout=0.1, modules_to_save=["norm"])
-    )
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-def test_trainer_resumes_bit_for_bit(tmp_path, kind):
-    before = {name: p.detach().clone() for name, p in trainable(kind).named_parameters()}
-    straight = train(tmp_path / "straight", trainable(kind), decay=0.5)
-    assert all(not torch.equal(p, before[name]) for name, p in straight.items())
-    resumed = train(tmp_path / "resumed", trainable(kind), str(tmp_path / "straight" / "checkpoint-3"), decay=0.5)
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
-    checkpointed = train(
-        tmp_path / "checkpointed", trainable(kind), decay=0.5, gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )  # fmt: skip
-    assert all(torch.equal(straight[name], checkpointed[name]) for name in straight)

@@ -1,5 +1,6 @@
 """Modules that read the weight of an adapted layer instead of calling it get the weight with its adapters."""
 
+import contract
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,22 +8,14 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import peft_fused
 from peft_fused.integrations.peft.tuner import FusedLayer
 
-ADDITIVE = {
-    "dylora": lambda **o: peft_fused.DyLoraConfig(r=4, **o),
-    "circulant": lambda **o: peft_fused.SurmConfig(**o),
-    "kronecker": lambda **o: peft_fused.SurmConfig(structure="kronecker", **o),
-    "adamix": lambda **o: peft_fused.AdaMixConfig(kind="lora", r=4, **o),
-    "aflora": lambda **o: peft_fused.AfLoraConfig(r=4, frozen_modules=[], **o),
-    "rosa": lambda **o: peft_fused.RosaConfig(r=4, **o),
-}
-ON_OUTPUT = {
-    "surm": lambda **o: peft_fused.SurmConfig(kind="adapter", **o),
-    "adamix": lambda **o: peft_fused.AdaMixConfig(kind="adapter", r=4, **o),
-}
-METHODS = ADDITIVE | {f"{name} adapter": make for name, make in ON_OUTPUT.items()}
+# A norm is not among what is read, and by sequence the experts differ between rows.
+LINEAR = contract.only(lambda v: "target_modules" not in v.options and "routing" not in v.options)
+ADDITIVE = {v.name: v.config for v in LINEAR if v.additive}
+ON_OUTPUT = {v.name: v.config for v in LINEAR if not v.additive}
+METHODS = ADDITIVE | ON_OUTPUT
+WRITES_BASE = [v.name for v in LINEAR if v.method.writes_base]
 
 
 class Reader(nn.Module):
@@ -106,7 +99,7 @@ def test_an_encoder_layer_is_the_same_with_and_without_gradients(method):
 
 @pytest.mark.parametrize("method", ON_OUTPUT)
 def test_adapters_that_no_weight_expresses_are_refused_where_their_layer_is_read(method):
-    model = reader(f"{method} adapter")
+    model = reader(method)
     with pytest.raises(RuntimeError, match=r"weight of 'proj' was read.*'default' is of kind 'adapter'"):
         model(torch.ones(2, 12))
     model.base_model.model.reads = False
@@ -114,7 +107,7 @@ def test_adapters_that_no_weight_expresses_are_refused_where_their_layer_is_read
 
 
 def test_routes_by_sequence_are_refused_where_their_layer_is_read():
-    model = reader("adamix", routing="sequence")
+    model = reader("adamix_lora", routing="sequence")
     with pytest.raises(RuntimeError, match="rows of one batch to different experts"):
         model(torch.ones(2, 3, 12))
     assert model.eval()(torch.ones(2, 3, 12)).shape == (2, 3, 16)  # by the merged experts
@@ -206,7 +199,7 @@ def test_mamba_is_the_same_where_its_other_projections_are_read(method):
     ).eval()
     ids = torch.arange(16).view(2, 8)
     expected = model(ids).logits.detach()
-    options = {} if method != "rosa" else dict(rank_pattern={"dt_proj": 2})
+    options = {} if method not in WRITES_BASE else dict(rank_pattern={"dt_proj": 2})
     model = get_peft_model(model, METHODS[method](target_modules=["dt_proj", "x_proj", "in_proj"], **options)).eval()
     logits = model(ids).logits
     torch.testing.assert_close(logits.detach(), expected, atol=1e-4, rtol=1e-4)

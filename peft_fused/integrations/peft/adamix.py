@@ -316,6 +316,7 @@ register(
             "adamix": dict(r=3, share_up=False, num_experts=3),
             "adamix_lora": dict(kind="lora", r=3, num_experts=3),
             "adamix_sequence": dict(r=3, routing="sequence", num_experts=3),
+            "adamix_norm": dict(r=3, position="pfeiffer", target_modules=["norm"]),
         },
         demo=Demo(
             "AdaMix",

@@ -46,7 +46,9 @@ class Registration:
     """name: as in `registry.METHODS`. config, tuner: the method's PEFT classes. layers: its plain ones.
 
     export(config, layers, adapter_name, rank): of `export_lora`, an `Exported` of the tuner's layers by name. contract:
-    options of the configuration, for small layers, with which the tests of all methods run it, by the variant's name.
+    options of the configuration, for small layers, with which the tests of all methods run it, by the variant's name;
+    the model is that of tests/contract.py, and unless they say target_modules those are two linear layers.
+    writes_base: the method changes the base weights themselves, which so have to be dense, at hand and its own.
 
     Weight decay is a matter of the layers: a module whose parameters it would harm has `spared_from_decay = True`.
     """
@@ -58,6 +60,7 @@ class Registration:
     export: Callable[[Any, dict[str, nn.Module], str, int | None], "Exported"]
     contract: Mapping[str, Mapping[str, Any]]
     demo: Demo
+    writes_base: bool = False
 
     @property
     def schedule(self) -> Schedule | None:

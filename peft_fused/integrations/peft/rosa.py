@@ -412,5 +412,6 @@ register(
         export=_export,
         contract={"rosa": dict(r=3, resample_every=2)},
         demo=Demo("ROSA", _demo_config),
+        writes_base=True,
     )
 )

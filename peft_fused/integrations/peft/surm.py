@@ -197,7 +197,11 @@ register(
         tuner=SurmModel,
         layers=(CirculantLinear, ToeplitzLinear, KroneckerLinear, LdrLinear, SurmAdapterLinear),
         export=_export,
-        contract={"surm": dict(structure="toeplitz"), "surm_adapter": dict(kind="adapter")},
+        contract={
+            "surm": dict(structure="toeplitz"),
+            "surm_kronecker": dict(structure="kronecker"),
+            "surm_adapter": dict(kind="adapter"),
+        },
         demo=Demo(
             "SURM, circulant",
             _demo_config,
