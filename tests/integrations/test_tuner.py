@@ -306,6 +306,9 @@ def test_copies_are_equal_and_independent(variant, how):
     other, expected = COPIES[how](model), logits(model)
     assert contract.same(other.state_dict(), model.state_dict()) and trainable(other) == trainable(model)
     assert torch.equal(logits(other), expected)
+    assert not {id(module) for module in other.modules()} & {id(module) for module in model.modules()}
+    memory = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not {tensor.data_ptr() for tensor in (*other.parameters(), *other.buffers())} & memory
     with contract.unchanged(model):
         train(other, 4, start=5)
         assert torch.equal(logits(model), expected) and not torch.equal(logits(other), expected)
