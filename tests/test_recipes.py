@@ -35,12 +35,13 @@ class Edit(NamedTuple):
             path.write_text(self.text)
             return
         lines = path.read_text().splitlines(keepends=True)
-        at = len(lines)
-        if self.anchor is not None:
-            found = [i for i, line in enumerate(lines, 1) if line.strip().startswith(self.anchor)]
-            assert len(found) == 1, f"{self.path} has {len(found)} lines that begin with {self.anchor}"
-            at = found[0]
-        path.write_text("".join([*lines[:at], self.text, *lines[at:]]))
+        if self.anchor is None:
+            blank = "\n\n" if path.suffix == ".py" else "\n"
+            path.write_text("".join([*lines, blank, self.text]))
+            return
+        found = [i for i, line in enumerate(lines, 1) if line.strip().startswith(self.anchor)]
+        assert len(found) == 1, f"{self.path} has {len(found)} lines that begin with {self.anchor}"
+        path.write_text("".join([*lines[: found[0]], self.text, *lines[found[0] :]]))
 
 
 def recipes() -> dict[str, list[Edit]]:
