@@ -97,6 +97,9 @@ def test_a_method(tree):
         tree,
         "tests/layers/test_ramp.py",
         "tests/recipes/method.py",
+        # Of the tests that every method joins by its registration.
+        "tests/integrations/test_state.py::test_state_dict_helpers_round_trip[ramp]",
+        "tests/integrations/test_trainer.py::test_a_resumed_run_equals_the_straight_one_bit_for_bit[ramp]",
         "tests/test_documents.py::test_options_are_those_of_the_config[docs/ramp.md]",
         "tests/test_documents.py::test_python_runs_as_printed[docs/ramp.md]",
         "tests/test_documents.py::test_links_lead_somewhere",
