@@ -248,17 +248,21 @@ def test_commands_exist():
 # ---------------------------------------------------------------------------------------------------- links and names
 
 
+def without_blocks(path: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^(`{3,}).*?^\1$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
 def anchors(path: Path) -> set[str]:
     """What GitHub makes of a page's headings."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_blocks(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_links_lead_somewhere():
     broken, reached = [], set()
     for name, path in LINKED.items():
-        for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)\s]+)\)", without_blocks(path)):
             if target.startswith("https://"):
                 continue
             file, _, anchor = target.partition("#")

@@ -45,9 +45,6 @@ DTYPES = (
 )
 
 
-Problem = LowRankProblem | structured.StructuredProblem | BottleneckProblem
-
-
 @dataclass(frozen=True)
 class OpCheck:
     """What `check` needs of an op. cases(op, dtype, adapter_dtype, device) yields its calls; control, with the same
@@ -57,7 +54,7 @@ class OpCheck:
     reference: Callable
     cases: Callable[..., Iterator[Case]]
     control: Callable[..., Case]
-    problem: Callable[[Case], Problem]
+    problem: Callable[[Case], dispatch.Problem]
 
 
 def _lowrank_problem(case: Case) -> LowRankProblem:
@@ -128,7 +125,7 @@ class Path:
     backend: str
     native: bool
 
-    def why_not(self, problem: Problem) -> list[str]:
+    def why_not(self, problem: dispatch.Problem) -> list[str]:
         reasons = dispatch.why_not(self.backend, problem)
         if self.backend == "torch" and self.native:
             if native.module is None:

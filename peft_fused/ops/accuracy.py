@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cases import Case
-from .structured.engine import STRUCTURES
 
 FACTOR = 2.0
 DRAWS = 4
@@ -127,8 +126,8 @@ def mutations(case: Case) -> dict[str, Case]:
     found = {"scale x 1.02": replace(case, options={**case.options, "scale": case.options["scale"] * 1.02})}
     if case.op == "bottleneck":
         found |= _bottleneck_mutations(case)
-    elif case.op in STRUCTURES:
-        name = STRUCTURES[case.op].names[0]
+    elif case.op not in ("lowrank", "lowrank_linear"):
+        name = list(case.tensors)[1]  # the first of the op's parameters, behind its input
         wrong = case.tensors[name].detach().clone()
         wrong.view(-1)[0] = 0
         found["one entry zeroed"] = replace(case, tensors=case.tensors | {name: wrong.requires_grad_()})

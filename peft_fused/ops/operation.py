@@ -135,7 +135,9 @@ class Operation:
     def __call__(self, *arguments) -> torch.Tensor:
         if _state.keys and not is_recorded():
             # The C++ node's result, if it was decided to run there; else the decision, or the key of one to be made.
-            found = getattr(native.module, self.name)(self.decisions, *arguments)
+            # The extension need not have the op.
+            node = getattr(native.module, self.name, None)
+            found = node and node(self.decisions, *arguments)
             if type(found) is _Tensor:
                 return found
             if type(found) is bytes:

@@ -24,6 +24,7 @@ from peft_fused.ops import (
     native,
 )
 from peft_fused.ops.lowrank import LOWRANK
+from peft_fused.ops.operation import Operation
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
 from peft_fused.ops.structured.plan import StructuredProblem
 
@@ -198,6 +199,11 @@ class Recorder:
             here["triton: Python autograd node"] += (
                 (triton_lowrank, "lowrank_fwd"), (triton_bottleneck, "bottleneck_fwd"),
             )  # fmt: skip
+        # Of an op that is not named here: its own forward and reference, which those above are entered from.
+        for op in Operation.__subclasses__():
+            noting = self.noting(op.forward, lambda _, call, decision: f"{decision.backend}: Python autograd node")
+            stack.enter_context(mock.patch.object(op, "forward", noting))
+            stack.enter_context(mock.patch.object(op, "reference", self.noting(op.reference, lambda *_: "reference")))
         for path, places in here.items():
             for module, name in places:
                 noting = self.noting(getattr(module, name), lambda *_, path=path: path)
