@@ -124,7 +124,7 @@ FORCED = ("None", "torch", "reference")
 def test_a_kind_of_adapter(tree):
     print(len(files("K")), "files for a kind of adapter")
     assert len(files("K")) == 4
-    passes(tree, "tests/integrations/acceleration/test_vera.py")
+    passes(tree, "tests/integrations/acceleration/test_c3a.py")
 
 
 def test_style(tree):

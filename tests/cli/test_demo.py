@@ -12,6 +12,7 @@ from peft_fused.cli.demo_data import Data, bundled, load
 from peft_fused.cli.demo_methods import Settings
 from peft_fused.cli.demo_train import Encoder
 from peft_fused.methods.schedule import members_of
+from peft_fused.registry import METHODS
 
 WORDS = ["the", "a", "is", "was", "not", "good", "bad", "lamp", "film", "soup", "train", "and", "it", "i", "of"]
 # The methods whose factors are LoRA's.
@@ -68,7 +69,7 @@ COMMAND = ("demo", "--rank", 3, "--batch-size", 8)
 def test_json_compares_all_methods(cli, model_path, tmp_path):
     result = cli(*COMMAND, "--model", model_path, "--steps", 4, "--seeds", 2, "--out", tmp_path, "--json")
     methods = records(result)
-    assert list(methods) == ["peft", "lora", "dylora", "surm", "adamix", "aflora", "rosa"]
+    assert list(methods) == ["peft", "lora", *METHODS]
     for record in methods.values():
         assert all(isinstance(record[name], int | float) and record[name] > 0 for name in NAMED)
         assert record["std"]["accuracy"] is not None and record["diverged_at"] is None
@@ -139,7 +140,7 @@ def test_table_on_a_file_of_ones_own(cli, model_path, tmp_path):
         (("--model", "no/such/model/anywhere"), "--model no/such/model/anywhere: "),
         (("--model", "/no/such/folder"), "--model /no/such/folder: there is no such folder"),
         (("--steps", "0"), "steps"),
-        (("--method", "lora", "--method", "vera"), "must be all or one of lora, dylora, surm, adamix, aflora, rosa"),
+        (("--method", "lora", "--method", "vera"), f"must be all or one of {', '.join(['lora', *METHODS])}"),
         (("--alpha", "nan"), "--alpha must be finite, got nan"),
         (("--lr", "inf"), "--lr must be finite, got inf"),
         (("--out", __file__), "--out must be a folder"),
@@ -155,7 +156,7 @@ def test_a_diverged_run_is_still_reported(cli, model_path, tmp_path):
     command = ("demo", "--model", model_path, "--steps", 3, "--rank", 2, "--batch-size", 4, "--eval-rows", 8)
     result = cli(*command, "--lr", "1e30", "--out", tmp_path, "--json")
     methods = records(result)
-    assert len(methods) == 7
+    assert len(methods) == 2 + len(METHODS)
     assert all(record["final_loss"] is None and record["diverged_at"] == 1 for record in methods.values())
     assert json.loads((tmp_path / "demo.json").read_text())["methods"] == list(methods.values())
     assert "ROSA diverged in step 1" in cli(*command, "--method", "rosa", "--lr", "1e30").stdout

@@ -9,9 +9,15 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_fused.integrations.peft.acceleration import accelerate
+from peft_fused.integrations.peft.acceleration.kinds import KINDS
 from peft_fused.integrations.peft.acceleration.layer import AcceleratedLayer
 
 FP32 = 1e-5
+
+
+def known() -> str:
+    """The kinds of adapter that are registered, as reports name them."""
+    return " or ".join(kind.name for kind in KINDS.values())
 
 
 class Net(nn.Module):
