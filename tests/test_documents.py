@@ -507,9 +507,6 @@ def test_files_that_are_named_exist():
     assert made
     files += [str(ROOT / name) for name in made]  # by whoever follows a recipe
     assert unknown("see ops/lowrank.py, ops/missing.py and gone.cpp; v0.1.py3", files) == ["ops/missing.py", "gone.cpp"]
-    # A recipe of CONTRIBUTING makes files, as "**M1. `path`, new.**", which test_recipes.py writes.
-    recipe = (ROOT / "CONTRIBUTING.md").read_text()
-    files += [str(ROOT / name) for name in re.findall(r"^\*\*[A-Z]\d+\. `([^`]+)`, new\.", recipe, re.M)]
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}"
         for path in texts()
