@@ -37,7 +37,7 @@ class LowRankStep(Step):
         return lowrank_linear(x, self.weight, self.bias, self.A, self.B, **self.options)
 
     def problem(self, x: torch.Tensor) -> LowRankProblem:
-        dropout, uv = self.options.get("dropout_p", 0.0) > 0, "v" in self.options
+        dropout, uv = self.options.get("dropout_p", 0.0) > 0, not self.options.keys().isdisjoint(("u", "v"))
         return lowrank_problem(x, self.A, self.B, has_weight=self.weight is not None, dropout=dropout, uv=uv)
 
 

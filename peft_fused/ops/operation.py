@@ -127,7 +127,7 @@ class Operation:
     def __init__(self):
         self.names = tuple(i.name for i in self.inputs)
         self.own = tuple(i.name for i in self.inputs if not i.passes)
-        self.passing = next(i.name for i in self.inputs if i.passes)
+        self.passing = next((i.name for i in self.inputs if i.passes), None)
         self.decisions: dict[bytes, dispatch.Decision] = {}
         dispatch.forgetful.append(self.decisions)
         self._register()
@@ -259,7 +259,7 @@ class Operation:
         """Keeps of a call what backward reads; of its controls, tensors as saved ones."""
         needed = zip(self.names, needs_input_grad, strict=True)
         ctx.needs = {name for name, need in needed if need and name in self.own}
-        ctx.passes = needs_input_grad[self.names.index(self.passing)]
+        ctx.passes = self.passing is not None and needs_input_grad[self.names.index(self.passing)]
         ctx.like = self.likeness(call)
         reads = self.reads(call, ctx.needs) if ctx.needs else set()
         tensors, kept = {}, {}

@@ -7,7 +7,7 @@ kernels behind `kernels.py`, and `csrc/autograd/structured.cpp` with `csrc/kerne
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -233,40 +233,39 @@ class Structured(Operation):
 
     def backward(self, dy, call, hidden, like, needs, decision):
         p, q, kind, seed, threshold = call.p, call.q, call.kind, call.seed, call.threshold
-        scale, backend, k = on_host(call.scale), decision.backend, like["x"][0][-1]
+        scale, backend, problem = on_host(call.scale), decision.backend, decision.problem
         dy2, x2 = rows(dy), None if call.x is None else rows(call.x)
         wanted = [name in needs for name in ("x", "p", "q")]
         if call.transposed:
             # <dy, M^T x> = <M dy, x>: the gradient of x is the map itself, and of M that of y = M dy.
+            problem = replace(problem, n=problem.k, k=problem.n, transposed=False, dropout=False)
             dx = None
             if wanted[0]:
-                passed = StructuredCall(dy2, p, q, None, kind, k, scale)
-                problem = self.problem(self.likeness(passed), passed, dy.device)
+                passed = StructuredCall(dy2, p, q, None, kind, problem.n, scale)
                 dx, _ = self.forward(passed, dispatch.decide(problem, node=False, forced=backend))
                 dx = drop(dx, seed, threshold) if threshold else dx
             parts = [None, None, None]
             if wanted[1] or wanted[2]:
                 # A dropped-out x keeps its digits: the parameters' gradients may be fp32 beside half-precision rows.
                 x2 = cast_and_drop(x2, p.dtype, seed, threshold) if threshold else x2
-                parts = _gradients(x2, dy2, p, q, kind, dy2.shape[1], scale, 0, None, backend, (False, *wanted[1:]))
+                parts = _gradients(problem, backend, x2, dy2, p, q, scale, 0, None, (False, *wanted[1:]))
             grads = (dx, *parts[1:])
         else:
-            grads = _gradients(dy2, x2, p, q, kind, k, scale, threshold, seed, backend, wanted)
+            grads = _gradients(problem, backend, dy2, x2, p, q, scale, threshold, seed, wanted)
         grads = {name: grad for name, grad in zip(("x", "p", "q"), grads, strict=True) if name in needs}
         if "x" in grads:
             grads["x"] = grads["x"].view(like["x"][0])
         return grads
 
 
-def _gradients(dy2, x2, p, q, kind, k, scale, threshold, seed, backend, needs):
+def _gradients(problem, backend, dy2, x2, p, q, scale, threshold, seed, needs):
     """(dx, dp, dq) of the map that is not transposed, None where not needed."""
-    options = dict(kind=kind, k=k, scale=scale, threshold=threshold, seed=seed, needs=needs)
+    plan, k = problem.plan, problem.k
+    options = dict(kind=problem.kind, k=k, scale=scale, threshold=threshold, seed=seed, needs=needs)
     if dy2.shape[0] == 0:
         return [None if t is None else t.new_zeros(t.shape) for t in (dy2.new_empty(0, k), p, q)]
     if backend == "triton":
         return kernels.backward(dy2, x2, p, q, **options)
-    like = dy2.new_empty(1, k).expand(dy2.shape[0], k)
-    plan = structured_problem(kind, like, p, q, dy2.shape[1], threshold > 0).plan
     if plan.method == "gemm":
         del options["kind"], options["k"]
         return gemm.backward(dy2, x2, p, q, **options)
