@@ -208,6 +208,15 @@ class Bottleneck(Operation):
             reads.add("hidden")
         return reads
 
+    def flops(self, shapes, call, needs) -> int:
+        """Of its two products: additions and the activation count nothing."""
+        h, n, r = shapes["h"], shapes["up"][-2], shapes["down"][-2]
+        m, k = math.prod(h[:-1]), h[-1]
+        if needs is None:
+            return 2 * m * r * (k + n)
+        passes = bool(needs & {"h", "down", "down_bias"}) + ("up" in needs)
+        return 2 * m * r * (n * passes + k * len(needs & {"h", "down"}))
+
     def reference(self, call) -> torch.Tensor:
         return bottleneck_adapter_reference(
             call.h, call.down, call.down_bias, call.up, call.up_bias, call.activation, residual=call.residual,

@@ -250,6 +250,15 @@ class LowRank(Operation):
             | ({"hidden"} if factor else set())
         )
 
+    def flops(self, shapes, call, needs) -> int:
+        x, weight, A, B = (shapes[name] for name in ("x", "weight", "A", "B"))
+        m, n, k, r = math.prod(x[:-1]), B[-2], x[-1], A[-2]
+        if needs is None:
+            return 2 * m * ((n * k if weight is not None else 0) + r * (n + k))
+        base = ("x" in needs and weight is not None) + ("weight" in needs)
+        to_ranks = bool(needs & {"x", "A", "u"}) + bool(needs & {"B", "v"})
+        return 2 * m * (base * n * k + r * (n * to_ranks + k * len(needs & {"x", "A"})))
+
     def reference(self, call) -> torch.Tensor:
         options = dict(
             scale=call.scale, rank=call.rank, expert=(call.expert_a, call.expert_b), u=call.u, v=call.v,

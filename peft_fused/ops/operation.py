@@ -34,6 +34,8 @@ from .arguments import (
 from .dropout import dropout_threshold
 
 LIBRARY = torch.library.Library("peft_fused", "DEF")
+# Every op there is.
+OPERATIONS: list["Operation"] = []
 # Keys of decisions that an op remembers; then it begins anew.
 MOST_KEYS = 4096
 # Names that every call looks up.
@@ -118,6 +120,13 @@ class Operation:
         """The gradients by name, each in its tensor's type. The call lacks what `reads` does not name."""
         raise NotImplementedError
 
+    def flops(self, shapes: dict, call, needs: set[str] | None) -> int:
+        """Operations of forward, or of backward for the gradients of `needs`: two per multiply-add of its products.
+
+        shapes: of every input by name, None for an absent one. Of the call, the controls.
+        """
+        raise NotImplementedError
+
     def label(self, call, name: str) -> str:
         """What the caller calls an input."""
         return name
@@ -131,6 +140,7 @@ class Operation:
         self.decisions: dict[bytes, dispatch.Decision] = {}
         dispatch.forgetful.append(self.decisions)
         self._register()
+        OPERATIONS.append(self)
 
     def __call__(self, *arguments) -> torch.Tensor:
         if _state.keys and not is_recorded():
@@ -348,7 +358,7 @@ class Operation:
                 flat += [float(value) if control.kind == "float" else value, None]
         return flat
 
-    def _call_of(self, flat):
+    def call_of(self, flat):
         """The call of the columns of a schema."""
         values = iter(flat)
         fields = {name: next(values) for name in self.names}
@@ -366,7 +376,7 @@ class Operation:
 
     def _forward_op(self, *columns):
         *flat, backend = columns
-        call = self._call_of(flat)
+        call = self.call_of(flat)
         decision = self._decide_in_graph(backend, self.likeness(call), call, flat[0].device)
         y, hidden = self.forward(call, decision)
         return (y, hidden) if self.hides else y
@@ -376,25 +386,27 @@ class Operation:
         decision = self._decide_in_graph(backend, like, call, dy.device)
         return list(self._gradients(dy, call, hidden, like, needs, decision).values())
 
-    def shapes(self, sizes, dims) -> dict:
-        """Shape by name of every input, None for an absent one, of the columns of <name>_bwd."""
-        sizes = iter(sizes)
-        found = (torch.Size([next(sizes) for _ in range(n)]) if n >= 0 else None for n in dims)
-        return dict(zip(self.names, found, strict=True))
-
-    def _backward_columns(self, dy, columns):
+    def split_backward(self, columns):
+        """(call, hidden, shape of every input by name, None for an absent one, dtype of the parameters, names of the
+        needed gradients, backend) of the columns of <name>_bwd behind dy."""
         n = len(self.names)
         tensors, (hidden, sizes, dims, dtype) = columns[:n], columns[n : n + 4]
         *controls, backend, needs = columns[n + 4 :]
-        shapes = self.shapes(sizes, dims)
+        sizes = iter(sizes)
+        shapes = (torch.Size([next(sizes) for _ in range(n)]) if n >= 0 else None for n in dims)
+        needed = {name for name, need in zip(self.own, needs, strict=True) if need}
+        call = self.call_of([*tensors, *controls])
+        return call, hidden, dict(zip(self.names, shapes, strict=True)), dtype, needed, backend
+
+    def _backward_columns(self, dy, columns):
+        call, hidden, shapes, dtype, needs, backend = self.split_backward(columns)
         like = {
             i.name: shapes[i.name] and (shapes[i.name], dtype if i.parameter else dy.dtype) for i in self.inputs
         }  # fmt: skip
-        needed = {name for name, need in zip(self.own, needs, strict=True) if need}
-        return self._call_of([*tensors, *controls]), hidden, like, needed, backend
+        return call, hidden, like, needs, backend
 
     def _forward_fake(self, *columns):
-        call = self._call_of(columns[:-1])
+        call = self.call_of(columns[:-1])
         x = columns[0]
         outputs, hidden = self.output(self.likeness(call), call)
         y = x.new_empty(*x.shape[:-1], outputs)
@@ -413,7 +425,7 @@ class Operation:
         *flat, ctx.backend = inputs
         ctx.set_materialize_grads(False)
         needs = ctx.needs_input_grad[: len(self.names)]
-        self.save(ctx, self._call_of(flat), output[1] if self.hides else None, needs)
+        self.save(ctx, self.call_of(flat), output[1] if self.hides else None, needs)
 
     def _traced_backward(self, ctx, dy, *_):
         def gradients(dy, call, hidden):

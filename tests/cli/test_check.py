@@ -151,7 +151,7 @@ def test_a_map_without_a_cpp_node_does_not_count_as_run_by_it():
 def test_a_control_that_passes_fails_the_check(cli, small, monkeypatch):
     """A judgement that accepts everything must not come out green."""
     blind = check.compare
-    monkeypatch.setattr(check, "compare_mutated", lambda fn, reference, case: {"blind": blind(fn, reference, case)})
+    monkeypatch.setattr(check, "compare_mutated", lambda fn, reference, case: {"blind": blind(fn, reference, case)[0]})
     result = cli.json("check", code=1)
     assert result["ok"] == 0
     assert all(

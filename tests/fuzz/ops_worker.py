@@ -19,9 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fused
-from peft_fused.cli.check import OPS
 from peft_fused.ops import accuracy, native
-from peft_fused.ops.cases import make_bottleneck, make_case, make_structured
+from peft_fused.ops.cases import OPS, make_bottleneck, make_case, make_structured
 from peft_fused.ops.structured.engine import STRUCTURES
 
 # How far beyond the rule of ops/accuracy.py a single random call may be: that judges several draws of chosen sizes, and

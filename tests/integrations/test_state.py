@@ -40,11 +40,6 @@ def test_an_adapter_of_any_step_loads_bit_for_bit(variant, steps, dtype, tmp_pat
     for low_cpu_mem_usage in (False, True):
         options = dict(low_cpu_mem_usage=low_cpu_mem_usage)
         loaded = PeftModel.from_pretrained(net(dtype), tmp_path, is_trainable=True, **options).eval()
-        if low_cpu_mem_usage and dtype != torch.float32 and not variant.method.writes_base:
-            # PEFT moves what it has loaded to the base's dtype before it casts it to fp32, here as for its LoRA.
-            state = {key: value.to(dtype).to(value.dtype) for key, value in state.items() if "_extra_state" not in key}
-            assert contract.same({key: loaded.state_dict()[key] for key in state}, state)
-            continue
         assert contract.same(loaded.state_dict(), state) and torch.equal(logits(loaded), expected)
         assert trainable(loaded) == trainable(model)
         was, now = (each.peft_config["default"].to_dict() for each in (model, loaded))

@@ -11,7 +11,6 @@ import torch
 from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
 
 import peft_fused
-from peft_fused.cli.check import OPS
 from peft_fused.layers import AfLoraLinear, LoraLinear
 from peft_fused.ops import (
     bottleneck,
@@ -23,6 +22,7 @@ from peft_fused.ops import (
     lowrank_torch,
     native,
 )
+from peft_fused.ops.cases import OPS
 from peft_fused.ops.lowrank import LOWRANK
 from peft_fused.ops.operation import Operation
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized

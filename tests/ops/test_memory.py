@@ -5,9 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fused
-from peft_fused.cli.check import OPS
 from peft_fused.ops import lowrank_linear, structured
-from peft_fused.ops.cases import make_bottleneck, make_case, make_structured
+from peft_fused.ops.cases import OPS, make_bottleneck, make_case, make_structured
 
 both_nodes = pytest.mark.parametrize("native", [True, False], ids=["node", "python"])
 

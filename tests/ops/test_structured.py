@@ -8,8 +8,6 @@ import torch
 
 import peft_fused
 from peft_fused.ops import native, structured
-from peft_fused.ops.accuracy import compare, compare_mutated
-from peft_fused.ops.cases import structured_cases
 from peft_fused.ops.dropout import dropout_threshold, keep_mask
 from peft_fused.ops.structured import fft, maps, materialized
 from peft_fused.ops.structured.engine import STRUCTURES
@@ -108,48 +106,6 @@ def test_contract_of_a_linear_map(kind, n, node):
     back = op(y, *parts, transposed=True)
     torch.testing.assert_close((y * out).sum(), (back * x).sum())
     torch.testing.assert_close(torch.autograd.grad(out, x, y)[0], back, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", OPS)
-@pytest.mark.parametrize("transposed", [False, True])
-def test_gradcheck(kind, transposed, node):
-    parts = parameters(kind, 5)
-    M = matrix(kind, *parts)
-    x = torch.randn(4, M.shape[0 if transposed else 1], dtype=F64, requires_grad=True)
-    for op in (OPS[kind], REFERENCES[kind]):
-        call = lambda x, *parts: op(  # noqa: E731, B023
-            x, *parts, scale=1.3, dropout_p=0.3, seed=11, transposed=transposed
-        )
-        assert torch.autograd.gradcheck(call, (x, *parts), fast_mode=True)
-
-
-@pytest.mark.parametrize("kind", OPS)
-@pytest.mark.parametrize("types", [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32), (F16, F16)], ids=str)
-def test_error_is_at_most_twice_pytorchs(kind, types, node, poisoned):
-    for case in structured_cases(kind, *types, sizes=(1, 2, 7, 97, 384, 1000)):
-        bad = [f"{v.name}: {v.ratio:.2f}" for v in compare(OPS[kind], REFERENCES[kind], case) if not v.ok]
-        assert not bad, case.name
-
-
-@pytest.mark.parametrize("kind", OPS)
-def test_controls_fail(kind, node):
-    case = next(c for c in structured_cases(kind, F32, F32, sizes=(384,)) if c.name.startswith("131"))
-    for defect, verdicts in compare_mutated(OPS[kind], REFERENCES[kind], case).items():
-        assert not next(v for v in verdicts if v.name == "y").ok, defect
-
-
-@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0, 3), (0,)])
-@pytest.mark.parametrize("kind", OPS)
-def test_leading_dimensions(kind, shape, node):
-    parts = parameters(kind, 6)
-    M = matrix(kind, *parts)
-    x = torch.randn(*shape, M.shape[1], dtype=F64, requires_grad=True)
-    y = OPS[kind](x, *parts)
-    torch.testing.assert_close(y, x @ M.mT)
-    torch.testing.assert_close(REFERENCES[kind](x, *parts), x @ M.mT)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, M.sum(0).expand_as(x))
-    assert all(p.grad.shape == p.shape for p in parts)
 
 
 @pytest.mark.parametrize("rectangle", [(9, 4), (4, 9), (1, 9), (9, 1), (150, 100)])
@@ -301,91 +257,6 @@ def test_only_what_is_needed_is_computed_and_saved(kind, rows, node):
         torch.testing.assert_close(
             torch.autograd.grad(y, leaf, dy)[0], torch.autograd.grad(truth, leaf, dy)[0], rtol=1e-4, atol=1e-3
         )
-
-
-@pytest.mark.parametrize("kind", OPS)
-def test_inputs_are_not_written_and_two_runs_are_equal(kind, node):
-    parts = [p.detach().requires_grad_() for p in parameters(kind, 48, F32)]
-    M = matrix(kind, *(p.detach() for p in parts))
-    x, add = torch.randn(200, M.shape[1], requires_grad=True), torch.randn(200, M.shape[0])
-    before = [t.detach().clone() for t in (x, add, *parts)]
-
-    def run():
-        y = OPS[kind](x, *parts, add=add, dropout_p=0.2, seed=1)
-        return [y, *torch.autograd.grad(y, [x, *parts], torch.ones_like(y))]
-
-    first, second = run(), run()
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, add, *parts), strict=True))
-    y = OPS[kind](x, *parts)
-    y.mul_(2)  # an output of a node may be written in place
-    y.sum().backward()
-
-
-@pytest.mark.parametrize("kind", OPS)
-def test_compile_is_one_graph_and_opcheck_passes(kind):
-    parts = parameters(kind, 12, F32)
-    M = matrix(kind, *(p.detach() for p in parts))
-    x = torch.randn(40, M.shape[1], requires_grad=True)
-    call = lambda x, *parts: OPS[kind](x, *parts, scale=0.5, dropout_p=0.2, seed=3)  # noqa: E731
-    torch._dynamo.reset()
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    y, truth = compiled(x, *parts), call(x, *parts)
-    torch.testing.assert_close(y, truth)
-    dy = torch.randn_like(y)
-    for grad, true in zip(
-        torch.autograd.grad(y, [x, *parts], dy), torch.autograd.grad(truth, [x, *parts], dy), strict=True
-    ):
-        torch.testing.assert_close(grad, true, rtol=1e-4, atol=1e-4)
-    p, q = parts[0], parts[1] if len(parts) > 1 else None
-    q = q[1:].detach() if kind == "toeplitz" else q
-    torch.library.opcheck(
-        torch.ops.peft_fused.structured_fwd,
-        (x, p, q, None, kind, M.shape[0], 1.0, None, 0, None, False, "auto"),
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
-
-
-def test_gradient_checkpointing_sees_one_operation():
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-    c = torch.randn(64, requires_grad=True)
-    x = torch.randn(32, 64, requires_grad=True)
-    names = []
-
-    def policy(ctx, op, *args, **kwargs):
-        names.append(str(op))
-        return torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
-
-    torch.manual_seed(0)
-    y = structured.circulant_matmul(x, c, dropout_p=0.3)
-    plain = torch.autograd.grad(y.square().sum(), [x, c])
-    for contexts in ({}, {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}):
-        torch.manual_seed(0)
-        y = checkpoint(lambda: structured.circulant_matmul(x, c, dropout_p=0.3), use_reentrant=False, **contexts)
-        for grad, true in zip(torch.autograd.grad(y.square().sum(), [x, c]), plain, strict=True):
-            torch.testing.assert_close(grad, true)
-    assert "peft_fused.structured_fwd.default" in names and not any("fft" in name for name in names)
-
-
-@pytest.mark.parametrize("kind", OPS)
-def test_autocast(kind, node):
-    parts = parameters(kind, 16, F32)
-    M = matrix(kind, *(p.detach() for p in parts))
-    x = torch.randn(20, M.shape[1], requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = OPS[kind](x, *parts)
-        assert y.dtype == torch.bfloat16
-        y.float().sum().backward()
-    assert x.grad.dtype == F32 and all(p.grad.dtype == F32 for p in parts)
-    torch.testing.assert_close(y.float(), x @ M.mT, rtol=2e-2, atol=2e-1)
-
-
-def test_second_derivative_is_refused(node):
-    c = torch.randn(6, requires_grad=True)
-    y = structured.circulant_matmul(torch.randn(2, 6), c)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.sum(), c, create_graph=True)
 
 
 # ------------------------------------------------------------------------------------------- plans and the dense form

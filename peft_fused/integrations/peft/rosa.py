@@ -352,9 +352,6 @@ class RosaModel(FusedTuner):
             inference_mode=config.inference_mode,
         )
 
-    def _layers(self) -> list[RosaPeftLinear]:
-        return [module for module in self.model.modules() if isinstance(module, RosaPeftLinear)]
-
     def _check_single(self, names: str | list[str]) -> None:
         for layer in self._layers():
             layer.check_single([names] if isinstance(names, str) else names)

@@ -191,6 +191,8 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.merged_adapters = []
         self._unmerged = None
+        # By name, whether PEFT casts the adapter to fp32 where it has a half-precision type.
+        self.autocasts: dict[str, bool] = {}
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=options.pop("get_apply_tensor_subclass", None)
         )
@@ -215,6 +217,18 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         if device is not None and device.type == "meta" and has_accelerate_hook(base_layer):
             device = execution_device(base_layer) or device
         return device, dtype
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's also casts to the base's type. What low_cpu_mem_usage has loaded, and PEFT casts to fp32 right after
+        # this, would have been rounded in between.
+        if not self.autocasts.get(adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+            return
+        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for container in self.adapter_layer_names + self.other_param_names:
+            block = self._modules[container]._modules.get(adapter_name)
+            if device is not None and block is not None and not any(p.is_meta for p in block.parameters()):
+                block.to(device)
 
     def block(self, container: str, adapter_name: str) -> nn.Module:
         """What a container holds of an adapter, found without the detour of attributes, which costs a microsecond."""
@@ -605,6 +619,14 @@ class FusedTuner(BaseTuner):
                     with onload_layer(layer):
                         layer.check_finite(layer.merged_weight(names), names)
 
+    def _layers(self) -> list[FusedLayer]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            layer.autocasts[adapter_name] = autocast_adapter_dtype
+
     def train(self, mode: bool = True):
         super().train(mode)
         if mode and getattr(self.model, "is_loaded_in_4bit", False):
@@ -647,6 +669,7 @@ class FusedTuner(BaseTuner):
             current_key = f"{current_key.rpartition('.')[0]}.{target_name}".lstrip(".")
         try:
             if wrapped:
+                target.autocasts.pop(adapter_name, None)
                 target.update_layer(adapter_name, **options)
                 target.follow_mode(adapter_name)
                 return

@@ -204,6 +204,21 @@ class Structured(Operation):
         reads = {"p"} if call.q is None else {"p", "q"}
         return reads | {"x"} if needs & {"p", "q"} else reads
 
+    def flops(self, shapes, call, needs) -> int:
+        """By transforms or small products, whatever its plan makes of it: backward has a pass for dx and one for the
+        parameters. A convolution of L numbers is two transforms of 2.5 L log2 L and 3 L."""
+        x, p, q = (shapes[name] for name in ("x", "p", "q"))
+        passes = math.prod(x[:-1]) * (1 if needs is None else ("x" in needs) + bool(needs & {"p", "q"}))
+        if call.kind == "kronecker":
+            (a1, a2), (b1, b2) = p, q
+            return 2 * passes * min(b2 * a1 * (a2 + b1), b1 * a2 * (b2 + a1))
+        convolutions = math.prod(p[:2]) if len(p) == 3 else {"toeplitz_product": 2, "ldr": 2 * p[0]}.get(call.kind, 1)
+        if call.kind == "toeplitz":
+            length = p[0] + q[0]
+        else:
+            length = p[-1] if call.kind in ("circulant", "ldr") else 2 * p[-1] - 1
+        return int(passes * convolutions * length * (5 * math.log2(max(2, length)) + 3))
+
     def reference(self, call) -> torch.Tensor:
         return reference(
             call.kind, call.x, call.p, call.q, out_features=call.out_features, add=call.add, scale=call.scale,
