@@ -115,10 +115,9 @@ class _Route:
 
 
 def _plan(rows, n, k, r, adapter_dtype, groups, activation) -> BottleneckPlan:
-    gpu, sm_count = gpu_of(rows.device)
     types = name_of(rows.dtype), name_of(adapter_dtype)
     return plan_bottleneck(
-        BottleneckProblem(rows.shape[0], n, k, r, *types, rows.device.type, gpu, sm_count, groups, activation)
+        BottleneckProblem(rows.shape[0], n, k, *types, rows.device.type, *gpu_of(rows.device), r, groups, activation)
     )
 
 

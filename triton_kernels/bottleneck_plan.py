@@ -8,38 +8,25 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
+from .problem import Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
 
 @dataclass(frozen=True)
-class BottleneckProblem:
-    """h [m, k] through r units to [m, n], its rows in `groups` equal groups with an expert each.
+class BottleneckProblem(Problem):
+    """h [m, k] through r units to [m, n], its rows in `groups` equal groups with an expert each."""
 
-    Types are names such as "bfloat16"; device is "cuda" or "cpu".
-    """
-
-    m: int
-    n: int
-    k: int
     r: int
-    dtype: str
-    adapter_dtype: str
-    device: str
-    gpu: str
-    sm_count: int
     groups: int
     activation: str
 
     def describe(self) -> str:
-        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} h, {self.adapter_dtype} parameters"
         groups = f", {self.groups} groups" if self.groups > 1 else ""
-        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], r={self.r}"
-        return f"bottleneck {sizes}, {self.activation}{groups}, {types} on {self.device}"
+        return self.sentence("bottleneck", f", r={self.r}, {self.activation}{groups}", rows="h")
 
     def limits(self, backend: str) -> list[str]:
-        """What keeps the kernels of a backend from this problem, whatever the machine."""
         if backend == "cuda":
             return ["bottleneck has no CUDA C++ kernel of its own"]
         reasons = []
@@ -50,19 +37,15 @@ class BottleneckProblem:
         return reasons
 
     def preference(self) -> tuple[str, ...]:
-        """Backends on CUDA, the best first."""
         return ("triton", "torch")
 
     def native(self, backend: str) -> bool:
-        """Whether the C++ node runs the problem on a backend."""
         return backend == "torch" and self.device == "cpu"
 
     def launch_plan(self, backend: str):
-        """What the implementation is given to run by."""
         return plan_bottleneck(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
-        """What the backend runs, as the end of a sentence."""
         if backend != "triton":
             return ", two GEMMs"
         return ", one kernel" if plan_bottleneck(self).fused else ", two kernels"
@@ -251,9 +234,9 @@ def configurations() -> list[KernelConfig]:
     found = {}
     types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
     for (dtype, adapter), r, m in product(types, (16, 32, 64, 128, 256), (1, 32, 64, 4096, 6144, 32768)):
-        problem = BottleneckProblem(m, 1024, 1024, r, dtype, adapter, "cpu", "", 132, 1, "gelu")
+        problem = BottleneckProblem(m, 1024, 1024, dtype, adapter, "cpu", "", 132, r, 1, "gelu")
         found |= dict.fromkeys(kernel_configs(problem))
     for (dtype, adapter), activation in product(types, BOTTLENECK_ACTIVATIONS):
-        problem = BottleneckProblem(4096, 1024, 1024, 16, dtype, adapter, "cpu", "", 132, 1, activation)
+        problem = BottleneckProblem(4096, 1024, 1024, dtype, adapter, "cpu", "", 132, 16, 1, activation)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -271,23 +271,9 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
 
 
 def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
-    gpu, sm_count = gpu_of(x.device)
     m, k = x.shape
-    return plan_lowrank(
-        LowRankProblem(
-            m,
-            n,
-            k,
-            r,
-            name_of(x.dtype),
-            name_of(adapter_dtype),
-            x.device.type,
-            gpu,
-            sm_count,
-            threshold > 0,
-            has_weight,
-        )
-    )
+    types = name_of(x.dtype), name_of(adapter_dtype)
+    return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, *gpu_of(x.device), r, threshold > 0, has_weight))
 
 
 def _row_splits(M: int, launch: LowRankLaunch) -> tuple[int, int]:

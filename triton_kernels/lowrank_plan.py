@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from .problem import Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
 
 TUNED = Path(__file__).parent / "tuned"
@@ -24,18 +25,10 @@ LAUNCH_BOUND = 4e10
 
 
 @dataclass(frozen=True)
-class LowRankProblem:
-    """x [m, k] against W [n, k] with rank r. Types are names such as "bfloat16"; device is "cuda" or "cpu"."""
+class LowRankProblem(Problem):
+    """x [m, k] against W [n, k] with rank r."""
 
-    m: int
-    n: int
-    k: int
     r: int
-    dtype: str
-    adapter_dtype: str
-    device: str
-    gpu: str
-    sm_count: int
     dropout: bool
     has_weight: bool
     uv: bool = False  # whether there is u or v
@@ -43,16 +36,12 @@ class LowRankProblem:
 
     def describe(self) -> str:
         op = "lowrank_linear" if self.has_weight else "lowrank_adapter"
-        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} A, B"
-        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], r={self.r}"
-        return f"{op} {sizes}, {types}{', dropout' if self.dropout else ''} on {self.device}"
+        return self.sentence(op, f", r={self.r}", parameters="A, B", more=", dropout" if self.dropout else "")
 
     def limits(self, backend: str) -> list[str]:
-        """What keeps the kernels of a backend from this problem, whatever the machine."""
         return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
 
     def preference(self) -> tuple[str, ...]:
-        """Backends on CUDA, the best first."""
         # Other kernels take more of the GPU's time for launching than for working below this size, and for products of
         # mixed types the C++ node converts the larger operand.
         in_node = self.adapter_dtype == self.dtype and not self._widens and self.m * self.n * self.k < LAUNCH_BOUND
@@ -65,15 +54,12 @@ class LowRankProblem:
         return self.uv and self.adapter_dtype == "float16"
 
     def native(self, backend: str) -> bool:
-        """Whether the C++ node runs the problem on a backend."""
         return backend == "cuda" or (backend == "torch" and self.device == "cpu" and not self._widens)
 
     def launch_plan(self, backend: str):
-        """What the implementation is given to run by."""
         return plan_lowrank(self) if backend == "triton" else None
 
     def words(self, backend: str, onednn: bool) -> str:
-        """What the backend runs, as the end of a sentence."""
         if backend == "triton":
             return f", {plan_lowrank(self).forward}"
         if backend == "cuda":
@@ -319,6 +305,6 @@ def configurations() -> list[KernelConfig]:
     rows = [1 << i for i in range(0, 18)]
     ranks = [16, 32, 64, 128, 256]
     for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096), ranks, (False, True)):
-        problem = LowRankProblem(m, n, n, r, dtype, adapter, "cpu", "", 132, dropout, True)
+        problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", "", 132, r, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -175,10 +175,8 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
     variable_list out(kInputs + 1);
     if (!grads[0].defined()) return out;
-    const Tensor dy = readable(grads[0], "the gradient of the output");
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "peft_fused: the bottleneck op has no second derivative; use_backend('reference') has one");
-    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Tensor dy = upstream(grads[0], "bottleneck");
+    const auto call = call_of<Call>(ctx);
     const Call& c = *call;
     const auto saved = saved_of(ctx, {"h", "down", "up", "z"});
     const BelowAutograd guard;

@@ -116,6 +116,12 @@ torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, a
   return saved;
 }
 
+Tensor upstream(const Tensor& dy, const char* op) {
+  TORCH_CHECK(!at::GradMode::is_enabled(), "peft_fused: the ", op,
+              " op has no second derivative; use_backend('reference') has one");
+  return readable(dy, "the gradient of the output");
+}
+
 Tensor rows_of(const Tensor& t) {
   if (t.dim() == 2) return t;
   return t.reshape({c10::multiply_integers(t.sizes().slice(0, t.dim() - 1)), t.size(-1)});

@@ -85,6 +85,15 @@ at::Tensor kept(bool keeps, const at::Tensor& t, const char* name);
 // What a node's forward saved, by these names. ValueError where the memory of one was freed since.
 torch::autograd::variable_list saved_of(torch::autograd::AutogradContext* ctx, at::ArrayRef<const char*> names);
 
+// The gradient that backward of an op's node starts from. RuntimeError where that would have to be differentiated.
+at::Tensor upstream(const at::Tensor& dy, const char* op);
+
+// What a node's forward left of its call, as a capsule.
+template <typename Call>
+c10::intrusive_ptr<Call> call_of(torch::autograd::AutogradContext* ctx) {
+  return c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+}
+
 // A node differentiates as a whole: its pieces skip autograd's dispatch, and autocast, which may surround backward.
 struct BelowAutograd {
   const at::AutoDispatchBelowADInplaceOrView autograd;

@@ -201,10 +201,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     variable_list out(kInputs + 2);
     if (!grads[0].defined()) return out;
-    const Tensor dy = readable(grads[0], "the gradient of the output");
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "peft_fused: the low-rank op has no second derivative; use_backend('reference') has one");
-    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Tensor dy = upstream(grads[0], "lowrank");
+    const auto call = call_of<Call>(ctx);
     const Call& c = *call;
     const auto saved = saved_of(ctx, {"x", "weight", "A", "B", "u", "v", "S", "scale", "rank", "expert", "expert",
                                       "seed"});

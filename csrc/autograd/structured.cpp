@@ -358,10 +358,8 @@ struct Structured : torch::autograd::Function<Structured> {
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
     variable_list out(6);
     if (!grads[0].defined()) return out;
-    const Tensor dy = readable(grads[0], "the gradient of the output");
-    TORCH_CHECK(!at::GradMode::is_enabled(),
-                "peft_fused: the structured ops have no second derivative; use_backend('reference') has one");
-    const auto call = c10::static_intrusive_pointer_cast<Call>(ctx->saved_data["call"].toCapsule());
+    const Tensor dy = upstream(grads[0], "structured");
+    const auto call = call_of<Call>(ctx);
     const Call& c = *call;
     const auto saved = saved_of(ctx, {"x", c.p_name.c_str(), c.q_name.c_str(), "matrix", "scale", "seed"});
     const BelowAutograd guard;

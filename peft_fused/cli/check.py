@@ -11,6 +11,7 @@ import typer
 from peft_fused.ops import dispatch, native
 from peft_fused.ops.accuracy import compare, compare_mutated
 from peft_fused.ops.cases import DTYPES, OPS, OpCases
+from peft_fused.triton_kernels.problem import Problem
 
 from .output import out, print_json, progress, show, torch_device
 
@@ -23,7 +24,7 @@ class Path:
     backend: str
     native: bool
 
-    def why_not(self, problem: dispatch.Problem) -> list[str]:
+    def why_not(self, problem: Problem) -> list[str]:
         reasons = dispatch.why_not(self.backend, problem)
         if self.backend == "torch" and self.native:
             if native.module is None:

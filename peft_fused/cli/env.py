@@ -86,7 +86,7 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
         for has_weight in (True, False)
         for dtype in TYPES
     ] + [
-        structured.StructuredProblem(kind, **where, sizes=sizes, dtype=dtype)
+        structured.StructuredProblem(**where, kind=kind, sizes=sizes, dtype=dtype)
         for kind, sizes in SIZES.items()
         for dtype in TYPES
     ]

@@ -91,7 +91,7 @@ def _problem(h, dtype, down, parameter_dtype, up, device, activation, groups) ->
     """The same of the shapes h, down and up."""
     names = name_of(dtype), name_of(parameter_dtype)
     return BottleneckProblem(
-        math.prod(h[:-1]), up[-2], down[-1], down[-2], *names, device.type, *gpu_of(device), groups, activation
+        math.prod(h[:-1]), up[-2], down[-1], *names, device.type, *gpu_of(device), down[-2], groups, activation
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Which implementation runs an operation, and why not the others.
 
 A backend is usable when its list of reasons against it is empty. `decide` is a pure function of the problem and of what
-is forced; nothing is tried and caught. What depends on the op, its `Problem` answers.
+is forced; nothing is tried and caught. What depends on the op, its problem answers (triton_kernels/problem.py).
 """
 
 import importlib.util
@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Protocol
 
 import torch
 
@@ -23,37 +22,6 @@ logger = logging.getLogger("peft_fused")
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 NATIVE_DTYPES = ("float32", "float16", "bfloat16")
-
-
-class Problem(Protocol):
-    """A call as far as decisions depend on it: hashable, and equal for calls that run alike.
-
-    m rows of k features to n. dtype: name of x's type; device: "cpu" or "cuda".
-    """
-
-    m: int
-    n: int
-    k: int
-    dtype: str
-    device: str
-
-    def describe(self) -> str:
-        """The op, its sizes and types, for messages."""
-
-    def limits(self, backend: str) -> list[str]:
-        """What keeps the kernels of triton or cuda from this problem, whatever the machine."""
-
-    def preference(self) -> tuple[str, ...]:
-        """Backends on CUDA, the best first."""
-
-    def native(self, backend: str) -> bool:
-        """Whether the C++ node runs the problem on a backend."""
-
-    def launch_plan(self, backend: str):
-        """What the implementation is given to run by."""
-
-    def words(self, backend: str, onednn: bool) -> str:
-        """What the backend runs, as the end of a sentence. onednn: whether it has the dense products."""
 
 
 class _Forced:

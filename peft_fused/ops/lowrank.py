@@ -128,7 +128,7 @@ def _problem(x, dtype, A, adapter_dtype, B, device, *, has_weight, dropout, uv) 
     names = name_of(dtype), name_of(adapter_dtype)
     m = math.prod(x[:-1]) if x[-1] else 0
     return LowRankProblem(
-        m, B[-2], x[-1], A[-2], *names, device.type, *gpu_of(device), dropout, has_weight, uv,
+        m, B[-2], x[-1], *names, device.type, *gpu_of(device), A[-2], dropout, has_weight, uv,
         stacked=len(A) == 3 or len(B) == 3,
     )  # fmt: skip
 

@@ -155,7 +155,7 @@ def test_no_prediction_of_host_time():
 
 def problem(kind: str, *sizes: int, m: int = 2, dtype: str = "bfloat16") -> structured.StructuredProblem:
     k, n = part_groups.cases.structured_features(kind, sizes)
-    return structured.StructuredProblem(kind, m, n, k, sizes, dtype, "float32", "cuda", "", 132, False)
+    return structured.StructuredProblem(m, n, k, dtype, "float32", "cuda", "", 132, kind, sizes, False)
 
 
 def test_arithmetic_of_transforms():

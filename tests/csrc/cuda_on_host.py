@@ -39,6 +39,13 @@ def translate(text):
     return text
 
 
+def tokens(code):
+    """Finds the same tokens, whatever space and comments of a line lie between them."""
+    found = re.findall(r"\w+|[^\w\s]", code)
+    edges = [r"\b" if word[0].isalnum() or word[0] == "_" else "" for word in (found[0], found[-1])]
+    return re.compile(edges[0] + r"\s*(?://[^\n]*\n\s*)?".join(map(re.escape, found)) + edges[1])
+
+
 class Unit(NamedTuple):
     """What is compiled: a .cu file, C++ of what Python calls, and the parameters of kernels as Python lays them out,
     each structure with the name that it has in C++."""
@@ -51,13 +58,16 @@ class Unit(NamedTuple):
 def compile_kernels(unit, defects, folder):
     """The library of a unit and of the headers of csrc/kernels.
 
-    defects: (old, new) each, text of one of these files; DEFECT in `new` is true after set_defect(position).
+    defects: (old, new) each, code of one of these files, however it is spaced there; DEFECT in `new` is true after
+    set_defect(position).
     """
     folder.mkdir()
     texts = {path.name: path.read_text() for path in (unit.source, *KERNELS.glob("*.h"))}
     for i, (old, new) in enumerate(defects):
-        (name,) = (name for name, text in texts.items() if old in text)
-        texts[name] = texts[name].replace(old, new.replace("DEFECT", f"(defect == {i})"))
+        code, changed = tokens(old), new.replace("DEFECT", f"(defect == {i})")
+        found = [name for name, text in texts.items() if code.search(text)]
+        assert len(found) == 1, f"a defect is put into one file, but {old!r} is code of {found or 'none'} of {[*texts]}"
+        texts[found[0]] = code.sub(lambda _, changed=changed: changed, texts[found[0]])
     for name, text in texts.items():
         (folder / name).write_text(translate(text))
     for name in TOOLKIT:
@@ -203,17 +213,18 @@ class FloatControl(ctypes.Structure):
     _fields_ = (("pointer", ctypes.c_void_p), ("value", ctypes.c_float))
 
 
-def changes(defects):
-    """What compile_kernels takes of them: by name a check and the change that it has to see."""
-    return tuple(tuple(change) for _, *change in defects.values())
+def control(unit, defects):
+    """A test, the control of checks: each passes until its defect is switched on. defects: by name a check and the
+    change of the unit's code that it has to see."""
+    changes = tuple(tuple(change) for _, *change in defects.values())
 
-
-def assert_shows(library, defects, defect):
-    """The control of a check: it passes until its defect is switched on. defects: the checks by name, in the order of
-    the changes that the library was compiled with."""
-    check, *_ = defects[defect]
-    library.set_defect(-1)
-    check(library)
-    library.set_defect([*defects].index(defect))
-    with pytest.raises((AssertionError, DeviceError)):
+    @pytest.mark.parametrize("defect", [*defects])
+    def test_a_defect_shows(compiled, defect):
+        library, (check, *_) = compiled(unit, changes), defects[defect]
+        library.set_defect(-1)
         check(library)
+        library.set_defect([*defects].index(defect))
+        with pytest.raises((AssertionError, DeviceError)):
+            check(library)
+
+    return test_a_defect_shows

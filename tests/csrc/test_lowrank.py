@@ -15,9 +15,8 @@ from cuda_on_host import (
     THRESHOLD,
     IntControl,
     Unit,
-    assert_shows,
     bits,
-    changes,
+    control,
     in_orders,
     laid_out,
     pointer,
@@ -246,11 +245,4 @@ DEFECTS = {
 }
 
 
-@pytest.fixture
-def unsound(compiled):
-    return compiled(UNIT, changes(DEFECTS))
-
-
-@pytest.mark.parametrize("defect", [*DEFECTS])
-def test_a_defect_shows(unsound, defect):
-    assert_shows(unsound, DEFECTS, defect)
+test_a_defect_shows = control(UNIT, DEFECTS)

@@ -48,7 +48,7 @@ def problems():
         (1, 4096), (64, 4096), (8, 128), types, (False, True), (False, True)
     ):
         for uv in (False, True):
-            yield LowRankProblem(m, n, n, r, dtype, adapter, "cuda", "a GPU", 132, dropout, weight, uv)
+            yield LowRankProblem(m, n, n, dtype, adapter, "cuda", "a GPU", 132, r, dropout, weight, uv)
 
 
 def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
@@ -81,9 +81,9 @@ def test_explain_tells_the_same_choice_and_the_node_that_hosts_it(gpu):
 
 
 def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
-    small = LowRankProblem(16, 64, 64, 8, "bfloat16", "bfloat16", "cuda", "a GPU", 132, False, True)
+    small = LowRankProblem(16, 64, 64, "bfloat16", "bfloat16", "cuda", "a GPU", 132, 8, False, True)
     circulant = StructuredProblem(
-        "circulant", 4096, 3072, 3072, (3072,), "float32", "float32", "cuda", "a GPU", 132, False, False
+        4096, 3072, 3072, "float32", "float32", "cuda", "a GPU", 132, "circulant", (3072,), False
     )
     for problem in (small, circulant):
         assert dispatch.decide(problem).backend == "cuda"

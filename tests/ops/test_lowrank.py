@@ -211,7 +211,7 @@ def test_use_backend_is_undone():
 
 
 def test_explain_names_path_and_reasons():
-    problem = LowRankProblem(64, 32, 32, 8, "float32", "float32", "cpu", "", 1, False, True)
+    problem = LowRankProblem(64, 32, 32, "float32", "float32", "cpu", "", 1, 8, False, True)
     text = str(peft_fused.explain(problem))
     assert "torch: " in text and "not triton: x is on cpu" in text and "not reference: torch comes first" in text
     with peft_fused.use_backend("reference"):
@@ -224,7 +224,7 @@ def test_a_gpu_without_kernels_is_reported_once(caplog, monkeypatch):
     monkeypatch.setattr(dispatch, "_why_not", lambda name, *_: () if name in ("torch", "reference") else ("not here",))
     monkeypatch.setattr(dispatch, "_said", set())
     dispatch._decide.cache_clear()
-    problem = LowRankProblem(64, 32, 32, 8, "float32", "float32", "cuda", "any", 1, False, True)
+    problem = LowRankProblem(64, 32, 32, "float32", "float32", "cuda", "any", 1, 8, False, True)
     assert [dispatch.decide(problem).backend for _ in range(2)] == ["torch", "torch"]
     assert [r.message for r in caplog.records if "runs on plain torch" in r.message and "not here" in r.message] == [
         caplog.records[0].message

@@ -263,7 +263,7 @@ def test_only_what_is_needed_is_computed_and_saved(kind, rows, node):
 
 
 def problem(kind, m, n, k, sizes, dtype="float32", device="cpu", **more):
-    return StructuredProblem(kind, m, n, k, sizes, dtype, dtype, device, "", 132, False, **more)
+    return StructuredProblem(m, n, k, dtype, dtype, device, "", 132, kind, sizes, False, **more)
 
 
 def test_plan_chooses_the_method():

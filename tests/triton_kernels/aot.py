@@ -4,18 +4,23 @@
 GPUs, and one test; the tables at the end of a run have the worst of all rows by kernel (tests/conftest.py).
 """
 
+import os
 import re
 import subprocess
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
+from peft_fused.triton_kernels.tiles import operand_class
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
+# Every configuration, as `make aot` sets it; otherwise of each tile the one that takes most.
+EVERY = os.environ.get("PEFT_FUSED_AOT") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of a block, by compute capability
 # Bytes of a thread. What Triton 3.6 compiles leaves a number or two of some kernels there.
@@ -97,7 +102,8 @@ def compile_for(source, target, *, num_warps, num_stages, maxnreg=None):
 class Row:
     """A configuration (with num_warps, num_stages and perhaps maxnreg) for a compute capability: one test.
 
-    title: of its table; kernel: its line in there. source(): what is compiled.
+    title: of its table; kernel: its line in there. source(): what is compiled. aligned: whether the compiler sees the
+    alignment of all operands.
     """
 
     target: int
@@ -106,9 +112,29 @@ class Row:
     config: object
     text: str
     source: Callable[[], ASTSource]
+    aligned: bool = True
 
     def __str__(self):
         return f"sm_{self.target}-" + "-".join(self.text.split())
+
+    @property
+    def tile(self):
+        """What of a KernelConfig decides its registers in the first place."""
+        c = self.config
+        sizes = tuple(pair for pair in c.constexprs if not self._is_switch(*pair))
+        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), sizes, c.num_warps, c.num_stages
+
+    @property
+    def demand(self):
+        """What adds to them: options that are on, operands that are there, loads by the element."""
+        on = [f"{name}={value}" for name, value in self.config.constexprs if value and self._is_switch(name, value)]
+        loads = [] if self.aligned else ["loads by the element"]
+        types = ["bfloat16"] if self.config.dtype == "bfloat16" else []  # which fp16 is like
+        return frozenset(on + loads + types)
+
+    @staticmethod
+    def _is_switch(name, value):
+        return name == "DROPOUT" or (name != "BACKWARD" and (isinstance(value, bool) or value is None))
 
     def check(self, problems, record_property):
         """Compiles it, leaves its resources for the table, and fails with what problems(config, resources) names."""
@@ -119,3 +145,11 @@ class Row:
         print(f"{self.text} {resources}")  # for pytest -rP
         found = problems(config, resources)
         assert not found, f"{self.text} {resources}: {', '.join(found)}"
+
+
+def to_compile(rows):
+    """The rows of a run: all, or of each tile those of which no other asks for more."""
+    rows, tiles = list(rows), defaultdict(list)
+    for row in rows:
+        tiles[row.tile].append(row.demand)
+    return [row for row in rows if EVERY or not any(row.demand < other for other in tiles[row.tile])]

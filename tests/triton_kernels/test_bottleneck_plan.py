@@ -16,7 +16,7 @@ from peft_fused.triton_kernels.bottleneck_plan import (
 )
 from peft_fused.triton_kernels.tiles import DTYPES, cdiv
 
-PROBLEM = BottleneckProblem(4096, 1024, 1024, 16, "bfloat16", "bfloat16", "cuda", "Some GPU", 132, 1, "gelu")
+PROBLEM = BottleneckProblem(4096, 1024, 1024, "bfloat16", "bfloat16", "cuda", "Some GPU", 132, 16, 1, "gelu")
 TYPES = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
 
 
@@ -54,7 +54,7 @@ def test_any_problem_has_a_plan():
             for dtype, adapter in TYPES:
                 for groups in (1, 5):
                     chosen = plan_bottleneck(
-                        BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", sm_count, groups, "relu")
+                        BottleneckProblem(m, n, k, dtype, adapter, "cuda", "", sm_count, r, groups, "relu")
                     )
                     for launches in (chosen.forward, chosen.backward):
                         assert all(launch.block_m in (16, 32, 64) and launch.splits >= 1 for launch in launches)
@@ -92,7 +92,7 @@ def test_compiled_configurations_are_all_that_plans_give():
         for r in (1, 8, 24, 100, 129):
             for n, k in ((768, 3072), (4096, 4096)):
                 for dtype, adapter in TYPES:
-                    problem = BottleneckProblem(m, n, k, r, dtype, adapter, "cuda", "", 132, groups, "gelu")
+                    problem = BottleneckProblem(m, n, k, dtype, adapter, "cuda", "", 132, r, groups, "gelu")
                     assert set(kernel_configs(problem)) <= known, problem
     for dtype, adapter in TYPES:
         for activation in BOTTLENECK_ACTIVATIONS:

@@ -13,20 +13,12 @@ import torch
 from peft_fused.triton_kernels import kronecker as launchers
 from peft_fused.triton_kernels.kronecker import kronecker_bwd, kronecker_fwd
 from peft_fused.triton_kernels.kronecker_plan import limits
-from runs import repeated
+from rule import FP32, TYPES, check_draws, repeated, violations
 
 from peft_fused.ops.dropout import dropout_threshold, keep_mask, keep_scale
 
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu
 
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TYPES = {
-    "fp32": (FP32, FP32),
-    "fp16": (FP16, FP16),
-    "fp16-fp32": (FP16, FP32),
-    "bf16": (BF16, BF16),
-    "bf16-fp32": (BF16, FP32),
-}
 NAMES = ("x", "A", "B")
 
 
@@ -121,24 +113,6 @@ def run(case, t, needs=NAMES, **overrides):
     return {"y": y} | {f"d{name}": grad for name, grad in grads.items()}
 
 
-def violations(got, truth, plain):
-    """Names whose error against float64 exceeds twice that of plain PyTorch, by maximum or by RMS."""
-    bad = []
-    for name, value in got.items():
-        if value.dtype != plain[name].dtype or value.shape != truth[name].shape or value.isnan().any():
-            bad.append((name, value.dtype, value.shape))
-            continue
-        if value.numel() == 0:
-            continue
-        for norm in (lambda e: e.abs().max().item(), lambda e: e.square().mean().sqrt().item()):
-            error, simple = norm(value.double() - truth[name]), norm(plain[name].double() - truth[name])
-            # Where plain PyTorch happens to be exact, one rounding in fp32 or a quarter in half precision is allowed.
-            floor = (1 if value.dtype == FP32 else 0.25) * torch.finfo(value.dtype).eps * norm(truth[name])
-            if error > 2 * simple + floor:
-                bad.append((name, error, simple))
-    return bad
-
-
 CASES = [
     *(Case(types=types, add=add) for types in TYPES for add in (False, True)),
     *(Case(types=types, p=0.3) for types in TYPES),
@@ -157,13 +131,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(case, device, poisoned):
-    pools = [], [], []
-    for draw in range(case.draws):
-        t = make(case, device, draw)
-        exact = reference(case, t, (torch.float64, torch.float64))
-        for pool, found in zip(pools, (run(case, t), exact, reference(case, t, TYPES[case.types])), strict=True):
-            pool.append(found)
-    assert not violations(*({name: torch.cat([found[name] for found in pool]) for name in pool[0]} for pool in pools))
+    check_draws(case, make, run, reference, device)
 
 
 @pytest.mark.parametrize("types", ["fp32", "fp16", "bf16-fp32"])

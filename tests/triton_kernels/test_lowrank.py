@@ -6,28 +6,19 @@ Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
 import itertools
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 
 import pytest
 import torch
 from peft_fused.triton_kernels import lowrank
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
 from peft_fused.triton_kernels.lowrank import lowrank_bwd, lowrank_fwd
-from runs import repeated
+from rule import TYPES, check_draws, violations
 
 from peft_fused.ops.lowrank import LowRankCall
 
 pytestmark = [] if os.environ.get("TRITON_INTERPRET") == "1" else pytest.mark.gpu
 
 NAMES = ("x", "weight", "bias", "A", "B", "u", "v")
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TYPES = {
-    "fp32": (FP32, FP32),
-    "fp16": (FP16, FP16),
-    "fp16-fp32": (FP16, FP32),
-    "bf16": (BF16, BF16),
-    "bf16-fp32": (BF16, FP32),
-}
 
 
 @dataclass(frozen=True)
@@ -199,37 +190,6 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
     return {"y": y, "S": S} | {f"d{name}": grad for name, grad in grads.items()}
 
 
-def violations(got, truth, plain, factor=2.0):
-    """Names whose error against float64 exceeds `factor` times that of plain PyTorch, by maximum or by RMS."""
-    bad = []
-    for name, value in got.items():
-        if value.dtype != plain[name].dtype or value.isnan().any():
-            bad.append((name, f"{value.dtype}, {value.isnan().sum()} NaN"))
-            continue
-        if value.numel() == 0:
-            continue
-        for norm in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
-            error = norm(value.double() - truth[name])
-            # One rounding in fp32, a quarter in half precision: for outputs that plain PyTorch happens to get exactly.
-            floor = (1 if value.dtype == FP32 else 0.25) * torch.finfo(value.dtype).eps * norm(truth[name])
-            if error > factor * norm(plain[name].double() - truth[name]) + floor:
-                bad.append((name, error.item(), norm(plain[name].double() - truth[name]).item()))
-    return bad
-
-
-def check(case, device):
-    pools = [], [], []
-    for draw in range(case.draws):
-        t = make(case, device, draw)
-        truth = reference(case, t, (torch.float64, torch.float64))
-        plain = reference(case, t, TYPES[case.types])
-        got = repeated(partial(run, case, t))
-        assert all(got[name].shape == truth[name].shape for name in got)
-        for pool, values in zip(pools, (got, truth, plain), strict=True):
-            pool.append(values)
-    assert not violations(*({name: torch.cat([v[name] for v in pool]) for name in pool[0]} for pool in pools))
-
-
 # The delta alone (base "none"), so that an error of the adapter cannot hide behind the base map.
 DELTA = Case(base="none")
 CASES = [
@@ -257,7 +217,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_backward(case, device, poisoned):
-    check(case, device)
+    check_draws(case, make, run, reference, device)
 
 
 def test_single_kernel_delta(device, poisoned):

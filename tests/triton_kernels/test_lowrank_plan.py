@@ -16,7 +16,7 @@ from peft_fused.triton_kernels.lowrank_plan import (
     table_key,
 )
 
-PROBLEM = LowRankProblem(4096, 4096, 4096, 16, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, False, True)
+PROBLEM = LowRankProblem(4096, 4096, 4096, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, 16, False, True)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_any_problem_has_a_plan():
             for dtype in ("float16", "bfloat16", "float32"):
                 for adapter in {dtype, "float32"}:
                     chosen = plan_lowrank(
-                        LowRankProblem(m, n, k, r, dtype, adapter, "cuda", "unheard of", sm_count, True, False)
+                        LowRankProblem(m, n, k, dtype, adapter, "cuda", "unheard of", sm_count, r, True, False)
                     )
                     assert min(chosen.shrink.splits, chosen.db.splits, chosen.grad_a.splits) >= 1
 

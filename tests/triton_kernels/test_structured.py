@@ -12,7 +12,7 @@ import torch
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
 from peft_fused.triton_kernels.fft_plan import next_length
 from peft_fused.triton_kernels.structured import convolve, convolve_bwd
-from runs import repeated
+from rule import repeated
 
 from peft_fused.ops.dropout import keep_mask
 

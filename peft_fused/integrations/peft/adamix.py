@@ -19,7 +19,6 @@ from ...methods.schedule import unwrap_model
 from ...ops.bottleneck import BOTTLENECK_ACTIVATIONS, BottleneckProblem
 from .config import FusedConfig, check_after
 from .export import Exported, ExportedLayer, check_additive, refuse_rank
-from .loading import awaits_checkpoint
 from .positions import POSITIONS, default_targets
 from .registration import Demo, FusedPeftType, Registration, register
 from .tuner import BaseLayer, FusedLayer, FusedTuner, mixes
@@ -115,20 +114,16 @@ class AdaMixPeftLinear(FusedLayer):
     adapter_layer_names = ("adamix_block",)
     linear_op = "lowrank_linear"
 
-    def update_layer(
-        self, adapter_name: str, *, kind: str, r: int, policy: RoutePolicy, alpha: float, activation: str,
-        dropout: float, expert_init: str, init_weights: bool, inference_mode: bool,
-    ) -> None:  # fmt: skip
-        shared = dict(expert_init=expert_init, dropout=dropout, group=adapter_name)
-        if kind == "adapter":
-            block = AdaMixAdapter(self.out_features, r, policy, activation=activation, **shared)
+    def update_layer(self, adapter_name: str, config: AdaMixConfig, key: str, init_weights: bool) -> None:
+        shared = dict(expert_init=config.expert_init, dropout=config.adamix_dropout, group=adapter_name)
+        r, policy = config.r, config.policy()
+        if config.kind == "adapter":
+            block = AdaMixAdapter(self.out_features, r, policy, activation=config.activation, **shared)
         else:
-            block = AdaMixDelta(self.in_features, self.out_features, r, policy, alpha=alpha, **shared)
+            block = AdaMixDelta(self.in_features, self.out_features, r, policy, alpha=config.lora_alpha, **shared)
         if not init_weights:
             block.randomize()
         self.adamix_block[adapter_name] = block
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def adapter(self, name: str) -> RoutedBlock:
         return self.block("adamix_block", name)
@@ -201,20 +196,6 @@ class AdaMixModel(FusedTuner):
 
     prefix = "adamix_"
     tuner_layer_cls = AdaMixPeftLinear
-
-    def layer_options(self, config: AdaMixConfig, key: str) -> dict:
-        return dict(
-            kind=config.kind,
-            r=config.r,
-            policy=config.policy(),
-            alpha=config.lora_alpha,
-            activation=config.activation,
-            dropout=config.adamix_dropout,
-            expert_init=config.expert_init,
-            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
-            init_weights=config.init_weights or awaits_checkpoint(config),
-            inference_mode=config.inference_mode,
-        )
 
     def layer_cls_for(self, base: nn.Module, config: AdaMixConfig, key: str) -> type:
         if config.kind != "adapter" or config.position != "pfeiffer":

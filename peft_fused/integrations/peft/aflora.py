@@ -7,15 +7,13 @@ from typing import ClassVar
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...layers.aflora import AfLoraAdapter, AfLoraLinear, AfLoraMember, AfLoraState, FreezingPolicy, draw_factors
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.sharded import whole
-from .config import FusedConfig, check_names, check_pattern
+from .config import FusedConfig, by_pattern, check_names, check_pattern
 from .export import Exported, ExportedLayer, refuse_rank
-from .loading import awaits_checkpoint
 from .registration import Demo, FusedPeftType, Registration, register
 from .tuner import EXTRA_STATE, FusedLayer, FusedTuner
 
@@ -134,35 +132,24 @@ class AfLoraPeftLinear(FusedLayer):
     state_names = ("aflora_state",)
     linear_op = "lowrank_linear"
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
-        super().__init__(base_layer, adapter_name, **options)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         self.register_load_state_dict_post_hook(_after_load)
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        *,
-        r: int,
-        alpha: float | None,
-        dropout: float,
-        d_initial: float,
-        init_weights: bool,
-        frozen: bool,
-        policy: FreezingPolicy,
-        inference_mode: bool,
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: AfLoraConfig, key: str, init_weights: bool) -> None:
+        r = by_pattern(config.rank_pattern, key, config.r)
+        alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
         A, B = nn.Linear(self.in_features, r, bias=False), nn.Linear(r, self.out_features, bias=False)
         draw_factors(A.weight, B.weight)
-        vectors = Vectors(r, self.out_features, d_initial, 1.0 if alpha is None else alpha / r)
+        vectors = Vectors(r, self.out_features, config.d_initial, 1.0 if alpha is None else alpha / r)
         if not init_weights:
             nn.init.normal_(vectors.b)
         self.aflora_A[adapter_name], self.aflora_B[adapter_name] = A, B
         self.aflora_vectors[adapter_name] = vectors
-        features = self.in_features, self.out_features
-        self.aflora_state[adapter_name] = AfLoraState(r, features, policy, frozen, group=adapter_name)
-        self.aflora_dropout[adapter_name] = nn.Dropout(dropout)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.aflora_state[adapter_name] = AfLoraState(
+            r, (self.in_features, self.out_features), config.policy(), config.is_frozen(key), group=adapter_name
+        )
+        self.aflora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
     def adapter(self, name: str) -> AfLoraAdapter:
         block = self.block
@@ -224,19 +211,6 @@ class AfLoraModel(FusedTuner):
 
     def _has(self, matches: Callable[[str], bool]) -> bool:
         return any(matches(name) for name, _ in self.model.named_modules())
-
-    def layer_options(self, config: AfLoraConfig, key: str) -> dict:
-        return dict(
-            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
-            dropout=config.lora_dropout,
-            d_initial=config.d_initial,
-            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
-            init_weights=config.init_weights or awaits_checkpoint(config),
-            frozen=config.is_frozen(key),
-            policy=config.policy(),
-            inference_mode=config.inference_mode,
-        )
 
 
 def _export(config: AfLoraConfig, layers: dict[str, AfLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:

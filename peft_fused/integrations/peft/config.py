@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
+from peft.utils.other import get_pattern_key
 
 from ...layers.checks import check_choice, check_flag, check_int
 from .card import describe_method
@@ -61,6 +62,11 @@ def check_pattern(name: str, value, check: Callable) -> dict:
         check_regex(f"{name}[{key!r}]", key, part=True)
         check(f"{name}[{key!r}]", each)
     return value
+
+
+def by_pattern(pattern: dict, key: str, default):
+    """What a pattern has for the layer named key."""
+    return pattern.get(get_pattern_key(pattern, key), default)
 
 
 @dataclass

@@ -4,16 +4,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...layers.checks import check_alpha, check_dropout, check_rank
 from ...layers.dylora import DyLoraAdapter, DyLoraLinear, RankMember, RankPolicy, RankState, use_ranks
 from ...layers.sharded import whole
 from ...methods.schedule import members_of
-from .config import FusedConfig, check_pattern
+from .config import FusedConfig, by_pattern, check_pattern
 from .export import Exported, ExportedLayer
-from .loading import awaits_checkpoint
 from .registration import Demo, FusedPeftType, Registration, register
 from .tuner import FusedLayer, FusedTuner
 
@@ -91,29 +89,18 @@ class DyLoraPeftLinear(FusedLayer):
     other_param_names = ("dylora_ranks", "dylora_dropout")
     linear_op = "lowrank_linear"
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float,
-        init_weights: bool,
-        policy: RankPolicy,
-        eval_rank: int | None,
-        inference_mode: bool,
-    ) -> None:
+    def update_layer(self, adapter_name: str, config: DyLoraConfig, key: str, init_weights: bool) -> None:
+        r = by_pattern(config.rank_pattern, key, config.r)
+        alpha = by_pattern(config.alpha_pattern, key, config.lora_alpha)
         # torch.nn.Linear starts as kaiming_uniform(a=sqrt(5)), which is DyLoRA's choice for A.
         self.dylora_A[adapter_name] = nn.Linear(self.in_features, r, bias=False)
         self.dylora_B[adapter_name] = nn.Linear(r, self.out_features, bias=False)
         if init_weights:
             nn.init.zeros_(self.dylora_B[adapter_name].weight)
-        self.dylora_ranks[adapter_name] = state = RankState(r, alpha, policy, group=adapter_name)
-        if eval_rank is not None:
-            use_ranks([state], [min(eval_rank, r)])
-        self.dylora_dropout[adapter_name] = nn.Dropout(dropout)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.dylora_ranks[adapter_name] = state = RankState(r, alpha, config.policy(), group=adapter_name)
+        if config.eval_rank is not None:
+            use_ranks([state], [min(config.eval_rank, r)])
+        self.dylora_dropout[adapter_name] = nn.Dropout(config.lora_dropout)
 
     def adapter(self, name: str) -> DyLoraAdapter:
         block = self.block
@@ -134,18 +121,6 @@ class DyLoraModel(FusedTuner):
 
     prefix = "dylora_"
     tuner_layer_cls = DyLoraPeftLinear
-
-    def layer_options(self, config: DyLoraConfig, key: str) -> dict:
-        return dict(
-            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), config.lora_alpha),
-            dropout=config.lora_dropout,
-            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
-            init_weights=config.init_weights or awaits_checkpoint(config),
-            policy=config.policy(),
-            eval_rank=config.eval_rank,
-            inference_mode=config.inference_mode,
-        )
 
 
 def _export(config: DyLoraConfig, layers: dict[str, DyLoraPeftLinear], adapter_name: str, rank: int | None) -> Exported:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
-from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.autograd.graph import increment_version
 
@@ -18,7 +17,7 @@ from ...layers.rosa.state import RosaAdapter, RosaMember, RosaState, SubspaceFac
 from ...layers.rosa.subspace import check_subspace_rank, subspace_rank
 from ...layers.sharded import is_sharded, whole
 from ...ops.arguments import FLOATING
-from .config import FusedConfig, check_pattern
+from .config import FusedConfig, by_pattern, check_pattern
 from .export import Exported, ExportedLayer, refuse_rank
 from .loading import Snapshot, awaits_checkpoint
 from .registration import Demo, FusedPeftType, Registration, register
@@ -94,10 +93,8 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
     linear_op = "lowrank_linear"
     WEIGHT = "base_layer.weight"
 
-    def update_layer(
-        self, adapter_name: str, *, r: int | float, policy: SubspacePolicy, layer: str, inference_mode: bool
-    ) -> None:
-        r = subspace_rank(r, self.in_features, self.out_features)
+    def update_layer(self, adapter_name: str, config: RosaConfig, key: str, init_weights: bool) -> None:
+        r = subspace_rank(by_pattern(config.rank_pattern, key, config.r), self.in_features, self.out_features)
         weight = self.base_weight()
         if "_pretrained" not in self.__dict__:
             self.keep_pretrained()
@@ -107,10 +104,9 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
         self.rosa_A[adapter_name] = SubspaceFactor(r, self.in_features, **where)
         self.rosa_B[adapter_name] = SubspaceFactor(self.out_features, r, **where)
         self.rosa_state[adapter_name] = RosaState(
-            r, self.in_features, self.out_features, policy, wide, adapter_name, layer
+            r, self.in_features, self.out_features, config.policy(), wide, adapter_name, key
         )  # fmt: skip
         self.rosa_state[adapter_name].on_load = self.state_loaded
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def base_weight(self) -> torch.Tensor:
         return self.get_base_layer().weight
@@ -273,12 +269,8 @@ class RosaPeftLinear(SubspaceHost, FusedLayer):
 
     # ----------------------------------------------------------------------------------------------- for the base class
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # Not to its dtype too: factors with pretrained content would lose digits that the base weight does not have.
-        device = self.base_weight().device if device is None else device
-        for factor in (self.rosa_A[adapter_name], self.rosa_B[adapter_name]):
-            if not factor.weight.is_meta:
-                factor.to(device)
+    def keeps_dtype(self, adapter_name: str) -> bool:
+        return True  # factors with pretrained content would lose digits that the base weight does not have
 
     def adapter(self, name: str) -> RosaAdapter:
         return RosaAdapter(*self.factors(name), self.block("rosa_state", name), self.check_held)
@@ -343,14 +335,6 @@ class RosaModel(FusedTuner):
                 "in place, which would change both. Exclude it with exclude_modules, or untie the weights first."
             )
         return cls
-
-    def layer_options(self, config: RosaConfig, key: str) -> dict:
-        return dict(
-            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r),
-            policy=config.policy(),
-            layer=key,
-            inference_mode=config.inference_mode,
-        )
 
     def _check_single(self, names: str | list[str]) -> None:
         for layer in self._layers():

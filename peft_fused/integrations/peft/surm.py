@@ -13,7 +13,6 @@ from ...layers.surm.linear import CirculantLinear, KroneckerLinear, LdrLinear, S
 from ...layers.surm.maps import MapSpec
 from .config import FusedConfig, check_after
 from .export import Exported, ExportedLayer, check_additive
-from .loading import awaits_checkpoint
 from .positions import default_targets
 from .registration import Demo, FusedPeftType, Registration, register
 from .tuner import FusedLayer, FusedTuner
@@ -103,32 +102,19 @@ class SurmPeftLinear(FusedLayer):
 
     adapter_layer_names = ("surm_block",)
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        *,
-        kind: str,
-        map_options: dict,
-        alpha: float | None,
-        dropout: float,
-        activation: str,
-        allow_nonidentity: bool,
-        init_weights: bool,
-        inference_mode: bool,
-    ) -> None:
-        if kind == "adapter":
+    def update_layer(self, adapter_name: str, config: SurmConfig, key: str, init_weights: bool) -> None:
+        options, alpha, dropout = config.map_options(), config.surm_alpha, config.surm_dropout
+        if config.kind == "adapter":
             block = SurmAdapter(
-                self.out_features, activation=activation, allow_nonidentity=allow_nonidentity, alpha=alpha,
-                dropout=dropout, **map_options,
+                self.out_features, activation=config.activation, allow_nonidentity=config.allow_nonidentity,
+                alpha=alpha, dropout=dropout, **options,
             )  # fmt: skip
         else:
-            spec = MapSpec(kind=kind, **map_options)
+            spec = MapSpec(kind=config.kind, **options)
             block = StructuredDelta(spec.make(self.in_features, self.out_features), alpha, dropout)
         if not init_weights:
             block.randomize()
         self.surm_block[adapter_name] = block
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def adapter(self, name: str) -> StructuredDelta:
         return self.block("surm_block", name)
@@ -139,19 +125,6 @@ class SurmModel(FusedTuner):
 
     prefix = "surm_"
     tuner_layer_cls = SurmPeftLinear
-
-    def layer_options(self, config: SurmConfig, key: str) -> dict:
-        return dict(
-            kind=config.kind,
-            map_options=config.map_options(),
-            alpha=config.surm_alpha,
-            dropout=config.surm_dropout,
-            activation=config.activation,
-            allow_nonidentity=config.allow_nonidentity,
-            # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
-            init_weights=config.init_weights or awaits_checkpoint(config),
-            inference_mode=config.inference_mode,
-        )
 
     def _prepare_adapter_config(self, peft_config: SurmConfig, model_config: dict) -> SurmConfig:
         if peft_config.kind == "adapter" and peft_config.target_modules is None:

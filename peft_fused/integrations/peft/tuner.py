@@ -169,7 +169,8 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     """A linear layer with our adapters. Subclasses name their containers, which become ModuleDicts keyed by adapter
     name, in `adapter_layer_names` and `other_param_names`, and define:
 
-    update_layer(adapter_name, **options): creates and initialises an adapter.
+    update_layer(adapter_name, config, key, init_weights): creates an adapter by its config for the module named key,
+    as one that changes nothing, or else with random values to tell it from one whose weights a checkpoint had.
     adapter(adapter_name): it, as the plain layers have it: with `step(x)`, its part in a forward pass; `delta()`, its
     change of the weight, [N, K], in fp32; `is_zero()`, whether it is as it was made, and so changes nothing; on_output.
     factor(adapter_name): one of its parameters, whose dtype and device all share.
@@ -184,7 +185,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     # defines problem_with(state), state being None where a checkpoint has none.
     state_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **options):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config, key: str, **options):
         super().__init__()
         for container in self.adapter_layer_names + self.other_param_names:
             setattr(self, container, nn.ModuleDict())
@@ -202,7 +203,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = self.sizes(sized)
         self._made_for = sized.weight.device, sized.weight.dtype
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **options)
+        self.add_adapter(adapter_name, config, key)
 
     @staticmethod
     def sizes(base: nn.Module) -> tuple[int, int]:
@@ -218,10 +219,19 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             device = execution_device(base_layer) or device
         return device, dtype
 
+    def add_adapter(self, adapter_name: str, config, key: str) -> None:
+        """An adapter by its config, where the base layer is; key: the layer's name in its model."""
+        self.autocasts.pop(adapter_name, None)
+        # Weights about to be loaded need no random start; if they then do not fit, it is seen that none were lost.
+        self.update_layer(adapter_name, config, key, config.init_weights or awaits_checkpoint(config))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def update_layer(self, adapter_name: str, config, key: str, init_weights: bool) -> None:
+        raise NotImplementedError
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's also casts to the base's type. What low_cpu_mem_usage has loaded, and PEFT casts to fp32 right after
-        # this, would have been rounded in between.
-        if not self.autocasts.get(adapter_name):
+        if not self.keeps_dtype(adapter_name):  # PEFT's also casts to the base's type
             super()._move_adapter_to_device_of_base_layer(adapter_name, device)
             return
         device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
@@ -229,6 +239,11 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             block = self._modules[container]._modules.get(adapter_name)
             if device is not None and block is not None and not any(p.is_meta for p in block.parameters()):
                 block.to(device)
+
+    def keeps_dtype(self, adapter_name: str) -> bool:
+        """Whether moving an adapter leaves its type: what low_cpu_mem_usage has loaded, and PEFT casts to fp32 after it
+        has moved it, would have been rounded in between."""
+        return self.autocasts.get(adapter_name, False)
 
     def block(self, container: str, adapter_name: str) -> nn.Module:
         """What a container holds of an adapter, found without the detour of attributes, which costs a microsecond."""
@@ -544,7 +559,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
 
 
 class FusedTuner(BaseTuner):
-    """Base of our tuners. Subclasses set `prefix`, `tuner_layer_cls` and `layer_options(config, key)`."""
+    """Base of our tuners. Subclasses set `prefix` and `tuner_layer_cls`."""
 
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     # (adapter, what to put back) while weights are about to be loaded into that adapter.
@@ -641,10 +656,6 @@ class FusedTuner(BaseTuner):
             if getattr(self.peft_config.get(name), "kind", None) == "adapter":
                 raise ValueError(f"adapter {name!r} {NOT_ADDITIVE}")
 
-    def layer_options(self, config, key: str) -> dict:
-        """Arguments of the layer's `update_layer` for the module named key."""
-        raise NotImplementedError
-
     def _prepare_model(self, peft_config, model):
         refuse_zero3(model)
         if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -655,7 +666,7 @@ class FusedTuner(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ):
-        options = self.layer_options(peft_config, current_key)
+        layer_key = current_key
         made = get_quantization_kwargs(self)
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         wrapped = isinstance(target, self.tuner_layer_cls)
@@ -669,11 +680,10 @@ class FusedTuner(BaseTuner):
             current_key = f"{current_key.rpartition('.')[0]}.{target_name}".lstrip(".")
         try:
             if wrapped:
-                target.autocasts.pop(adapter_name, None)
-                target.update_layer(adapter_name, **options)
+                target.add_adapter(adapter_name, peft_config, layer_key)
                 target.follow_mode(adapter_name)
                 return
-            layer = layer_cls(target, adapter_name, **options, **made)
+            layer = layer_cls(target, adapter_name, peft_config, layer_key, **made)
             layer.module_name = current_key
         except ValueError as error:  # options that do not fit this layer's sizes, which do not know its name
             raise ValueError(f"target module {current_key!r}: {error}") from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import dispatch
+from ...triton_kernels.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class OpCases:
     reference: Callable
     cases: Callable[..., Iterator[Case]]
     control: Callable[..., Case]
-    problem: Callable[[Case], dispatch.Problem]
+    problem: Callable[[Case], Problem]
     mutations: Callable[[Case], dict[str, Case]]
 
 

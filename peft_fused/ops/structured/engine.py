@@ -98,8 +98,8 @@ def _problem(kind, x, dtype, shapes, parameter_dtype, device, n, dropout, transp
     """The same of the shape x, and those of p and q."""
     names = name_of(dtype), name_of(parameter_dtype)
     return StructuredProblem(
-        kind, math.prod(x[:-1]), n, x[-1], maps.sizes_of(kind, *shapes), *names, device.type,
-        *gpu_of(device), dropout, transposed,
+        math.prod(x[:-1]), n, x[-1], *names, device.type, *gpu_of(device), kind, maps.sizes_of(kind, *shapes), dropout,
+        transposed,
     )  # fmt: skip
 
 

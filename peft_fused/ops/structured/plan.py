@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
 from ...triton_kernels import fft_plan, kronecker_plan
+from ...triton_kernels.problem import Problem
 from . import materialized
 
 KINDS = ("circulant", "skew_circulant", "toeplitz", "toeplitz_product", "kronecker", "ldr")
@@ -56,23 +57,15 @@ class StructuredPlan:
 
 
 @dataclass(frozen=True)
-class StructuredProblem:
+class StructuredProblem(Problem):
     """x [m, k] through a structured map to [m, n].
 
     sizes: circulant (n,) or (blocks out, blocks in, block), skew_circulant (n,), toeplitz (n, k), toeplitz_product
-    (n,), kronecker (a1, a2, b1, b2), ldr (terms, n). Types are names such as "bfloat16"; device is "cuda" or "cpu".
+    (n,), kronecker (a1, a2, b1, b2), ldr (terms, n).
     """
 
     kind: str
-    m: int
-    n: int
-    k: int
     sizes: tuple[int, ...]
-    dtype: str
-    adapter_dtype: str
-    device: str
-    gpu: str
-    sm_count: int
     dropout: bool
     transposed: bool = False
 
@@ -89,13 +82,10 @@ class StructuredProblem:
         return plan_structured(self)
 
     def describe(self) -> str:
-        types = self.dtype if self.dtype == self.adapter_dtype else f"{self.dtype} x, {self.adapter_dtype} parameters"
-        transposed = " transposed" if self.transposed else ""
-        sizes = f"[{self.m}, {self.k}] -> [{self.m}, {self.n}], sizes {'x'.join(map(str, self.sizes))}"
-        return f"{self.kind}{transposed} {sizes}, {types}{', dropout' if self.dropout else ''} on {self.device}"
+        op, sizes = f"{self.kind}{' transposed' if self.transposed else ''}", "x".join(map(str, self.sizes))
+        return self.sentence(op, f", sizes {sizes}", more=", dropout" if self.dropout else "")
 
     def limits(self, backend: str) -> list[str]:
-        """What keeps the kernels of a backend from this problem, whatever the machine."""
         if backend == "cuda" and self.transposed:
             return ["a transposed map has no C++ node"]
         if self.kind == "kronecker":
@@ -116,7 +106,6 @@ class StructuredProblem:
         return kronecker_plan.limits(*sizes, self.dtype, self.adapter_dtype, self.dropout)
 
     def preference(self) -> tuple[str, ...]:
-        """Backends on CUDA, the best first."""
         if self.plan.method == "dense":
             return ("torch",)
         # In fp32 the CUDA FFT does on ordinary cores what the tensor cores need three products for.
@@ -125,7 +114,6 @@ class StructuredProblem:
         return ("triton", "cuda", "torch")
 
     def native(self, backend: str) -> bool:
-        """Whether the C++ node runs the problem on a backend."""
         if self.kind not in ("circulant", "toeplitz", "kronecker") or self.blocks or self.transposed:
             return False
         return backend == "cuda" or (backend == "torch" and self.device == "cpu")
@@ -138,7 +126,6 @@ class StructuredProblem:
         return self.plan.method, self.plan.length, self.n, matrix
 
     def words(self, backend: str, onednn: bool) -> str:
-        """What the backend runs, as the end of a sentence."""
         if self.kind == "kronecker":
             return ", one kernel" if backend == "triton" else ", two GEMMs"
         if backend == "triton":

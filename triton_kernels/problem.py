@@ -1,0 +1,52 @@
+"""A call as dispatch and the launch plans know it, which need neither torch nor triton."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call as far as decisions depend on it: equal for calls that run alike. An op's own has what else matters.
+
+    m rows of k features to n. Types, of the rows and of the parameters, are names such as "bfloat16"; device is "cuda"
+    or "cpu". By itself it is that of an op without kernels of its own.
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    adapter_dtype: str
+    device: str
+    gpu: str
+    sm_count: int
+
+    def describe(self) -> str:
+        """The op, its sizes and types, for messages: a `sentence`."""
+        raise NotImplementedError
+
+    def limits(self, backend: str) -> list[str]:
+        """What keeps the kernels of triton or cuda from this problem, whatever the machine."""
+        return ["the op has no kernel of its own"]
+
+    def preference(self) -> tuple[str, ...]:
+        """Backends on CUDA, the best first."""
+        return ("torch",)
+
+    def native(self, backend: str) -> bool:
+        """Whether the C++ node runs the problem on a backend."""
+        return False
+
+    def launch_plan(self, backend: str):
+        """What the implementation is given to run by."""
+        return None
+
+    def words(self, backend: str, onednn: bool) -> str:
+        """What the backend runs, as the end of a sentence. onednn: whether it has the dense products."""
+        return ""
+
+    def sentence(self, op: str, options: str, rows: str = "x", parameters: str = "parameters", more: str = "") -> str:
+        """options: with their commas. rows, parameters: what they are called where their types differ."""
+        types = self.dtype
+        if self.adapter_dtype != types:
+            types = f"{types} {rows}, {self.adapter_dtype} {parameters}"
+        return f"{op} [{self.m}, {self.k}] -> [{self.m}, {self.n}]{options}, {types}{more} on {self.device}"
