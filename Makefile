@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test quick test-newest fuzz check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test quick aot test-newest fuzz check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -40,6 +40,11 @@ test: venv
 quick: export OMP_NUM_THREADS ?= 1
 quick: check
 	$(BIN)/pytest -q $(PARALLEL) @tests/quick.txt
+
+# Every configuration of the Triton kernels, of which `make test` compiles those of each tile that take most.
+aot: export OMP_NUM_THREADS ?= 1
+aot: venv
+	PEFT_FUSED_AOT=all $(BIN)/pytest -q $(PARALLEL) -m aot
 
 # Random cases, kills and full disks that `make test` has a few of: what was tried, and what became of it.
 fuzz: venv

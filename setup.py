@@ -82,12 +82,11 @@ def native_extension(mode):
     if mode == "force" and torch.version.cuda is not None and nvcc is None:
         stop(mode, "torch is a CUDA build but nvcc was not found (set CUDA_HOME)")
 
-    sources = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))]
     extension = CppExtension(
         "peft_fused._C",
-        sources,
+        ["csrc/extension.cpp"],
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-unused-parameter", *openmp_flags()],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", *openmp_flags()],
     )
 
     class Build(BuildExtension):

@@ -166,7 +166,7 @@ def build(shape: StructuredShape, device: torch.device) -> Variants:
     x = made.tensors["x"]
     dy = torch.randn(shape.m, shape.n, generator=torch.Generator().manual_seed(1)).to(x)
     values = [made.tensors[name] for name in made.wrt[1:]]
-    truth = outputs(getattr(structured, f"{shape.op}_matmul_reference"), made.to(torch.float64), dy.double())
+    (truth,) = outputs(getattr(structured, f"{shape.op}_matmul_reference"), made.to(torch.float64), dy.double())
     ours, skipped = getattr(structured, f"{shape.op}_matmul"), {}
 
     def layer(kind: Callable, function: Callable) -> Layer:

@@ -150,7 +150,7 @@ py::object structured(const py::dict& decisions, const py::object& x, const py::
   StructuredArguments a;
   a.kind = kind;
   Control outputs;
-  bool has_outputs;
+  bool has_outputs = false;
   const bool readable = read_tensor(x, a.x, true) && read_tensor(p, a.p, true) && read_tensor(q, a.q, false) &&
                         read_tensor(add, a.add, false) && read_index(out_features, outputs, has_outputs) &&
                         !outputs.tensor.defined() && std::abs(outputs.number) < 1e15 && read_control(scale, a.scale) &&

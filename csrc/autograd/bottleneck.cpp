@@ -17,9 +17,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Below this size the two layouts of dU's product cost the same and the direct one saves a transposition.
-constexpr int64_t kSmallProduct = 1 << 16;
-
 enum class Activation { gelu, gelu_tanh, relu, silu, tanh, identity };
 
 std::optional<Activation> activation_of(const std::string& name) {
@@ -58,8 +55,8 @@ Tensor derive(Activation activation, const Tensor& da, const Tensor& z) {
 }
 
 // Everything backward needs that is no tensor to be differentiated.
-enum Input { kH, kDown, kDownBias, kUp, kUpBias, kResidual, kInputs };
-struct Call : torch::CustomClassHolder {
+enum BottleneckInput { kH, kDown, kDownBias, kUp, kUpBias, kResidual, kBottleneckInputs };
+struct BottleneckCall : torch::CustomClassHolder {
   Activation activation;
   double scale;
   std::vector<int64_t> expert_d, expert_u;  // one, or one per group of rows
@@ -68,7 +65,7 @@ struct Call : torch::CustomClassHolder {
   bool residual_is_h;
   bool grad;  // whether autograd records the call
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
-  int edge[kInputs];
+  int edge[kBottleneckInputs];
 };
 
 // ------------------------------------------------------------------------------------------------------------ pieces
@@ -79,7 +76,7 @@ struct Piece {
   Tensor of(const Tensor& t) const { return t.defined() && count != t.size(0) ? t.narrow(0, first, count) : t; }
 };
 
-std::vector<Piece> pieces_of(const Call& c, int64_t rows, int64_t columns, bool blocked) {
+std::vector<Piece> pieces_of(const BottleneckCall& c, int64_t rows, int64_t columns, bool blocked) {
   const int64_t down = static_cast<int64_t>(c.expert_d.size()), up = static_cast<int64_t>(c.expert_u.size());
   const int64_t groups = std::lcm(down, up), size = rows / groups;
   std::vector<Piece> spans;
@@ -128,9 +125,9 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& h, const Tensor& down, const Optional& down_bias_,
                         const Tensor& up, const Optional& up_bias_, const Optional& residual_,
-                        const c10::intrusive_ptr<Call>& call) {
+                        const c10::intrusive_ptr<BottleneckCall>& call) {
     const BelowAutograd guard;
-    const Call& c = *call;
+    const BottleneckCall& c = *call;
     const Tensor down_bias = down_bias_.value_or(Tensor()), up_bias = up_bias_.value_or(Tensor());
     const Tensor h2 = rows_of(h), start = residual_ ? rows_of(*residual_) : h2;
     const int64_t m = h2.size(0), n = up.size(-2);
@@ -173,15 +170,15 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
-    variable_list out(kInputs + 1);
+    variable_list out(kBottleneckInputs + 1);
     if (!grads[0].defined()) return out;
     const Tensor dy = upstream(grads[0], "bottleneck");
-    const auto call = call_of<Call>(ctx);
-    const Call& c = *call;
+    const auto call = call_of<BottleneckCall>(ctx);
+    const BottleneckCall& c = *call;
     const auto saved = saved_of(ctx, {"h", "down", "up", "z"});
     const BelowAutograd guard;
     const Tensor &h = saved[0], &down = saved[1], &up = saved[2], &z = saved[3];
-    const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
+    const auto need = [&](BottleneckInput i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
     const bool need_dz = need(kH) || need(kDown) || need(kDownBias);
     if (need(kResidual)) out[kResidual] = dy;
     if (!need_dz && !need(kUp) && !need(kUpBias)) return out;
@@ -265,7 +262,7 @@ Tensor bottleneck(const BottleneckArguments& a) {
   const auto activation = activation_of(a.activation);
   TORCH_CHECK_VALUE(activation, "activation is unknown: ", a.activation);
   const int64_t rows = c10::multiply_integers(h.sizes().slice(0, h.dim() - 1));
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<BottleneckCall>();
   call->activation = *activation;
   call->scale = a.scale.number;
   call->expert_d = experts_of(a.expert_d, down, rows);
@@ -277,9 +274,9 @@ Tensor bottleneck(const BottleneckArguments& a) {
   call->type = down.scalar_type();
   call->residual_is_h = !a.residual.defined();
   call->grad = at::GradMode::is_enabled();
-  const Tensor* inputs[kInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
+  const Tensor* inputs[kBottleneckInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
   int edges = 0;
-  for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
+  for (int i = 0; i < kBottleneckInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
   return Bottleneck::apply(h, down, optional(a.down_bias), up, optional(a.up_bias), optional(a.residual), call);
 }
 

@@ -37,6 +37,8 @@ struct Settings {
 Settings& settings();
 
 constexpr int64_t kMaxRank = 256;
+// Below this size the two layouts of the product for dB, or dU, cost the same and the direct one saves a transposition.
+constexpr int64_t kSmallProduct = 1 << 16;
 
 // An ordinary dense tensor: no subclass, and its memory holds its values as they are (see memory.h).
 bool plain(const at::Tensor& t);

@@ -20,21 +20,18 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Below this size the two layouts of dB's product cost the same and the direct one saves a transposition.
-constexpr int64_t kSmallProduct = 1 << 16;
-
 // ------------------------------------------------------------------------------------------------------------ pieces
 
-enum Input { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kInputs };
+enum LowRankInput { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kLowRankInputs };
 
 // Everything backward needs that is no tensor to be differentiated.
-struct Call : torch::CustomClassHolder {
+struct LowRankCall : torch::CustomClassHolder {
   double scale = 1;
   int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
   bool frozen = false, mixed = false;
   bool grad = false;  // whether autograd records the call
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
-  int edge[kInputs];
+  int edge[kLowRankInputs];
 };
 
 struct Device {  // controls that stay on the device
@@ -53,7 +50,7 @@ struct Adapter {
   Tensor A, B, u, v, kept;
   int64_t width = 0;
 
-  Adapter(const Tensor& a, const Tensor& b, const Tensor& u_, const Tensor& v_, const Call& c, const Device& d)
+  Adapter(const Tensor& a, const Tensor& b, const Tensor& u_, const Tensor& v_, const LowRankCall& c, const Device& d)
       : A(choose(a, c.expert_a, d.expert_a)), B(choose(b, c.expert_b, d.expert_b)), u(u_), v(v_) {
     if (!B.defined()) return;
     width = B.size(1);
@@ -78,7 +75,7 @@ struct Adapter {
 
 #ifdef PEFT_FUSED_CUDA
 // S = keep_rank(A drop(x)) [m, width] by the CUDA kernel.
-Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
+Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, const LowRankCall& c, const Device& d) {
   const Tensor x = x2.stride(1) == 1 ? x2 : x2.contiguous();
   const Tensor A = A_stack.stride(-1) == 1 ? A_stack : A_stack.contiguous();
   Tensor S = at::empty({x.size(0), ad.width}, A.options());
@@ -109,7 +106,7 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 
 // y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S.
 std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
-                                const Tensor& A_stack, const Adapter& ad, const Call& c, const Device& d) {
+                                const Tensor& A_stack, const Adapter& ad, const LowRankCall& c, const Device& d) {
   const int64_t m = x2.size(0), n = ad.B.size(0);
   const bool base_first = weight.defined() && uses_onednn(x2, weight.t());
   const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
@@ -153,7 +150,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
 }
 
 // The gradient of the live rows (columns) of a factor, in a tensor like the factor, zero elsewhere.
-Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& device_expert, const Call& c,
+Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& device_expert, const LowRankCall& c,
              const Device& d, bool columns) {
   if (c.frozen) {
     const int64_t width = grad.size(columns ? 1 : 0);
@@ -177,9 +174,9 @@ struct LowRank : torch::autograd::Function<LowRank> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& weight_, const Optional& add_,
                         const Optional& bias_, const Tensor& A, const Tensor& B, const Optional& u_,
-                        const Optional& v_, const c10::intrusive_ptr<Call>& call, const Device& d) {
+                        const Optional& v_, const c10::intrusive_ptr<LowRankCall>& call, const Device& d) {
     const BelowAutograd guard;
-    const Call& c = *call;
+    const LowRankCall& c = *call;
     const auto get = [](const Optional& t) { return t ? *t : Tensor(); };
     const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
     const Adapter ad(A, B, u, v, c, d);
@@ -199,17 +196,17 @@ struct LowRank : torch::autograd::Function<LowRank> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list out(kInputs + 2);
+    variable_list out(kLowRankInputs + 2);
     if (!grads[0].defined()) return out;
     const Tensor dy = upstream(grads[0], "lowrank");
-    const auto call = call_of<Call>(ctx);
-    const Call& c = *call;
+    const auto call = call_of<LowRankCall>(ctx);
+    const LowRankCall& c = *call;
     const auto saved = saved_of(ctx, {"x", "weight", "A", "B", "u", "v", "S", "scale", "rank", "expert", "expert",
                                       "seed"});
     const BelowAutograd guard;
     const Tensor &x = saved[0], &weight = saved[1], &A = saved[2], &B = saved[3], &u = saved[4], &v = saved[5];
     const Device d{saved[7], saved[8], saved[9], saved[10], saved[11]};
-    const auto need = [&](Input i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
+    const auto need = [&](LowRankInput i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
 
     const Adapter ad(A, B, u, v, c, d);
     const Tensor dy2 = rows_of(dy);
@@ -219,7 +216,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
     if (need(kBias)) out[kBias] = dy2.sum(0);
     if (need(kAdd)) out[kAdd] = dy;
     if (m == 0) {  // zeros times a factor that is not finite would be NaN
-      const auto zeros = [&](Input i, const Tensor& t) { if (need(i)) out[i] = at::zeros(t.sizes(), t.options()); };
+      const auto zeros = [&](LowRankInput i, const Tensor& t) { if (need(i)) out[i] = at::zeros(t.sizes(), t.options()); };
       zeros(kA, A);
       zeros(kB, B);
       zeros(kU, u);
@@ -301,7 +298,7 @@ Key key_of(LowRankArguments& a) {
 }
 
 Tensor lowrank(const LowRankArguments& a) {
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<LowRankCall>();
   call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.A.size(-2);
   call->expert_a = static_cast<int64_t>(a.expert_a.number);
   call->expert_b = static_cast<int64_t>(a.expert_b.number);
@@ -313,8 +310,8 @@ Tensor lowrank(const LowRankArguments& a) {
            a.dropout.seed_on(a.x.device())};
   call->scale = d.scale.defined() ? 1.0 : a.scale.number;
   int edges = 0;
-  const Tensor* inputs[kInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
-  for (int i = 0; i < kInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
+  const Tensor* inputs[kLowRankInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
+  for (int i = 0; i < kLowRankInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
   return LowRank::apply(a.x, optional(a.weight), optional(a.add), optional(a.bias), a.A, a.B, optional(a.u),
                         optional(a.v), call, d);
 }

@@ -24,7 +24,7 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // Everything backward needs that is no tensor to be differentiated.
-struct Call : torch::CustomClassHolder {
+struct StructuredCall : torch::CustomClassHolder {
   Structure structure;
   Method method;
   int64_t n, k, length, threshold;
@@ -37,11 +37,11 @@ struct Call : torch::CustomClassHolder {
 at::ScalarType wide(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 // The type of the work: convolutions in fp32 at least, the Kronecker map's products in its factors' type.
-at::ScalarType work_type(const Call& c, const Tensor& p) {
+at::ScalarType work_type(const StructuredCall& c, const Tensor& p) {
   return c.structure == Structure::kronecker ? p.scalar_type() : wide(p.scalar_type());
 }
 
-Tensor scaled(const Tensor& t, const Call& c, const Tensor& device_scale) {
+Tensor scaled(const Tensor& t, const StructuredCall& c, const Tensor& device_scale) {
   if (device_scale.defined()) return t * device_scale;
   return c.scale == 1 ? t : t * c.scale;
 }
@@ -49,7 +49,7 @@ Tensor scaled(const Tensor& t, const Call& c, const Tensor& device_scale) {
 // ------------------------------------------------------------------------------------------- vectors and their gradient
 
 // maps.kernel: the first column of the circulant matrix of order `length` that holds the map.
-Tensor kernel_of(const Call& c, const Tensor& p, const Tensor& q) {
+Tensor kernel_of(const StructuredCall& c, const Tensor& p, const Tensor& q) {
   Tensor column = p.to(wide(p.scalar_type())), before;
   if (c.structure == Structure::circulant) {
     if (q.defined()) column = column * q;
@@ -62,7 +62,7 @@ Tensor kernel_of(const Call& c, const Tensor& p, const Tensor& q) {
 }
 
 // maps.fold: gradients of (p, q) from that of the kernel.
-std::pair<Tensor, Tensor> fold(const Call& c, Tensor dk, const Tensor& p, const Tensor& q) {
+std::pair<Tensor, Tensor> fold(const StructuredCall& c, Tensor dk, const Tensor& p, const Tensor& q) {
   const int64_t length = dk.size(0);
   if (c.structure == Structure::toeplitz)
     return {dk.narrow(0, 0, p.size(0)), dk.narrow(0, length - q.size(0), q.size(0)).flip(0)};
@@ -77,7 +77,7 @@ std::pair<Tensor, Tensor> fold(const Call& c, Tensor dk, const Tensor& p, const 
 }
 
 // maps.fold_dense: the gradient of the kernel of a linear convolution from that of the dense matrix.
-Tensor diagonal_sums(const Call& c, const Tensor& gradient, const Tensor& p) {
+Tensor diagonal_sums(const StructuredCall& c, const Tensor& gradient, const Tensor& p) {
   const int64_t rows = gradient.size(0), columns = gradient.size(1), width = rows + columns - 1;
   const Tensor slanted = at::cat({gradient.flip(1), at::zeros({rows, rows}, gradient.options())}, 1).flatten();
   const Tensor sums = slanted.narrow(0, 0, rows * width).view({rows, width}).sum(0);
@@ -167,7 +167,7 @@ void store(const Blocks& blocks, int64_t i, const Tensor& delta, const Tensor& a
 }
 
 // The first `width` columns of the circular convolution of the rows of x2, dropped out, with a spectrum.
-void convolve_cpu(const Call& c, const Tensor& x2, const Tensor& spectrum, const Tensor& add2, Tensor& y2,
+void convolve_cpu(const StructuredCall& c, const Tensor& x2, const Tensor& spectrum, const Tensor& add2, Tensor& y2,
                   at::ScalarType type, const Tensor& seed) {
   const Blocks blocks(x2, c.length, true, kFftElementsCpu);
   for (int64_t i = 0; i < blocks.count; ++i) {
@@ -178,7 +178,7 @@ void convolve_cpu(const Call& c, const Tensor& x2, const Tensor& spectrum, const
 }
 
 // dx (if defined) and the gradient of the kernel (if x2 is defined), without the scale in the latter.
-Tensor correlate_cpu(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& spectrum, Tensor& dx,
+Tensor correlate_cpu(const StructuredCall& c, const Tensor& dy2, const Tensor& x2, const Tensor& spectrum, Tensor& dx,
                      at::ScalarType type, const Tensor& seed) {
   const bool need_dx = dx.defined();
   const Tensor back = need_dx ? spectrum.conj().resolve_conj() : Tensor();
@@ -216,14 +216,14 @@ Tensor twiddles_of(int64_t length, const at::Device& device) {
   return table;
 }
 
-FloatControl scale_of(const Call& c, const Tensor& device_scale) {
+FloatControl scale_of(const StructuredCall& c, const Tensor& device_scale) {
   return {device_scale.defined() ? device_scale.const_data_ptr<float>() : nullptr, static_cast<float>(c.scale)};
 }
 
 Tensor unit_columns(const Tensor& t) { return !t.defined() || t.stride(1) == 1 ? t : t.contiguous(); }
 
 // y2 = add2 + scale * the convolution of x2, dropped out; transposed: dropout of the result, as dx is made.
-void convolve_cuda(const Call& c, const Tensor& x2, const Tensor& kernel, const Tensor& add2, const Tensor& y2,
+void convolve_cuda(const StructuredCall& c, const Tensor& x2, const Tensor& kernel, const Tensor& add2, const Tensor& y2,
                    const Tensor& device_scale, const Tensor& seed, bool transposed) {
   const c10::DeviceGuard guard(x2.device());
   const Tensor x = unit_columns(x2), add = unit_columns(add2), khat = at::fft_fft(kernel);
@@ -252,7 +252,7 @@ void convolve_cuda(const Call& c, const Tensor& x2, const Tensor& kernel, const 
 }
 
 // As correlate_cpu; a call without x is the transposed convolution alone.
-Tensor correlate_cuda(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, const Tensor& dx,
+Tensor correlate_cuda(const StructuredCall& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, const Tensor& dx,
                       const Tensor& device_scale, const Tensor& seed) {
   if (!x2.defined()) {
     convolve_cuda(c, dy2, kernel, Tensor(), dx, device_scale, seed, /*transposed=*/true);
@@ -313,9 +313,9 @@ struct Structured : torch::autograd::Function<Structured> {
   using Optional = std::optional<Tensor>;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& p, const Optional& q_,
-                        const Optional& add_, const c10::intrusive_ptr<Call>& call, const Extras& extras) {
+                        const Optional& add_, const c10::intrusive_ptr<StructuredCall>& call, const Extras& extras) {
     const BelowAutograd guard;
-    const Call& c = *call;
+    const StructuredCall& c = *call;
     const auto& [matrix, device_scale, seed] = extras;
     const Tensor q = q_.value_or(Tensor()), add2 = add_ ? rows_of(*add_) : Tensor(), x2 = rows_of(x);
     const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
@@ -359,8 +359,8 @@ struct Structured : torch::autograd::Function<Structured> {
     variable_list out(6);
     if (!grads[0].defined()) return out;
     const Tensor dy = upstream(grads[0], "structured");
-    const auto call = call_of<Call>(ctx);
-    const Call& c = *call;
+    const auto call = call_of<StructuredCall>(ctx);
+    const StructuredCall& c = *call;
     const auto saved = saved_of(ctx, {"x", c.p_name.c_str(), c.q_name.c_str(), "matrix", "scale", "seed"});
     const BelowAutograd guard;
     const Tensor &x = saved[0], &p = saved[1], &q = saved[2], &matrix = saved[3], &scale = saved[4], &seed = saved[5];
@@ -403,12 +403,12 @@ struct Structured : torch::autograd::Function<Structured> {
   }
 
  private:
-  static Tensor drop_back(const Call& c, const Tensor& dx, const Tensor& seed) {
+  static Tensor drop_back(const StructuredCall& c, const Tensor& dx, const Tensor& seed) {
     return c.threshold > 0 ? drop_(dx.contiguous(), seed, c.threshold, 0) : dx;
   }
 
   // Fills dx if it is defined and returns the gradient of the kernel if x2 is.
-  static Tensor correlate(const Call& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, Tensor& dx,
+  static Tensor correlate(const StructuredCall& c, const Tensor& dy2, const Tensor& x2, const Tensor& kernel, Tensor& dx,
                           at::ScalarType type, const Tensor& device_scale, const Tensor& seed) {
     Tensor dk;
 #ifdef PEFT_FUSED_CUDA
@@ -421,7 +421,7 @@ struct Structured : torch::autograd::Function<Structured> {
     return dk.defined() ? scaled(dk, c, device_scale) : dk;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> kronecker_backward(const Call& c, const Tensor& dy2, const Tensor& x2,
+  static std::tuple<Tensor, Tensor, Tensor> kronecker_backward(const StructuredCall& c, const Tensor& dy2, const Tensor& x2,
                                                                const Tensor& p, const Tensor& q, const Tensor& scale,
                                                                const Tensor& seed, bool need_x, bool need_A,
                                                                bool need_B) {
@@ -479,7 +479,7 @@ Key key_of(StructuredArguments& a) {
 
 Tensor structured(const StructuredArguments& a, const StructuredPath& path) {
   check_sizes(a, path);
-  auto call = c10::make_intrusive<Call>();
+  auto call = c10::make_intrusive<StructuredCall>();
   call->structure = path.structure;
   call->method = path.method;
   call->n = path.n;

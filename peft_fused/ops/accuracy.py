@@ -30,15 +30,18 @@ class Verdict:
         return self.ratio <= 1.0
 
 
-def outputs(fn: Callable, case: Case, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-    """y and the gradients of a case, as float64."""
-    y = case.call(fn)
-    found = {"y": y.detach()}
-    if case.wrt:
-        grads = torch.autograd.grad(y, [case.tensors[name] for name in case.wrt], dy.to(y.dtype), allow_unused=True)
-        for name, grad in zip(case.wrt, grads, strict=True):
-            found[name] = torch.zeros_like(case.tensors[name]) if grad is None else grad
-    return {name: value.double() for name, value in found.items()}
+def outputs(fn: Callable, case: Case, *dys: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """y and the gradients of a case for each upstream gradient, as float64."""
+    y, leaves = case.call(fn), [case.tensors[name] for name in case.wrt]
+    found = []
+    for dy in dys:
+        of_dy = {"y": y.detach().double()}
+        if leaves:
+            grads = torch.autograd.grad(y, leaves, dy.to(y.dtype), retain_graph=dy is not dys[-1], allow_unused=True)
+            for name, leaf, grad in zip(case.wrt, leaves, grads, strict=True):
+                of_dy[name] = (torch.zeros_like(leaf) if grad is None else grad).double()
+        found.append(of_dy)
+    return found
 
 
 def judge(got: list[dict], plain: list[dict], truth: list[dict], dtypes: dict[str, torch.dtype]) -> list[Verdict]:
@@ -74,9 +77,8 @@ def compare(fn: Callable, reference: Callable, case: Case) -> list[Verdict]:
     generator = torch.Generator().manual_seed(99)
     dys = [torch.randn(shape, generator=generator).to(x) for _ in range(DRAWS)]
     exact = case.to(torch.float64)
-    truth = [outputs(reference, exact, dy.double()) for dy in dys]
-    plain = [outputs(reference, case, dy) for dy in dys]
-    got = [outputs(fn, case, dy) for dy in dys]
+    truth = outputs(reference, exact, *(dy.double() for dy in dys))
+    plain, got = outputs(reference, case, *dys), outputs(fn, case, *dys)
     return judge(got, plain, truth, {n: x.dtype if n == "y" else case.tensors[n].dtype for n in truth[0]})
 
 

@@ -3,6 +3,7 @@
 Of configurations that differ in their true length alone, whose code differs in constants, one is compiled.
 """
 
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -35,10 +36,15 @@ def shape(config):
     return config.kernel, plan.padded, plan.band, rows, plan.pairs, plan.split, aligned, config.switches
 
 
+def tile(config):
+    """The same but for what is switched on."""
+    return *shape(config)[:-1], config.plan.num_warps
+
+
 def representatives(target):
     """One configuration of each shape of 1,024 points or more, with dropout, which takes most registers; fp16 is like
     fp32. Of those, the ones whose groups of eight columns stay together and whose rows fill the tile as far as they
-    can; `make aot` compiles the others too, for sm_80.
+    can, with as much switched on as there is. `make aot` compiles the others too, once: for sm_80.
     """
     found = {}
     for config in configurations():
@@ -47,7 +53,10 @@ def representatives(target):
         full = plan.factors[2] % 8 == 0 and plan.rows_in == plan.padded[0]
         if dropout and plan.points >= 1024 and config.dtype != "float16" and (full or (EVERY and target == 80)):
             found[shape(config)] = config
-    return list(found.values())
+    tiles = defaultdict(list)
+    for config in found.values():
+        tiles[tile(config)].append(config.switches)
+    return [c for c in found.values() if EVERY or not any(c.switches < other for other in tiles[tile(c)])]
 
 
 def source(config):
