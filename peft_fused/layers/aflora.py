@@ -10,7 +10,7 @@ from torch import nn
 
 from .checks import check_adapter_dtype, check_alpha, check_choice, check_flag, check_int, check_linear
 from .lowrank import LowRankLinear, LowRankStep
-from .scheduled import SavedState, check_saved_with
+from .scheduled import Member, SavedState, check_saved_with
 from .sharded import is_sharded, local, shard, whole
 
 __all__ = ["AfLoraLinear", "FreezingPolicy"]
@@ -167,6 +167,9 @@ class AfLoraState(SavedState):
             return f"must have {wanted[0]} or {wanted[1]} numbers for matrices {self.shapes}, got {len(state)}"
         return None
 
+    def chosen(self) -> tuple:
+        return tuple(self.frozen_at.values())
+
     def extra_repr(self) -> str:
         names = {NOT_FROZEN: "trained", FROM_THE_START: "frozen from the start"}
         return ", ".join(f"{m} {names.get(at, f'frozen after step {at}')}" for m, at in self.frozen_at.items())
@@ -178,11 +181,10 @@ def _marked(state: torch.Tensor) -> list[str]:
 
 
 @dataclass(frozen=True)
-class AfLoraMember:
-    """One adapter of one layer as the AFLoRA schedule sees it. b: the vector on the output, trained while it is."""
+class AfLoraMember(Member):
+    """b: the vector on the output, trained while the adapter is."""
 
     method = "aflora"
-    state: AfLoraState
     A: nn.Parameter
     B: nn.Parameter
     b: nn.Parameter
@@ -191,10 +193,6 @@ class AfLoraMember:
     def trains(self) -> bool:
         """Whether the adapter is being trained at all, rather than inactive or loaded for inference."""
         return self.b.requires_grad
-
-    def choices(self) -> tuple:
-        """What all processes have to agree on."""
-        return (self.state.group, self.state.policy, *self.state.frozen_at.values())
 
 
 def keep_frozen(state: AfLoraState, A: nn.Parameter, B: nn.Parameter, trains: bool) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .checks import check_alpha, check_choice, check_flag, check_int, check_rank
 from .lowrank import LowRankLinear, LowRankStep
-from .scheduled import PlacedState
+from .scheduled import Member, PlacedState
 
 __all__ = ["DyLoraLinear", "RankPolicy"]
 
@@ -102,6 +102,9 @@ class RankState(PlacedState):
             setattr(self, f"{name}_scale", torch.empty((), dtype=self.scale_dtype, device=device))
         write_ranks([self], train=[self.train_value], evaluation=[self.eval_value])
 
+    def chosen(self) -> tuple:
+        return (self.train_value,)
+
     def extra_repr(self) -> str:
         return f"r={self.r}, train={self.train_value}, eval={self.eval_value}"
 
@@ -131,18 +134,11 @@ def use_ranks(states: list[RankState], ranks: list[int]) -> None:
 
 
 @dataclass(frozen=True)
-class RankMember:
-    """One adapter of one layer as the DyLoRA schedule sees it."""
-
+class RankMember(Member):
     method = "dylora"
-    state: RankState
     A: nn.Parameter
     B: nn.Parameter
     merged: bool
-
-    def choices(self) -> tuple:
-        """What all processes have to agree on."""
-        return (self.state.group, self.state.policy, self.state.train_value)
 
 
 class DyLoraAdapter(NamedTuple):

@@ -3,6 +3,8 @@
 import warnings
 import weakref
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ FORWARDS_BEFORE_WARNING = 1
 
 
 class ScheduleState(nn.Module):
-    """State that a method sets from outside the forward pass. Subclasses define `unscheduled()`.
+    """State that a method sets from outside the forward pass. Subclasses define `unscheduled()` and `chosen()`.
 
     scheduled: whether a method has set it. group: name of the adapter; its layers are scheduled together.
     """
@@ -29,6 +31,10 @@ class ScheduleState(nn.Module):
 
     def unscheduled(self) -> str:
         """What training does while no schedule sets this state, as a clause: "DyLoRA trains at the fixed rank 8"."""
+        raise NotImplementedError
+
+    def chosen(self) -> tuple:
+        """What a schedule has set it to, as far as all processes of a run have to agree on it."""
         raise NotImplementedError
 
     def follow_state(self, other: "ScheduleState") -> None:
@@ -65,6 +71,18 @@ class ScheduleState(nn.Module):
     # Run by the compiler, without a guard on `scheduled`. torch.compiler.assume_constant_result does just this, and
     # imports the compiler to do so.
     _traced._dynamo_marked_constant = True
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter of one layer as the schedule of its method sees it."""
+
+    method: ClassVar[str]
+    state: ScheduleState
+
+    def choices(self) -> tuple:
+        """What all processes have to agree on."""
+        return (self.state.group, self.state.policy, *self.state.chosen())
 
 
 class SavedState(ScheduleState):

@@ -247,8 +247,7 @@ def judge(case):
     outputs = case.call(check.fn).shape[-1]  # others than the case's where an argument was changed
     generator = torch.Generator().manual_seed(99)
     dys = [torch.randn(*x.shape[:-1], outputs, generator=generator).to(x.dtype) for _ in range(2)]
-    got = [accuracy.outputs(check.fn, case, dy) for dy in dys]
-    plain = [accuracy.outputs(check.reference, case, dy) for dy in dys]
+    got, plain = (accuracy.outputs(fn, case, *dys) for fn in (check.fn, check.reference))
     if not finite(case) or not all(bool(v.isfinite().all()) for draw in plain for v in draw.values()):
         for draw, like in zip(got, plain, strict=True):
             for name, value in draw.items():
@@ -258,7 +257,7 @@ def judge(case):
                     raise Wrong(f"{name} has NaNs where the reference is finite")
         return "right where numbers overflow"
     exact = case.to(torch.float64)
-    truth = [accuracy.outputs(check.reference, exact, dy.double()) for dy in dys]
+    truth = accuracy.outputs(check.reference, exact, *(dy.double() for dy in dys))
     dtypes = {name: x.dtype if name == "y" else case.tensors[name].dtype for name in truth[0]}
     # The parameters of a map are parts of one kernel, over all of which an FFT spreads its rounding.
     parts = [name for name in truth[0] if name not in ("x", "y")] if case.op in STRUCTURES else []

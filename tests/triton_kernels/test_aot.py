@@ -101,7 +101,7 @@ def rows():
             full = target == 90 and aligned_rank
             if full or c.dtype != "float16" or (aligned_rank and c.adapter_dtype == "float32"):
                 text, made = describe(c, aligned_rank), partial(source, c, aligned_rank)
-                yield Row(target, title, c.kernel[:-7], c, text, made, aligned_rank)
+                yield Row(target, title, c.kernel[:-7], c, text, made, aligned_rank, tuple(rows_of_products(c)))
 
 
 @pytest.mark.parametrize("row", to_compile(rows()), ids=str)

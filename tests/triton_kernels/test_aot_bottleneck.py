@@ -28,14 +28,15 @@ def describe(config, aligned_rank):
 def rows_of_products(config):
     """Rows of the left operand of the tensor-core products of a kernel."""
     c = dict(config.constexprs)
-    return {"rows_kernel": c.get("BLOCK_M"), "grad_kernel": c.get("BLOCK_X")}.get(config.kernel)
+    name = {"rows_kernel": "BLOCK_M", "grad_kernel": "BLOCK_X"}.get(config.kernel)
+    return (c[name],) if name else ()
 
 
 def problems(config, resources):
     found = resources.problems()
-    rows = rows_of_products(config)
-    if rows is None:
+    if not (products := rows_of_products(config)):
         return found
+    (rows,) = products
     if resources.target == 80 and (resources.wgmma or not resources.mma):
         found.append("expected mma.sync")
     # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
@@ -86,7 +87,7 @@ def rows():
             # An unaligned rank changes how factors are loaded, whatever their type.
             if c.dtype != "float16" and (aligned_rank or c.adapter_dtype == "bfloat16"):
                 text, made = describe(c, aligned_rank), partial(source, c, aligned_rank)
-                yield Row(target, title, c.kernel[:-7], c, text, made, aligned_rank)
+                yield Row(target, title, c.kernel[:-7], c, text, made, aligned_rank, rows_of_products(c))
 
 
 @pytest.mark.parametrize("row", to_compile(rows()), ids=str)

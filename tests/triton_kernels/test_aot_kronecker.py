@@ -88,7 +88,8 @@ def rows():
     configs = [config for config in configurations() if config.dtype != "float16"]
     for target in (80, 90):
         for c in configs:
-            yield Row(target, "Kronecker", c.kernel[:-7], c, describe(c), partial(source, c))
+            products = () if c.kernel == "reduce_kernel" else tuple(rows_of_products(dict(c.constexprs)))
+            yield Row(target, "Kronecker", c.kernel[:-7], c, describe(c), partial(source, c), products=products)
 
 
 @pytest.mark.parametrize("row", to_compile(rows()), ids=str)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checks import check_choice, check_flag, check_int
-from ..scheduled import PlacedState
+from ..scheduled import Member, PlacedState
 
 ROUTINGS = ("batch", "sequence")
 EXPERT_INITS = ("independent", "identical")
@@ -184,6 +184,9 @@ class RouteState(PlacedState):
         _fill(*_routes_of([self], [self.values]))
         write_eval_routes([self], [self.eval_values])
 
+    def chosen(self) -> tuple:
+        return (self.values,)
+
     def extra_repr(self) -> str:
         return f"values={self.values}, evaluation={'merged' if self.eval_values is None else self.eval_values}"
 
@@ -219,14 +222,7 @@ def write_eval_routes(states: list[RouteState], values: list[tuple[int, int] | N
 
 
 @dataclass(frozen=True)
-class RouteMember:
-    """One adapter of one layer as the AdaMix schedule sees it."""
-
+class RouteMember(Member):
     method = "adamix"
-    state: RouteState
     down: nn.Module
     up: nn.Module
-
-    def choices(self) -> tuple:
-        """What all processes have to agree on."""
-        return (self.state.group, self.state.policy, self.state.values)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 
 from ..lowrank import LowRankStep
-from ..scheduled import SavedState
+from ..scheduled import Member, SavedState
 from ..sharded import local, part_of, whole
 from .subspace import SubspacePolicy, split_weight
 
@@ -149,6 +149,9 @@ class RosaState(SavedState):
         # The state is on the host, and wide: neither a move nor a cast of the model is any of its business.
         return self
 
+    def chosen(self) -> tuple:
+        return (self.layer, self.phase, self.start, self.digest())
+
     def extra_repr(self) -> str:
         return f"r={self.r}, phase={self.phase}"
 
@@ -187,22 +190,13 @@ def draw_factors(
 
 
 @dataclass(frozen=True)
-class RosaMember:
-    """One adapter of one layer as the ROSA schedule sees it.
-
-    factors(): its two Parameters, which FSDP2 exchanges for others. resample(phase, agree): draws them anew.
-    """
+class RosaMember(Member):
+    """factors(): its two Parameters, which FSDP2 exchanges for others. resample(phase, agree): draws them anew."""
 
     method = "rosa"
-    state: RosaState
     factors: Callable[[], tuple[nn.Parameter, nn.Parameter]]
     merged: bool
     resample: Callable
-
-    def choices(self) -> tuple:
-        """What all processes have to agree on."""
-        state = self.state
-        return (state.group, state.policy, state.layer, state.phase, state.start, state.digest())
 
 
 class SubspaceFactor(nn.Module):
