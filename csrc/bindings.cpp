@@ -1,4 +1,5 @@
-// The Python face of the extension: the autograd functions and facts of the build. No logic.
+// The Python face of the extension: the ops, which read Python's arguments and run what was decided of their key, and
+// facts of the build.
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 

@@ -10,7 +10,7 @@ theirs synchronises or recompiles. S = keep_rank(A drop(x)) is what the forward 
 Backward, with t = dY^T S:   dSu = scale dY (v . B)     dB = scale v . u . t     dv = scale rowsum(B . u . t)
                              dA  = u . dSu^T drop(x)    du = colsum(dSu . S)     dX = drop^T((u . dSu) A) + dY W
 
-These functions launch what `plan` says and check little: types, shapes and index ranges are the caller's business.
+These functions launch what `lowrank_plan` says and check little: types, shapes and index ranges are up to the caller.
 """
 
 import torch

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import metadata
 
 from rich.console import Console
@@ -10,18 +11,9 @@ from rich.text import Text
 
 from .output import out, print_json
 
-TYPES = ("float32", "bfloat16")
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "peft-fused")
-# The layer whose path is shown: a query projection of a base-size encoder, 32 texts of 128 tokens.
-LAYER = dict(m=4096, n=768, k=768)
-RANK = 8
-# Of the bottleneck adapter.
-UNITS = 16
-# Sizes of the structured maps on it, see ops.structured.StructuredProblem.
-SIZES = {
-    "circulant": (768,), "skew_circulant": (768,), "toeplitz": (768, 768), "toeplitz_product": (768,),
-    "kronecker": (24, 32, 32, 24), "ldr": (1, 768),
-}  # fmt: skip
+# Of the batch whose paths are shown: 32 texts of 128 tokens.
+ROWS = 4096
 
 
 def version(package: str) -> str | None:
@@ -72,26 +64,19 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
     """(op, its path, reasons against each other backend) for the common types on a device."""
     import torch
 
-    from peft_fused.ops import dispatch, structured
-    from peft_fused.triton_kernels.bottleneck_plan import BottleneckProblem
-    from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
+    from peft_fused.ops import dispatch
+    from peft_fused.ops.cases import OPS
 
     gpu, sm_count = "", 1
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         gpu, sm_count = found.name, found.multi_processor_count
-    where = LAYER | dict(adapter_dtype="float32", device=device, gpu=gpu, sm_count=sm_count, dropout=False)
+    where = dict(m=ROWS, device=device, gpu=gpu, sm_count=sm_count)
     problems = [
-        LowRankProblem(**where, r=RANK, dtype=dtype, has_weight=has_weight)
-        for has_weight in (True, False)
-        for dtype in TYPES
-    ] + [
-        structured.StructuredProblem(**where, kind=kind, sizes=sizes, dtype=dtype)
-        for kind, sizes in SIZES.items()
-        for dtype in TYPES
+        replace(op.problem(op.layer(op.name, dtype, torch.float32, "meta")), **where)
+        for op in OPS.values()
+        for dtype in (torch.float32, torch.bfloat16)
     ]
-    shape = {name: value for name, value in where.items() if name != "dropout"}
-    problems += [BottleneckProblem(**shape, r=UNITS, dtype=dtype, groups=1, activation="gelu") for dtype in TYPES]
     found = []
     for problem in problems:
         ((op, path, lines),) = dispatch.explain(problem).lines

@@ -184,7 +184,7 @@ class Bottleneck(Operation):
                 f"residual must be given where up has other rows ({n}) than h has features ({k}), got None"
             )
 
-    def _settled(self, call) -> BottleneckCall:
+    def settle(self, call) -> BottleneckCall:
         for name, weight in (("expert_d", call.down), ("expert_u", call.up)):
             if weight.dim() == 2 or getattr(call, name) is None:
                 setattr(call, name, 0)

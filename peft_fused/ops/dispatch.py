@@ -13,6 +13,7 @@ from functools import cache, lru_cache
 
 import torch
 
+from ..triton_kernels.problem import Problem
 from . import native
 from .arguments import check_flag
 
@@ -352,7 +353,7 @@ def explain(target, *, rows: int = 2048) -> Explanation:
         raise TypeError(f"explain: rows must be an int, got {type(rows).__name__}")
     if not 1 <= rows < 1 << 31:
         raise ValueError(f"explain: rows must be in 1..2^31 - 1, got {rows}")
-    if hasattr(type(target), "limits"):
+    if isinstance(target, Problem):
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):
         raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")

@@ -224,8 +224,8 @@ class LowRank(Operation):
             if getattr(call, name) is not None:
                 check_shape(name, getattr(call, name), shape, text)
 
-    def _settled(self, call) -> LowRankCall:
-        call = super()._settled(call)
+    def settle(self, call) -> LowRankCall:
+        call = super().settle(call)
         call.rank = call.A.shape[-2] if call.rank is None else call.rank
         call.expert_a, call.expert_b = (0 if e is None else e for e in (call.expert_a, call.expert_b))
         return call

@@ -127,6 +127,19 @@ class Operation:
         """
         raise NotImplementedError
 
+    def settle(self, call):
+        """The call with what runs in place of what was given: the threshold and the seed of dropout."""
+        if "threshold" in self.Call.__slots__:
+            call.threshold = dropout_threshold(call.dropout_p)
+            call.seed = seed_tensor(call.seed, getattr(call, self.names[0]).device) if call.threshold else None
+        return call
+
+    def fits(self, call) -> bool:
+        """Whether the C++ node takes the values of a call: ATen takes no scale beyond the range of the parameters' type
+        as a factor of a product."""
+        scale, dtype = on_host(call.scale), next(getattr(call, i.name).dtype for i in self.inputs if i.parameter)
+        return isinstance(scale, torch.Tensor) or abs(scale) <= torch.finfo(dtype).max
+
     def label(self, call, name: str) -> str:
         """What the caller calls an input."""
         return name
@@ -154,7 +167,7 @@ class Operation:
                 self._decide(found, self.read(*arguments))
                 return self(*arguments)
             if found is not None:
-                return self._run(self._settled(self.read(*arguments)), found)
+                return self._run(self.settle(self.read(*arguments)), found)
         return self._unusual(arguments)
 
     def _decide(self, key: bytes, call) -> None:
@@ -162,16 +175,15 @@ class Operation:
         self.check(call)
         problem = self.problem(self.likeness(call), call, getattr(call, self.names[0]).device)
         decision = dispatch.decide(problem)
-        if decision.native and not self._fits(call):
+        if decision.native and not self.fits(call):
+            if decision.backend == "cuda" and dispatch.forced():
+                raise RuntimeError(
+                    f"backend 'cuda' cannot run {problem.describe()}: the scale is beyond its types' range"
+                )
             decision = dispatch.decide(problem, node=False)
         if len(self.decisions) >= MOST_KEYS:
             self.decisions.clear()
         self.decisions[key] = decision
-
-    def _fits(self, call) -> bool:
-        """Whether the scale is a number of the parameters' type: ATen takes no other as a factor of a product."""
-        scale, dtype = on_host(call.scale), next(getattr(call, i.name).dtype for i in self.inputs if i.parameter)
-        return isinstance(scale, torch.Tensor) or abs(scale) <= torch.finfo(dtype).max
 
     def _unusual(self, arguments) -> torch.Tensor:
         tensors = arguments[: len(self.inputs)]
@@ -185,7 +197,7 @@ class Operation:
         self.check(call)
         if lazy(*_flat(arguments)):
             return self(*(_resolved(value) for value in arguments))
-        call = self._settled(call)
+        call = self.settle(call)
         # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation, and
         # torch.func differentiates nothing else.
         if (
@@ -203,13 +215,6 @@ class Operation:
             y = self._registered_forward(*self._flat(call), backend)
             return y[0] if self.hides else y
         return self._run(call, dispatch.decide(self.problem(self.likeness(call), call, x.device), node=False))
-
-    def _settled(self, call):
-        """The call with what runs in place of what was given: the threshold and the seed of dropout."""
-        if "threshold" in self.Call.__slots__:
-            call.threshold = dropout_threshold(call.dropout_p)
-            call.seed = seed_tensor(call.seed, getattr(call, self.names[0]).device) if call.threshold else None
-        return call
 
     def _run(self, call, decision) -> torch.Tensor:
         if decision.backend == "reference":

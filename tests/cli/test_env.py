@@ -5,7 +5,7 @@ import torch
 
 from peft_fused.cli import env
 from peft_fused.ops import dispatch, native
-from peft_fused.ops.structured.engine import STRUCTURES
+from peft_fused.ops.cases import OPS
 
 
 def test_json_holds_versions_paths_and_reasons(cli):
@@ -16,7 +16,7 @@ def test_json_holds_versions_paths_and_reasons(cli):
     assert found["cpu"]["threads"] == torch.get_num_threads()
     assert found["extension"]["loaded"] == (native.module is not None)
     ops = {entry["op"].split()[0] for entry in found["paths"]}
-    assert ops == {"lowrank_linear", "lowrank_adapter", "bottleneck", *STRUCTURES}
+    assert ops == {"lowrank_adapter" if op == "lowrank" else op for op in OPS}
     for entry in found["paths"]:
         chosen = entry["path"].split(":")[0]
         others = [reason.split(":")[0] for reason in entry["against"]]

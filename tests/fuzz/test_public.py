@@ -17,6 +17,7 @@ from unchanged import MULTIPLIER, differences, state
 
 import peft_fused
 from peft_fused import layers
+from peft_fused.integrations.peft.registration import REGISTERED
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLS = int(40 * MULTIPLIER)
@@ -143,11 +144,8 @@ ADAMIX = peft_fused.AdaMixConfig(r=4, target_modules=["q"], init_weights=False)
 AFLORA = peft_fused.AfLoraConfig(r=4, target_modules=["q"], init_weights=False)
 ROSA = peft_fused.RosaConfig(r=4, target_modules=["q"])
 CLASSIFIER = get_peft_model(Classifier(), ADAMIX).train()
-CONFIGS = ("AdaMixConfig", "AfLoraConfig", "DyLoraConfig", "RosaConfig", "SurmConfig")
-LAYERS = (
-    "AfLoraLinear", "AdaMixLinear", "CirculantLinear", "DyLoraLinear", "KroneckerLinear", "LdrLinear", "LoraLinear",
-    "RosaLinear", "SurmAdapterLinear", "ToeplitzLinear",
-)  # fmt: skip
+CONFIGS = [method.config.__name__ for method in REGISTERED.values()]
+LAYERS = ["LoraLinear", *(layer.__name__ for method in REGISTERED.values() for layer in method.layers)]
 POLICIES = ("FreezingPolicy", "MapSpec", "RankPolicy", "RoutePolicy", "SubspacePolicy")
 MAPS = ("CirculantMap", "KroneckerMap", "LdrMap", "SymmetricToeplitzMap", "ToeplitzMap")
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
+from peft_fused.integrations.peft.registration import REGISTERED
 from peft_fused.layers import (
     AdaMixLinear,
     AfLoraLinear,
@@ -19,10 +20,7 @@ from peft_fused.layers import (
     ToeplitzLinear,
 )
 
-CLASSES = (
-    AdaMixLinear, AfLoraLinear, CirculantLinear, DyLoraLinear, KroneckerLinear, LdrLinear, LoraLinear, RosaLinear,
-    SurmAdapterLinear, ToeplitzLinear,
-)  # fmt: skip
+CLASSES = (LoraLinear, *(layer for method in REGISTERED.values() for layer in method.layers))
 HUGE = 10**400
 
 

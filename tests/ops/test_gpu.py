@@ -60,7 +60,9 @@ def call(name, m=67, types=(F32, F32), device=DEVICE, dropout_p=0.2, **options):
         return make_case(name, m, 93, 83, 7, experts=(3, 3), uv=True, base=False, dropout_p=dropout_p, **common)
     if name in STRUCTURES:
         return make_structured(name, m, *SIZES.get(name, (93,)), dropout_p=dropout_p, **common)
-    return make_bottleneck(4 * m, 93, 83, 7, experts=(3, 3), **common)
+    if name == "bottleneck":
+        return make_bottleneck(4 * m, 93, 83, 7, experts=(3, 3), **common)
+    return OPS[name].control(name, *types, device)
 
 
 def seeded(name):

@@ -152,8 +152,8 @@ class Row:
 
 
 def to_compile(rows):
-    """The rows of a run: all, or of each tile those of which no other asks for more, for sm_80 where it has instructions
-    of its own. Where both multiply by mma.sync, their code is of one shape."""
+    """The rows of a run: all, or of each tile those of which no other asks for more; for sm_80 where sm_90 has wgmma.
+    Where both multiply by mma.sync, their code is of one shape."""
     rows, tiles = list(rows), defaultdict(list)
     if EVERY:
         return rows

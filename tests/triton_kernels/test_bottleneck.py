@@ -1,4 +1,4 @@
-"""The bottleneck kernels against float64: values, gradients, routing, runtime controls, determinism.
+"""The bottleneck kernels against float64: values, gradients, routing, runtime controls.
 
 Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
 """

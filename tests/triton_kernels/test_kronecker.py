@@ -1,4 +1,4 @@
-"""The Kronecker kernels against torch.kron in float64: values, gradients, dropout mask, controls, determinism.
+"""The Kronecker kernels against torch.kron in float64: values, gradients, dropout mask, controls.
 
 Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
 """

@@ -1,4 +1,4 @@
-"""The low-rank kernels against float64: values, gradients, dropout mask, runtime controls, determinism.
+"""The low-rank kernels against float64: values, gradients, dropout mask, runtime controls.
 
 Runs on a GPU, or interpreted with TRITON_INTERPRET=1 (see conftest.py).
 """

@@ -1,5 +1,6 @@
 """AdaMix as a PEFT method: `get_peft_model(model, AdaMixConfig(...))`."""
 
+import copy
 import warnings
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -255,11 +256,12 @@ def merge_experts(model: nn.Module, *, adapter_name: str | None = None) -> None:
     chosen = set(names if adapter_name is None else [adapter_name])
     if any(chosen.intersection(layer.merged_adapters) for layer in layers):
         raise ValueError("merge_experts: the adapter is merged into the base weights; unmerge it first")
-    configs = [model.peft_config[name] for name in chosen]
     for layer in layers:
         for name in chosen.intersection(layer.adamix_block):
             layer.adamix_block[name].average_()
-    for config in configs:
+    for name in chosen:
+        # The config itself may be the user's, for other adapters and models as well.
+        model.peft_config[name] = config = copy.copy(model.peft_config[name])
         config.num_experts, config.routing, config.strict_experts = 1, "batch", False
 
 

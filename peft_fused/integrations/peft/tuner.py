@@ -152,12 +152,17 @@ class AddStep(Step):
         if (autocast or x.dtype == y.dtype) and mixes(self.factor, y.dtype):
             return adapter.step(x).run(x, y)
         # An input in another dtype than the output, as behind a norm kept in fp32 before a quantised layer.
-        if not mixes(self.factor, x.dtype):
-            x = x.to(self.factor)
+        x = self._mixing(x)
         return (y + adapter.step(x).run(x, None)).to(y.dtype)
 
     def problem(self, x: torch.Tensor):
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self._mixing(x)
         return self.adapter.step(x).problem(x)
+
+    def _mixing(self, x: torch.Tensor) -> torch.Tensor:
+        """An input that the ops combine with the adapter."""
+        return x if mixes(self.factor, x.dtype) else x.to(self.factor)
 
 
 def mixes(factor: torch.dtype, dtype: torch.dtype) -> bool:
@@ -357,7 +362,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             return Route(steps, [(self.linear_op, reason) for reason in reasons])
         step = self.linear_step(names[0], x)
         weight = base.weight
-        step.weight, step.bias = weight.t() if self.transposed else weight, base.bias
+        step.take_base(weight.t() if self.transposed else weight, base.bias)
         return Route([step, *(AddStep(self, name) for name in names[1:])])
 
     def typical_input(self, rows: int = 1) -> torch.Tensor:

@@ -83,6 +83,10 @@ def _control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: st
     )
 
 
+def _layer(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
+    return make_bottleneck(1, 768, 768, 16, dtype=dtype, adapter_dtype=adapter_dtype, device=device, residual="h")
+
+
 def _problem(case: Case) -> BottleneckProblem:
     t, options = case.tensors, case.options
     return bottleneck_problem(t["h"], t["down"], t["up"], options.get("activation", "gelu"), options.get("expert"))
@@ -121,6 +125,13 @@ def _mutations(case: Case) -> dict[str, Case]:
 
 CASES = (
     OpCases(
-        "bottleneck", bottleneck_adapter, bottleneck_adapter_reference, bottleneck_cases, _control, _problem, _mutations
+        "bottleneck",
+        bottleneck_adapter,
+        bottleneck_adapter_reference,
+        bottleneck_cases,
+        _control,
+        _layer,
+        _problem,
+        _mutations,
     ),
 )

@@ -52,9 +52,9 @@ class Case:
 class OpCases:
     """An op and its calls: how `peft-fused check`, the tests of all ops and the fuzzer know it.
 
-    cases(op, dtype, adapter_dtype, device) yields calls of every size and option; control, with the same arguments, is
-    one on which every mutation shows. problem(case): what `dispatch` decides on. mutations(case): the same call with
-    defects, each of which must fail.
+    cases(op, dtype, adapter_dtype, device) yields calls of every size and option. With the same arguments, control is
+    one on which every mutation shows, and layer one with the features of a model's layer, on one row. problem(case):
+    what `dispatch` decides on. mutations(case): the same call with defects, each of which must fail.
     """
 
     name: str
@@ -62,6 +62,7 @@ class OpCases:
     reference: Callable
     cases: Callable[..., Iterator[Case]]
     control: Callable[..., Case]
+    layer: Callable[..., Case]
     problem: Callable[[Case], Problem]
     mutations: Callable[[Case], dict[str, Case]]
 

@@ -102,6 +102,10 @@ def _control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: st
     return make_case(op, 67, 96, 80, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
 
 
+def _layer(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
+    return make_case(op, 1, 768, 768, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+
+
 def _problem(case: Case) -> LowRankProblem:
     t, p = case.tensors, case.options.get("dropout_p", 0.0)
     uv = t["u"] is not None or t["v"] is not None
@@ -115,6 +119,6 @@ def _mutations(case: Case) -> dict[str, Case]:
 
 
 CASES = (
-    OpCases("lowrank_linear", lowrank_linear, lowrank_linear_reference, _cases, _control, _problem, _mutations),
-    OpCases("lowrank", lowrank_adapter, lowrank_adapter_reference, _cases, _control, _problem, _mutations),
+    OpCases("lowrank_linear", lowrank_linear, lowrank_linear_reference, _cases, _control, _layer, _problem, _mutations),
+    OpCases("lowrank", lowrank_adapter, lowrank_adapter_reference, _cases, _control, _layer, _problem, _mutations),
 )

@@ -115,6 +115,11 @@ def _control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: st
     return make_structured(op, 67, *sizes, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
 
 
+def _layer(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
+    sizes = {"toeplitz": (768, 768), "kronecker": (24, 32, 32, 24), "ldr": (1, 768)}.get(op, (768,))
+    return make_structured(op, 1, *sizes, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+
+
 def _problem(case: Case) -> structured.StructuredProblem:
     t, dropout = case.tensors, case.options.get("dropout_p", 0.0) > 0
     first, second = (t.get(name) for name in STRUCTURES[case.op].names)
@@ -130,7 +135,7 @@ def _mutations(case: Case) -> dict[str, Case]:
 
 def _of(kind: str) -> OpCases:
     fn, reference = (getattr(structured, name) for name in (f"{kind}_matmul", f"{kind}_matmul_reference"))
-    return OpCases(kind, fn, reference, structured_cases, _control, _problem, _mutations)
+    return OpCases(kind, fn, reference, structured_cases, _control, _layer, _problem, _mutations)
 
 
 CASES = tuple(map(_of, STRUCTURES))

@@ -101,7 +101,7 @@ def _skew_outputs(x, h, _, out_features, transposed, names) -> int:
 
 
 def skew_circulant_matmul_reference(x, h, **options):
-    """`skew_circulant` written down in plain PyTorch, differentiated by autograd. Same arguments, same result."""
+    """`skew_circulant_matmul` in plain PyTorch, differentiated by autograd. Same arguments, same result."""
     return engine.reference("skew_circulant", x, h, None, **options)
 
 

@@ -139,7 +139,8 @@ def check_input(x, size: int | None, why: str) -> None:
 
 @dataclass(slots=True, eq=False)
 class StructuredCall:
-    """A call of an op. dropout_p and seed as given; n, threshold and seed are what runs once it is settled."""
+    """A call of an op. dropout_p and seed as given, n as the checks find it; threshold, seed: what runs once it is
+    settled."""
 
     x: torch.Tensor | None
     p: torch.Tensor | None
@@ -236,59 +237,60 @@ class Structured(Operation):
             return x.new_empty(*x.shape[:-1], problem.n), None
         if decision.backend == "triton":
             return unflatten(kernels.forward(x2, p, q, add2, **options), x), None
-        plan = problem.plan
-        if plan.method == "gemm":
+        method, length, *_ = decision.plan
+        if method == "gemm":
             del options["kind"], options["n"]
             y = gemm.forward(x2, p, q, add2, **options)
-        elif plan.method == "dense":
+        elif method == "dense":
             y = materialized.forward(x2, p, q, add2, **options)
         else:
-            y = fft.forward(x2, p, q, add2, **options, length=plan.length)
+            y = fft.forward(x2, p, q, add2, **options, length=length)
         return unflatten(y, x), None
 
     def backward(self, dy, call, hidden, like, needs, decision):
         p, q, kind, seed, threshold = call.p, call.q, call.kind, call.seed, call.threshold
-        scale, backend, problem = on_host(call.scale), decision.backend, decision.problem
+        scale, problem = on_host(call.scale), decision.problem
         dy2, x2 = rows(dy), None if call.x is None else rows(call.x)
         wanted = [name in needs for name in ("x", "p", "q")]
         if call.transposed:
             # <dy, M^T x> = <M dy, x>: the gradient of x is the map itself, and of M that of y = M dy.
             problem = replace(problem, n=problem.k, k=problem.n, transposed=False, dropout=False)
+            decision = dispatch.decide(problem, node=False, forced=decision.backend)
             dx = None
             if wanted[0]:
-                passed = StructuredCall(dy2, p, q, None, kind, problem.n, scale)
-                dx, _ = self.forward(passed, dispatch.decide(problem, node=False, forced=backend))
+                dx, _ = self.forward(StructuredCall(dy2, p, q, None, kind, problem.n, scale), decision)
                 dx = drop(dx, seed, threshold) if threshold else dx
             parts = [None, None, None]
             if wanted[1] or wanted[2]:
                 # A dropped-out x keeps its digits: the parameters' gradients may be fp32 beside half-precision rows.
                 x2 = cast_and_drop(x2, p.dtype, seed, threshold) if threshold else x2
-                parts = _gradients(problem, backend, x2, dy2, p, q, scale, 0, None, (False, *wanted[1:]))
+                parts = _gradients(decision, x2, dy2, p, q, scale, 0, None, (False, *wanted[1:]))
             grads = (dx, *parts[1:])
         else:
-            grads = _gradients(problem, backend, dy2, x2, p, q, scale, threshold, seed, wanted)
+            grads = _gradients(decision, dy2, x2, p, q, scale, threshold, seed, wanted)
         grads = {name: grad for name, grad in zip(("x", "p", "q"), grads, strict=True) if name in needs}
         if "x" in grads:
             grads["x"] = grads["x"].view(like["x"][0])
         return grads
 
 
-def _gradients(problem, backend, dy2, x2, p, q, scale, threshold, seed, needs):
+def _gradients(decision, dy2, x2, p, q, scale, threshold, seed, needs):
     """(dx, dp, dq) of the map that is not transposed, None where not needed."""
-    plan, k = problem.plan, problem.k
-    options = dict(kind=problem.kind, k=k, scale=scale, threshold=threshold, seed=seed, needs=needs)
+    k = decision.problem.k
+    options = dict(kind=decision.problem.kind, k=k, scale=scale, threshold=threshold, seed=seed, needs=needs)
     if dy2.shape[0] == 0:
         return [None if t is None else t.new_zeros(t.shape) for t in (dy2.new_empty(0, k), p, q)]
-    if backend == "triton":
+    if decision.backend == "triton":
         return kernels.backward(dy2, x2, p, q, **options)
-    if plan.method == "gemm":
+    method, length, *_ = decision.plan
+    if method == "gemm":
         del options["kind"], options["k"]
         return gemm.backward(dy2, x2, p, q, **options)
-    if plan.method == "dense":
+    if method == "dense":
         vectors = options | {"needs": (False, *needs[1:])}
-        by_fft = partial(fft.backward, dy2, x2, p, q, **vectors, length=plan.length)
+        by_fft = partial(fft.backward, dy2, x2, p, q, **vectors, length=length)
         return materialized.backward(dy2, x2, p, q, **options, correlate=by_fft)
-    return fft.backward(dy2, x2, p, q, **options, length=plan.length)
+    return fft.backward(dy2, x2, p, q, **options, length=length)
 
 
 STRUCTURED = Structured()

@@ -118,8 +118,11 @@ class StructuredProblem(Problem):
             return False
         return backend == "cuda" or (backend == "torch" and self.device == "cpu")
 
-    def launch_plan(self, backend: str) -> tuple:
-        """What the C++ node is given to run by: (method, length of the FFT, n, matrix(x, p, q) where it reads one)."""
+    def launch_plan(self, backend: str) -> tuple | None:
+        """(method, length of the FFT, n, matrix(x, p, q) where one is read) of PyTorch's functions and of the C++ node.
+        Triton's launchers plan by sizes alone, in which several problems are alike."""
+        if backend == "triton":
+            return None
         if backend == "cuda" and self.plan.method != "gemm":
             return "fft", self.lengths.cuda, self.n, None
         matrix = partial(materialized.matrix_of, self) if self.plan.method == "dense" else None
