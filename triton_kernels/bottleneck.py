@@ -24,12 +24,11 @@ from .bottleneck_plan import (
     BottleneckProblem,
     grad_constexprs,
     plan_bottleneck,
-    reduce_launch,
     rows_constexprs,
     shrink_only,
 )
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .tiles import cdiv
+from .tiles import cdiv, reduce_launch
 
 
 def bottleneck_fwd(call, *, plan=None):

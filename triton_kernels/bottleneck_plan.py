@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 
 from .problem import Problem
-from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
+from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
@@ -178,13 +178,6 @@ def _grad(p: BottleneckProblem, kind: str, columns: int) -> GradLaunch:
     row_splits = cdiv(2 * p.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
     splits = max(1, min(row_splits, p.groups * cdiv(rows, block_m) // 4))
     return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, splits)
-
-
-def reduce_launch(r: int) -> tuple[dict[str, int], int]:
-    """(blocks, num_warps) of the second stage of the sums of rank r."""
-    block_r = max(16, next_power_of_2(r))
-    blocks = {"BLOCK_P": 8 if block_r <= 64 else 4, "BLOCK_X": max(8, 512 // block_r), "BLOCK_R": block_r}
-    return blocks, 4 if block_r <= 64 else 8
 
 
 def rows_constexprs(launch: RowsLaunch, activation: str, backward: bool) -> dict[str, object]:

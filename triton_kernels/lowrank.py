@@ -18,8 +18,8 @@ import torch
 from . import lowrank_kernels as kernels
 from .dropout import keep_scale
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank, reduce_launch
-from .tiles import cdiv
+from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank
+from .tiles import cdiv, reduce_launch
 
 GROUP_M = 8
 
@@ -401,14 +401,14 @@ def _reduce(
     frozen=False,
 ):
     """Second stage of every partial sum; see reduce_kernel. `out` is indexed [expert, x, j] through its strides."""
-    block_p, block_x, block_r, num_warps = reduce_launch(r)
+    tile, num_warps = reduce_launch(r)
     scale_ptr, scale = control(scale, 1.0)
     rank_ptr, rank = control(rank, r)
     expert_ptr, expert = control(expert, 0)
     rows = X if partials is not None or sums is not None else 1
-    kernels.reduce_kernel[(cdiv(rows, block_x),)](
+    kernels.reduce_kernel[(cdiv(rows, tile["BLOCK_X"]),)](
         partials, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
         count, X, r, scale, rank, expert,
         *((0, 0, 0) if out is None else stack_strides(out)), *((0, 0, 0) if B is None else stack_strides(B)),
-        FROZEN=frozen, BLOCK_P=block_p, BLOCK_X=block_x, BLOCK_R=block_r, num_warps=num_warps, num_stages=1,
+        FROZEN=frozen, **tile, num_warps=num_warps, num_stages=1,
     )  # fmt: skip

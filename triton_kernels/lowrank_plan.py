@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from .problem import Problem
-from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class
+from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
 # Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
@@ -255,13 +255,6 @@ def _split_rows(launch: LowRankLaunch, m: int, columns: int, sm_count: int) -> L
     return replace(launch, splits=max(1, min(row_splits, m // (4 * launch.block_m))))
 
 
-def reduce_launch(r: int) -> tuple[int, int, int, int]:
-    """(partials, rows, ranks, num_warps) of a tile of the second-stage sum of rank r."""
-    block_r = max(16, next_power_of_2(r))
-    partials = 8 if block_r <= 64 else 4
-    return partials, max(8, 512 // block_r), block_r, 4 if block_r <= 64 else 8
-
-
 def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
     chosen = plan_lowrank(problem)
@@ -291,9 +284,8 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da)
     for need_da in (True, False):
         add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=False, NEED_DA=need_da)
-    partials, rows, ranks, num_warps = reduce_launch(problem.r)
-    blocks = {"BLOCK_P": partials, "BLOCK_X": rows, "BLOCK_R": ranks, "FROZEN": True}
-    constexprs = tuple(sorted(blocks.items()))
+    blocks, num_warps = reduce_launch(problem.r)
+    constexprs = tuple(sorted((blocks | {"FROZEN": True}).items()))
     configs.append(KernelConfig("reduce_kernel", problem.dtype, problem.adapter_dtype, constexprs, num_warps, 1))
     return configs
 

@@ -18,7 +18,7 @@ from .. import draws
 from ..layers.adamix.blocks import Experts
 from ..layers.adamix.routes import PASSES, RouteMember, RoutePolicy, RouteState, write_eval_routes, write_routes
 from ..layers.checks import check_alpha, check_choice, check_flag, check_int, check_module
-from .schedule import SCHEDULES, Schedule, Step, members_of, unwrap_model
+from .schedule import SCHEDULES, Schedule, Step, adapters_meant, members_of, unwrap_model
 from .strict import Kept, check_guarded
 
 __all__ = ["adamix_loss", "consistency_loss", "draw_route", "set_adamix_pass", "set_adamix_routing"]
@@ -102,14 +102,9 @@ def _stacked(stack: Experts) -> list[nn.Parameter]:
 
 
 def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[tuple[int, RouteState]]:
-    members = members_of(model).get("adamix", [])
-    if not members:
-        raise ValueError(f"{caller}: the model has no AdaMix layers")
-    found = [(layer, member.state) for layer, member in _by_adapter(members)]
-    names = sorted({state.group for _, state in found})
-    if adapter_name is not None and adapter_name not in names:
-        raise ValueError(f"{caller}: adapter_name must be one of {names}, got {adapter_name!r}")
-    return [(layer, state) for layer, state in found if adapter_name in (None, state.group)]
+    found = [(layer, member.state) for layer, member in _by_adapter(members_of(model).get("adamix", []))]
+    meant = adapters_meant(caller, "AdaMix", (state.group for _, state in found), adapter_name)
+    return [(layer, state) for layer, state in found if state.group in meant]
 
 
 def set_adamix_pass(

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..layers.aflora import FROM_THE_START, MATRICES, NOT_FROZEN, AfLoraMember, AfLoraState, FreezingPolicy, keep_frozen
 from ..layers.checks import check_module
 from ..layers.sharded import is_sharded, local
-from .schedule import SCHEDULES, Schedule, Step
+from .schedule import SCHEDULES, Schedule, Step, adapters_meant, check_owned
 
 __all__ = ["Freezing", "freezing_fraction", "freezing_history"]
 
@@ -131,12 +131,13 @@ def _check(adapter: _Adapter, step: Step) -> None:
         if isinstance(module, DistributedDataParallel) and (module.static_graph or not module.find_unused_parameters):
             raise ValueError(NEEDS_UNUSED)
     # Every time: a checkpoint loaded meanwhile may have brought back what the optimizer was relieved of.
-    owned = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+    check_owned("AFLoRA", (matrix.parameter for matrix in adapter.alive), step.optimizer)
     for matrix in adapter.alive:
-        if tuple(matrix.parameter.shape) != matrix.state.shapes[matrix.name] or id(matrix.parameter) not in owned:
+        if tuple(matrix.parameter.shape) != matrix.state.shapes[matrix.name]:
             raise ValueError(
-                "AFLoRA: an adapter parameter is not among the optimizer's; create the optimizer from the adapted "
-                "model (flattened parameters, as FSDP1 and DeepSpeed make them, are not supported)"
+                f"AFLoRA: {matrix.name} has shape {list(matrix.parameter.shape)} instead of "
+                f"{list(matrix.state.shapes[matrix.name])}: parameters that are flattened or partitioned, as FSDP1 and "
+                "DeepSpeed make them, are not supported"
             )
         if adapter.policy.rule == "code" and is_sharded(matrix.parameter):
             raise ValueError(
@@ -263,14 +264,10 @@ def freezing_history(model: nn.Module, *, adapter_name: str | None = None) -> li
         for member in module.schedule_members()
         if isinstance(member, AfLoraMember)
     ]
-    if not states:
-        raise ValueError("freezing_history: the model has no AFLoRA layers")
-    groups = sorted({state.group for _, state in states})
-    if adapter_name is not None and adapter_name not in groups:
-        raise ValueError(f"freezing_history: adapter_name must be one of {groups}, got {adapter_name!r}")
+    meant = adapters_meant("freezing_history", "AFLoRA", (state.group for _, state in states), adapter_name)
     return [
         Freezing(name, matrix, None if at == NOT_FROZEN else at)
         for name, state in states
-        if adapter_name in (None, state.group)
+        if state.group in meant
         for matrix, at in state.frozen_at.items()
     ]

@@ -16,7 +16,7 @@ from torch import nn
 from .. import draws
 from ..layers.checks import check_rank
 from ..layers.dylora import RankMember, RankPolicy, RankState, use_ranks, write_ranks
-from .schedule import SCHEDULES, Schedule, Step, members_of
+from .schedule import SCHEDULES, Schedule, Step, adapters_meant, members_of
 from .strict import Kept, check_guarded
 
 __all__ = ["draw_rank", "evaluate_dylora_ranks", "set_dylora_rank"]
@@ -78,13 +78,8 @@ def _live(state: RankState) -> Iterable[int]:
 
 def _states(model: nn.Module, adapter_name: str | None, caller: str) -> list[RankState]:
     members = members_of(model).get("dylora", [])
-    if not members:
-        raise ValueError(f"{caller}: the model has no DyLoRA layers")
-    names = sorted({member.state.group for member in members})
-    if adapter_name is not None:
-        members = [member for member in members if member.state.group == adapter_name]
-        if not members:
-            raise ValueError(f"{caller}: adapter_name must be one of {names}, got {adapter_name!r}")
+    meant = adapters_meant(caller, "DyLoRA", (member.state.group for member in members), adapter_name)
+    members = [member for member in members if member.state.group in meant]
     if any(member.merged for member in members):
         raise ValueError(f"{caller}: the adapter is merged into the base weights at a fixed rank; unmerge it first")
     return [member.state for member in members]

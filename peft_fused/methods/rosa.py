@@ -19,7 +19,7 @@ from torch.optim import LBFGS, Adagrad, Optimizer
 
 from ..layers.rosa.state import Maker, RosaMember
 from ..layers.rosa.subspace import EPOCH, SubspacePolicy
-from .schedule import SCHEDULES, Schedule, Step
+from .schedule import SCHEDULES, Schedule, Step, check_owned
 
 __all__ = ["phase_of"]
 
@@ -58,7 +58,7 @@ class RosaSchedule(Schedule):
         if distributed and (due or first):
             _reshard(step.model)
         if first and step.optimizer is not None:
-            _check_owned(trained, step.optimizer)
+            check_owned("ROSA", _trained_factors(trained), step.optimizer)
         if not due:
             return
         _check_due([member for member, _ in due], step.optimizer)
@@ -77,19 +77,11 @@ def _check_due(members: list[RosaMember], optimizer: Optimizer | None) -> None:
         raise ValueError("ROSA: the adapter is merged into the base weights; unmerge it before training goes on")
     if optimizer is None:
         raise ValueError("ROSA resets the optimizer's state of what it draws anew: pass optimizer= to on_step")
-    _check_owned(members, optimizer)
+    check_owned("ROSA", _trained_factors(members), optimizer)
 
 
-def _check_owned(members: list[RosaMember], optimizer: Optimizer) -> None:
-    """ValueError if a trained factor is not among the optimizer's parameters."""
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for member in members:
-        for parameter in member.factors():
-            if parameter.requires_grad and id(parameter) not in owned:
-                raise ValueError(
-                    "ROSA: an adapter parameter is not among the optimizer's; create the optimizer from the adapted "
-                    "model (flattened or partitioned parameters, as FSDP1 and DeepSpeed make them, are not supported)"
-                )
+def _trained_factors(members: list[RosaMember]) -> list[nn.Parameter]:
+    return [factor for member in members for factor in member.factors() if factor.requires_grad]
 
 
 def _reshard(model: nn.Module | None) -> None:

@@ -9,6 +9,7 @@ clips), and after the update, while the gradients are still there.
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,26 @@ def members_of(model: nn.Module) -> dict[str, list]:
             for member in module.schedule_members():
                 found[member.method].append(member)
     return found
+
+
+def adapters_meant(caller: str, title: str, names: Iterable[str], adapter_name: str | None) -> set[str]:
+    """Of the names of a model's adapters of a method the one asked for, or all. ValueError if there is none."""
+    names = sorted(set(names))
+    if not names:
+        raise ValueError(f"{caller}: the model has no {title} layers")
+    if adapter_name is not None and adapter_name not in names:
+        raise ValueError(f"{caller}: adapter_name must be one of {names}, got {adapter_name!r}")
+    return set(names) if adapter_name is None else {adapter_name}
+
+
+def check_owned(what: str, parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> None:
+    """ValueError, for `what`, if the optimizer does not have one of these parameters."""
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if any(id(parameter) not in owned for parameter in parameters):
+        raise ValueError(
+            f"{what}: an adapter parameter is not among the optimizer's; create the optimizer from the adapted model "
+            "(flattened or partitioned parameters, as FSDP1 and DeepSpeed make them, are not supported)"
+        )
 
 
 def unwrap_model(model: nn.Module, attribute: str) -> nn.Module:

@@ -12,21 +12,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.sharded import is_sharded
+from .schedule import check_owned
 
 
 def check_guarded(option: str, optimizer: Optimizer | None, parameters: Iterable[nn.Parameter]) -> None:
     """ValueError, naming the option, if the optimizer's updates of these parameters cannot be masked."""
     if optimizer is None:
         raise ValueError(f"{option}=True masks the optimizer's update: pass optimizer= to on_step")
-    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for parameter in parameters:
-        if is_sharded(parameter):
-            raise ValueError(f"{option}: sharded parameters (FSDP2, tensor parallel) are not supported")
-        if parameter.requires_grad and id(parameter) not in owned:
-            raise ValueError(
-                f"{option}: an adapter parameter is not among the optimizer's; create the optimizer from the adapted "
-                "model (flattened parameters, as FSDP1 makes them, are not supported)"
-            )
+    parameters = list(parameters)
+    if any(map(is_sharded, parameters)):
+        raise ValueError(f"{option}: sharded parameters (FSDP2, tensor parallel) are not supported")
+    check_owned(option, (parameter for parameter in parameters if parameter.requires_grad), optimizer)
 
 
 class Kept:

@@ -190,22 +190,11 @@ def test_a_route_is_the_same_as_one_call_per_group(form, cpp):
 # ------------------------------------------------------------------------------------- what backward keeps and repeats
 
 
-def saved_tensors(function):
-    """Tensors that autograd keeps for the backward of function()."""
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        function()
-    return kept
-
-
 @both_nodes
-def test_frozen_parameters_save_nothing(cpp):
+def test_frozen_parameters_save_nothing(cpp, kept_for_backward):
     def kept(wrt, **options):
-        case = make_bottleneck(50, 40, 30, 4, wrt=wrt, **options)
         with peft_fused.use_backend("torch", native=cpp):
-            tensors = saved_tensors(lambda: case.call(bottleneck_adapter))
-        known = {t.data_ptr(): name for name, t in case.tensors.items() if t is not None}
-        return sorted(known.get(t.data_ptr(), str(tuple(t.shape))) for t in tensors)
+            return kept_for_backward(make_bottleneck(50, 40, 30, 4, wrt=wrt, **options))
 
     z = str((50, 4))
     assert kept(BOTTLENECK.own) == sorted(["h", "down", "up", z])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["test_lowrank.py", "test_bottleneck.py", "test_kronecker.py", "test_structured.py", "test_structured_ops.py"]
+# Each in a process, which takes some seconds to begin: long ones by themselves, so that others run beside them.
+FILES = [("bottleneck",), ("structured", "structured_ops"), ("lowrank", "kronecker")]
 
 
 # On CPUs with AMX torch's own bf16 products read past the rows of a tensor that has gaps between them, and the NaNs in
@@ -15,9 +16,10 @@ FILES = ["test_lowrank.py", "test_bottleneck.py", "test_kronecker.py", "test_str
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_interpreted(file):
+@pytest.mark.parametrize("files", FILES, ids="-".join)
+def test_kernels_interpreted(files):
     # -P keeps the repository root off the path: its `triton_kernels` folder is `peft_fused.triton_kernels`.
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", str(Path(__file__).with_name(file))]
+    paths = [str(Path(__file__).with_name(f"test_{name}.py")) for name in files]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", *paths]
     child = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]

@@ -71,9 +71,13 @@ def by_pattern(pattern: dict, key: str, default):
 
 @dataclass
 class FusedConfig(PeftConfig):
-    """Base class of our configurations. Subclasses set `fused_type`, their FusedPeftType."""
+    """Base class of our configurations. Subclasses set `fused_type`, their FusedPeftType.
+
+    set_later: fields that say what was set after the adapter was made, and go with it into a copy.
+    """
 
     fused_type: ClassVar
+    set_later: ClassVar[frozenset[str]] = frozenset()
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt: names, a regular expression or 'all-linear'."}

@@ -31,7 +31,8 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
         if name not in configs:
             raise ValueError(f"{argument} must be one of the model's adapters {sorted(configs)}, got {name!r}")
     ours, theirs = (configs[name].to_dict() for name in (source, target))
-    may_differ = _MAY_DIFFER | _FOLLOWS
+    follows = getattr(configs[source], "set_later", frozenset())
+    may_differ = _MAY_DIFFER | follows
     different = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k not in may_differ)
     if different:
         raise ValueError(f"target {target!r} must be configured as {source!r} is, but {', '.join(different)} differs")
@@ -46,7 +47,7 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
             raise ValueError(f"copy_adapter: unmerge {sorted(merged)} first")
     for layer in layers:
         layer.copy_adapter(source, target)
-    if follows := _FOLLOWS & ours.keys():
+    if follows:
         configs[target] = copy.copy(configs[target])
         for name in follows:
             setattr(configs[target], name, ours[name])
@@ -57,5 +58,3 @@ def copy_adapter(model: nn.Module, source: str, target: str) -> None:
 
 # Where an adapter comes from, and whether it trains.
 _MAY_DIFFER = {"inference_mode", "base_model_name_or_path", "revision", "peft_version", "auto_mapping"}
-# What is set in an adapter's config after it was made.
-_FOLLOWS = {"eval_rank"}

@@ -30,6 +30,7 @@ class DyLoraConfig(FusedConfig):
     """
 
     fused_type: ClassVar = FusedPeftType.DYLORA
+    set_later: ClassVar = frozenset({"eval_rank"})
 
     r: int = field(default=8, metadata={"help": "Largest rank, 1..256. Every rank from r_min to r is trained."})
     lora_alpha: float = field(
