@@ -1,7 +1,8 @@
 """The package at another commit, for `--base`: built once, and measured by a process of its own in the same rounds.
 
-Its own benchmark builds its variants there; only when they are timed is up to this process (base_worker.py). Samples of
-both so interleave, each after a call that nobody times, since what the other process did has cooled the caches.
+Its own benchmark builds its variants there; only when they are timed is up to this process (base_worker.py). So are
+those of this commit that they are compared with. Samples interleave, each after a call that nobody times, since what
+another process did has cooled the caches.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import peft_fused
 from peft_fused.ops import native
 
 from .shapes import Shape, StructuredShape
@@ -117,18 +119,20 @@ def measure_warm(clock: CpuClock | CudaClock, variant: Variant) -> dict[str, flo
     return clock.measure(variant)
 
 
-class Base:
-    """The process that has the other commit. `missing`: why the last shape has nothing to compare with."""
+class Worker:
+    """A process with one of the two commits. `missing`: why its last shape has nothing to compare with."""
 
-    def __init__(self, revision: str):
-        folder, self.commit = build(revision)
+    def __init__(self, folder: Path | None, what: str):
+        """folder: to import from, before whatever else is installed; None for what this process has."""
         self.missing = ""
         self.pipe, there = Pipe()
-        # Its folder comes before whatever else is installed; -P by its variable, which Python 3.10 ignores.
-        environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # as -P, which Python 3.10 does not have
+        if folder is not None:
+            environment["PYTHONPATH"] = str(folder)
+        imported = folder or Path(peft_fused.__file__).parents[1]
         worker = Path(__file__).with_name("base_worker.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(worker), str(there.fileno()), str(folder)],
+            [sys.executable, str(worker), str(there.fileno()), str(imported)],
             env=environment, pass_fds=[there.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         there.close()
@@ -136,11 +140,11 @@ class Base:
             self.pipe.recv()
         except EOFError:
             said = self.process.communicate()[1].strip().splitlines()
-            raise BaseError(f"--base {revision} ({self.commit[:12]}) does not start: {' '.join(said[-3:])}") from None
+            raise BaseError(f"{what} does not start: {' '.join(said[-3:])}") from None
 
     @contextlib.contextmanager
     def shape(self, shape: Shape | StructuredShape, grid: str, device: torch.device) -> Iterator[None]:
-        """Its process runs the same shape, and ends with it."""
+        """It runs the same shape, and ends with it."""
         self.missing = ""
         self.pipe.send(("shape", (shape.op, shape.name, shape.dtype_name, shape.dropout), grid, str(device)))
         try:
@@ -172,9 +176,47 @@ class Base:
             if there:
                 self.pipe.send(("finish", None))
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+BASE, APART = "at base", "apart"
+
+
+class Base:
+    """The other commit and this one, each in a process that has its variants alone. What else this process has, PEFT's
+    layers and compiled ones, costs ours some percent, so that they are not compared with those of the other commit."""
+
+    def __init__(self, revision: str):
+        folder, self.commit = build(revision)
+        self.workers = {BASE: Worker(folder, f"--base {revision} ({self.commit[:12]})")}
+        try:
+            self.workers[APART] = Worker(None, "this commit")
+        except BaseError:
+            self.close()
+            raise
+
+    @property
+    def missing(self) -> str:
+        return self.workers[BASE].missing
+
+    @contextlib.contextmanager
+    def shape(self, *arguments) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for worker in self.workers.values():
+                stack.enter_context(worker.shape(*arguments))
+            yield
+
+    @contextlib.contextmanager
+    def variants(self, names: list[str]) -> Iterator[dict[str, dict[str, Remote]]]:
+        """By commit, BASE or APART, its variants that bear these names."""
+        with contextlib.ExitStack() as stack:
+            yield {which: stack.enter_context(worker.variants(names)) for which, worker in self.workers.items()}
+
     def clock(self, clock: CpuClock | CudaClock) -> WarmClock:
         return WarmClock(clock)
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        for worker in self.workers.values():
+            worker.close()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import Base
+from .base import APART, BASE, Base
 from .shapes import Shape, StructuredShape
 from .timing import STEP, CpuClock, CudaClock, Times, clock_of, interleave, ratio, step_clock, wall_ms
 from .variants import Layer, TrainingStep, cuda_peak_bytes, saved_bytes
@@ -60,20 +60,15 @@ def measure(case: Case, device: torch.device, *, seconds: float, base: Base | No
     return [_row(case, c, mode, times, base) | memory[id(c)] for c in case.comparisons for mode in times[c.ours]]
 
 
-def at_base(name: str) -> str:
-    """The variant of another commit that a variant of ours is compared with."""
-    return f"{name} at base"
-
-
 def _timed(variants: dict, clock: CpuClock | CudaClock, seconds: float, ours: list[str], base: Base | None) -> dict:
-    """{variant: {mode: Times}}, with the variants of the other commit."""
+    """{variant: {mode: Times}}; with another commit also "<variant> at base", and "<variant> apart" of this one."""
     if base is None:
         return interleave(variants, clock, seconds=seconds)
     with base.variants(ours) as others:
         both = {}
         for name, variant in variants.items():  # side by side; every second round has the reverse order
             both[name] = variant
-            both |= {at_base(name): others[name]} if name in others else {}
+            both |= {f"{name} {which}": there[name] for which, there in others.items() if name in there}
         return interleave(both, base.clock(clock), seconds=seconds)
 
 
@@ -95,9 +90,11 @@ def _memory(case: Case, comparison: Comparison, device: torch.device) -> dict:
 
 def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]], base: Base | None) -> dict:
     references, skipped = dict(c.references), {k: why for k, why in case.skipped.items() if c.references.get(k)}
+    ratios, beside = dict(c.ratios), {}
     if base is not None:
-        references["base"] = at_base(c.ours)
-        skipped |= {} if at_base(c.ours) in times else {"base": base.missing}
+        beside = {"apart": f"{c.ours} {APART}", "base": f"{c.ours} {BASE}"}
+        ratios["ratio_to_base"] = beside["apart"], beside["base"]
+        skipped |= {} if beside["base"] in times else {"base": base.missing}
 
     def at(name: str | None) -> Times | None:
         return times.get(name, {}).get(mode)
@@ -105,7 +102,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
     def against(ours: str, reference: str | None) -> float | None:
         return ratio(at(ours), at(reference)) if at(ours) and at(reference) else None
 
-    shown = {"ours": c.ours} | references | {name: name for pair in c.ratios.values() for name in pair}
+    shown = {"ours": c.ours} | references | beside | {name: name for pair in c.ratios.values() for name in pair}
     shown = {label: at(name) for label, name in shown.items() if at(name)}
     return {
         "op": c.op,
@@ -115,7 +112,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
         "dropout": case.shape.dropout,
         "mode": mode,
         **{f"ratio_to_{label}": against(c.ours, name) for label, name in references.items()},
-        **{key: against(*pair) for key, pair in c.ratios.items()},
+        **{key: against(*pair) for key, pair in ratios.items()},
         "ms_median": {label: found.median for label, found in shown.items()},
         "ms_iqr": {label: found.iqr for label, found in shown.items()},
         "rounds": len(at(c.ours).ms),

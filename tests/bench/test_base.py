@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 import pytest
 import torch
 from peft_fused.bench import base, run
-from peft_fused.bench.base import Base, BaseError, Remote
+from peft_fused.bench.base import APART, BASE, Base, BaseError, Remote, Worker
 from peft_fused.bench.shapes import grid
 from peft_fused.bench.timing import MODES
 
@@ -54,7 +54,7 @@ def test_the_same_commit_takes_turns_with_ours(monkeypatch, tmp_path):
     assert {row["op"] for row in rows} == {"lora", "dylora", "circulant", "aflora"}
     for row in rows:
         assert row["base_commit"] == commit and "base" not in row["skipped"]
-        assert row["ratio_to_base"] > 0 and row["ms_median"]["base"] > 0
+        assert row["ratio_to_base"] > 0 and row["ms_median"]["base"] > 0 and row["ms_median"]["apart"] > 0
     json.dumps(rows, allow_nan=False)
     assert base.build("HEAD")[0] == next(tmp_path.iterdir()), "what is built is used again"
 
@@ -90,8 +90,8 @@ def test_the_command_says_why_it_does_not_start(checkout, monkeypatch):
 
 @pytest.fixture
 def served():
-    """served(*turns): a Base whose process, a thread, answers a shape with these: names that it is ready to measure, or
-    a text to end with. Told is what it was asked."""
+    """served(*turns): a Worker whose process, a thread, answers a shape with these: names that it is ready to measure,
+    or a text to end with. Told is what it was asked."""
 
     def start(*turns):
         ours, theirs = Pipe()
@@ -106,8 +106,8 @@ def served():
                         theirs.send(dict.fromkeys(MODES, 2.0))
                 told.append(("next", None))
 
-        found = Base.__new__(Base)
-        found.pipe, found.missing, found.commit = ours, "", "0" * 40
+        found = Worker.__new__(Worker)
+        found.pipe, found.missing = ours, ""
         threading.Thread(target=answer, daemon=True).start()
         return found
 
@@ -137,6 +137,9 @@ def test_an_error_of_ours_leaves_it_ready_for_the_next_shape(served):
 
 def test_a_shape_that_it_does_not_have(served, monkeypatch):
     monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
-    rows = list(run.run(CPU, "tiny", op="lowrank", base=served("the other commit does not have this shape")))
+    other = Base.__new__(Base)
+    other.commit = "0" * 40
+    other.workers = {BASE: served("the other commit does not have this shape"), APART: served(["fused"], "over")}
+    rows = list(run.run(CPU, "tiny", op="lowrank", base=other))
     assert rows and all(row["ratio_to_base"] is None for row in rows)
     assert {row["skipped"]["base"] for row in rows} == {"the other commit does not have this shape"}
