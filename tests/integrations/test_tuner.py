@@ -11,6 +11,7 @@ from peft import get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
+import peft_fused
 from peft_fused.integrations.peft.registration import REGISTERED, register
 from peft_fused.integrations.peft.tuner import FusedLayer
 from peft_fused.methods import on_step
@@ -386,3 +387,14 @@ def test_unloading_keeps_the_trained_head(variant):
     assert not torch.equal(unloaded.head.out.weight, net().head.out.weight)
     if variant.additive:
         torch.testing.assert_close(logits(unloaded), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_adapter_is_explained_on_the_input_that_it_runs_on(dtype):
+    """An input of a type that the ops do not combine with the adapter's is cast, and told of as cast."""
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(12, 12)), peft_fused.SurmConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    layer.surm_block.to(dtype)
+    assert layer(torch.ones(4, 12)).dtype == torch.float32
+    problem = layer.explain_route(4)[-1]
+    assert (problem.dtype, problem.adapter_dtype) == (str(dtype)[6:], str(dtype)[6:])
