@@ -41,7 +41,7 @@ quick: export OMP_NUM_THREADS ?= 1
 quick: check
 	$(BIN)/pytest -q $(PARALLEL) @tests/quick.txt
 
-# Every configuration of the Triton kernels, of which `make test` compiles those of each tile that take most.
+# Every configuration of the Triton kernels, of which `make test` compiles the largest that ask for most.
 aot: export OMP_NUM_THREADS ?= 1
 aot: venv
 	PEFT_FUSED_AOT=all $(BIN)/pytest -q $(PARALLEL) -m aot

@@ -19,7 +19,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-# Every configuration, as `make aot` sets it; otherwise of each tile the one that takes most.
+# Every configuration, as `make aot` sets it; otherwise the largest that ask for most.
 EVERY = os.environ.get("PEFT_FUSED_AOT") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of a block, by compute capability
@@ -122,11 +122,17 @@ class Row:
         return f"sm_{self.target}-" + "-".join(self.text.split())
 
     @property
-    def tile(self):
-        """What of a KernelConfig decides its registers in the first place."""
+    def family(self):
+        """What the compiler's choices hang on: rows with the same differ in their sizes and in what they ask for."""
         c = self.config
-        sizes = tuple(pair for pair in c.constexprs if not self._is_switch(*pair))
-        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), sizes, c.num_warps, c.num_stages
+        rest = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_size(*pair))
+        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), rest, c.num_warps
+
+    @property
+    def sizes(self):
+        """The sides of its tiles and the stages of its loop, which decide its registers and memory."""
+        sides = tuple(value for name, value in self.config.constexprs if self._is_size(name, value))
+        return *sides, self.config.num_stages
 
     @property
     def demand(self):
@@ -136,9 +142,19 @@ class Row:
         types = ["bfloat16"] if self.config.dtype == "bfloat16" else []  # which fp16 is like
         return frozenset(on + loads + types)
 
+    def is_less_than(self, other):
+        """Whether `other`, of the same family, is at least as large and asks for at least as much, and one is more."""
+        smaller = all(mine <= its for mine, its in zip(self.sizes, other.sizes, strict=True))
+        same = self.sizes == other.sizes and self.demand == other.demand
+        return smaller and self.demand <= other.demand and not same
+
     @staticmethod
     def _is_switch(name, value):
         return name == "DROPOUT" or (name != "BACKWARD" and (isinstance(value, bool) or value is None))
+
+    @staticmethod
+    def _is_size(name, value):
+        return isinstance(value, int) and not isinstance(value, bool)
 
     def check(self, problems, record_property):
         """Compiles it, leaves its resources for the table, and fails with what problems(config, resources) names."""
@@ -152,12 +168,12 @@ class Row:
 
 
 def to_compile(rows):
-    """The rows of a run: all, or of each tile those of which no other asks for more; for sm_80 where sm_90 has wgmma.
-    Where both multiply by mma.sync, their code is of one shape."""
-    rows, tiles = list(rows), defaultdict(list)
+    """The rows of a run: all, or those than which no other is larger and asks for more; for sm_80 where sm_90 has
+    wgmma. Where both multiply by mma.sync, their code is of one shape."""
+    rows, families = list(rows), defaultdict(list)
     if EVERY:
         return rows
     rows = [row for row in rows if row.target != 80 or max(row.products, default=0) >= 64]
     for row in rows:
-        tiles[row.tile].append(row.demand)
-    return [row for row in rows if not any(row.demand < other for other in tiles[row.tile])]
+        families[row.family].append(row)
+    return [row for row in rows if not any(row.is_less_than(other) for other in families[row.family])]

@@ -2,6 +2,7 @@
 in a child process where there is no GPU (test_interpreter.py starts it), the compiler runs in the main one.
 """
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -58,8 +59,13 @@ def poisoned(monkeypatch):
 
 def _hasten(interpreter, patch):
     """The interpreter replaces the functions of the language anew for every call of a device function, though those of
-    the kernel around it are in place; and to look up a type it makes a table of all: both together half of its time."""
+    the kernel around it are in place; to look up a type it makes a table of all: both together half of its time. Half
+    of the rest are sums of int64 that ask whether an int32 overflows, which no index of tensors this small does
+    (test_launches.py has the large ones)."""
     import triton.language as tl
+
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    patch.setattr(interpreter.interpreter_builder, "options", options)
 
     patch_lang, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
     modules, replaced, types = {}, set(), {}

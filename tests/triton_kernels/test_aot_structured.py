@@ -3,7 +3,6 @@
 Of configurations that differ in their true length alone, whose code differs in constants, one is compiled.
 """
 
-from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -54,10 +53,12 @@ def representatives(target):
         full = plan.factors[2] % 8 == 0 and plan.rows_in == plan.padded[0]
         if dropout and plan.points >= 1024 and config.dtype != "float16" and (full or (EVERY and target == 80)):
             found[shape(config)] = config
-    tiles = defaultdict(list)
+    if EVERY:
+        return list(found.values())
+    most = {}
     for config in found.values():
-        tiles[tile(config)].append(config.switches)
-    return [c for c in found.values() if EVERY or not any(c.switches < other for other in tiles[tile(c)])]
+        most[tile(config)] = max(most.get(tile(config), config), config, key=lambda c: len(c.switches))
+    return list(most.values())
 
 
 def source(config):
