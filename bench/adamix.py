@@ -12,6 +12,7 @@ from torch import nn
 from peft_fused.layers import AdaMixLinear
 from peft_fused.layers.adamix.routes import PASSES, write_routes
 
+from .benchmark import of_method
 from .rows import STEP_LAYERS, Case, Comparison
 from .shapes import Shape
 from .variants import ALPHA_OVER_R, Layer, TrainingStep, frozen_layer, path_of
@@ -122,3 +123,12 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
             stacks |= {f"baseline of {name}": list(map(Baseline, stack)) for name, stack in stacks.items()}
             case.steps = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
         yield case
+
+
+BENCHMARK = of_method(
+    cases,
+    Shape(4096, 768, 768, 16, op="adamix"),
+    state=lambda row: f"{row['kind']}, E={row['experts']}",
+    ratios={"/ one expert": "ratio_to_one", "/ plain": "ratio_to_baseline"},
+    reference="baseline",
+)

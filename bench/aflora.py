@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_fused.layers import AfLoraLinear, LoraLinear
 
+from .benchmark import of_method
 from .rows import STEP_LAYERS, Case, Comparison
 from .shapes import Shape
 from .variants import ALPHA_OVER_R, Layer, TrainingStep, frozen_layer, path_of
@@ -101,3 +102,12 @@ def cases(shape: Shape, device: torch.device) -> Iterator[Case]:
         stacks["lora"] = [_lora(base, shape) for _ in range(STEP_LAYERS)]
         case.steps = {name: TrainingStep(stack, x, dy) for name, stack in stacks.items()}
     yield case
+
+
+BENCHMARK = of_method(
+    cases,
+    Shape(4096, 768, 768, 8, op="aflora"),
+    state=lambda row: f"frozen: {row['frozen'] or 'nothing'}",
+    ratios={"/ LoRA": "ratio_to_lora", "/ plain": "ratio_to_baseline"},
+    reference="lora",
+)

@@ -14,10 +14,60 @@ from peft import LoraConfig, get_peft_model
 import peft_fused
 from peft_fused.methods.schedule import members_of
 
+from .benchmark import Benchmark, Table
 from .rows import Case, Comparison
-from .shapes import Shape
+from .shapes import BF16, Shape
 from .variants import ALPHA_OVER_R, Layer, frozen_layer, path_of
 from .verify import WrongResult, refuse_wrong, relative_rms
+
+TINY = (Shape(4, 32, 32, 8, compiled=True), Shape(64, 96, 80, 4, dropout=0.1))
+
+CPU = (
+    Shape(4, 32, 32, 8, compiled=True),
+    Shape(4096, 768, 768, 8, compiled=True),
+    Shape(4096, 768, 768, 8, dropout=0.1),
+    Shape(4096, 768, 768, 8, BF16),
+    Shape(4096, 768, 3072, 8),
+    Shape(512, 4096, 4096, 16),
+    Shape(512, 4096, 4096, 16, BF16),
+)
+
+CPU_ALL = (
+    *CPU,
+    Shape(4096, 768, 768, 8, BF16, BF16),
+    Shape(4096, 768, 768, 64),
+    Shape(4096, 3072, 768, 8),
+    Shape(512, 4096, 4096, 16, dropout=0.1),
+    Shape(512, 768, 768, 8),
+    Shape(32, 768, 768, 8),
+    Shape(1, 4096, 4096, 16),
+)
+
+# What matters most comes first, in case a run on a borrowed GPU is cut short.
+_CUDA_BF16 = [
+    Shape(m, k, n, r, BF16, adapter)
+    for m, k, n, r in (
+        (4096, 768, 768, 8),
+        (4096, 4096, 4096, 16),
+        (512, 4096, 4096, 16),
+        (4096, 768, 3072, 8),
+        (4096, 4096, 4096, 128),
+        (1, 4096, 4096, 16),
+        (64, 4096, 4096, 16),
+        (16384, 4096, 4096, 16),
+        (16384, 8192, 8192, 64),
+        (4096, 4096, 14336, 16),
+    )
+    for adapter in (torch.float32, BF16)
+]
+CUDA = (
+    *_CUDA_BF16,
+    Shape(4, 32, 32, 8),
+    Shape(4096, 768, 768, 8),
+    Shape(4096, 768, 768, 8, BF16, dropout=0.1),
+    Shape(4096, 4096, 4096, 16, BF16, dropout=0.1),
+    Shape(4096, 4096, 4096, 16, BF16, BF16, dropout=0.1),
+)
 
 TARGET = "linear"
 # The share of the delta that dropout leaves on average is 1; with thousands of masked inputs it is met within this.
@@ -232,3 +282,29 @@ def cases(shape: Shape, device: torch.device, budget: CompileBudget) -> Iterator
     lora = comparison("lora", "fused", shape.r, peft="peft", addmm="addmm", compiled="compiled")
     dylora = comparison("dylora", "dylora", found.dylora_rank, peft=None, addmm="dylora_addmm", compiled=None)
     yield Case(shape, found.layers, [lora, dylora], {"compiled": why} if why else {})
+
+
+def _rank(row: dict) -> str:
+    return str(row["r"]) if row["active_rank"] == row["r"] else f"{row['active_rank']} of {row['r']}"
+
+
+BENCHMARK = Benchmark(
+    ops=("lowrank",),
+    rows=("lora", "dylora"),
+    cases=cases,
+    compiles=True,
+    seconds={"tiny": 0.2, "default": 6.0, "all": 15.0},
+    shapes={"tiny": TINY, "default": CPU, "all": CPU_ALL, "cuda": CUDA},
+    table=Table(
+        "adapted layers",
+        first={"rank": _rank, "drop": lambda row: f"{row['dropout']:g}"},
+        ratios={
+            "/ frozen": "ratio_to_frozen",
+            "/ PEFT": "ratio_to_peft",
+            "/ addmm_": "ratio_to_addmm",
+            "/ compiled": "ratio_to_compiled",
+        },
+        saved={"saved,\nours": "ours", "saved,\nPEFT": "peft"},
+        last={"of\nfloor": lambda row: f"{row['floor_ms'] / row['ms_median']['ours']:.0%}"},
+    ),
+)

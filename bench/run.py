@@ -16,19 +16,12 @@ import torch
 import transformers
 
 import peft_fused
-from peft_fused.ops.structured.engine import STRUCTURES
 
-from . import adamix, aflora, lowrank, roofline, structured
+from . import lowrank, roofline
 from .base import Base
+from .benchmarks import benchmark_of, grid
 from .rows import measure
-from .shapes import grid
 
-# By op of a shape, its cases and the seconds of rounds of each, by grid.
-FAMILIES = {
-    "lowrank": (lowrank.cases, {"tiny": 0.2, "default": 6.0, "all": 15.0}),
-    **dict.fromkeys(STRUCTURES, (structured.cases, {"tiny": 0.05, "default": 2.0, "all": 6.0})),
-    **{m.__name__.rsplit(".", 1)[-1]: (m.cases, {"tiny": 0.05, "default": 4.0, "all": 10.0}) for m in (adamix, aflora)},
-}
 # Seconds in all for torch.compile, unless every shape is to be compiled.
 COMPILE_SECONDS = {"tiny": 0.0, "default": 45.0, "all": 1800.0}
 
@@ -82,7 +75,7 @@ def run(
     failed: Callable[[str, Exception], None] | None = None,
     base: Base | None = None,
 ) -> Iterator[dict]:
-    """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of shapes.OPS, or "all".
+    """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of benchmarks.OPS, or "all".
     base: another commit, whose variants take turns with ours.
 
     progress(shape, done, total) is told before each shape; no shape is started after `seconds`, so that `done` may stay
@@ -103,14 +96,14 @@ def run(
             break
         if progress:
             progress(f"{shape.name} {shape.dtype_name}", index, len(shapes))
-        cases, rounds = FAMILIES[shape.op]
-        more = {"budget": budget} if shape.op == "lowrank" else {}
+        benchmark = benchmark_of(shape.op)
+        more = {"budget": budget} if benchmark.compiles else {}
         try:
             with base.shape(shape, name, device) if base else contextlib.nullcontext():
                 rows = [
                     row
-                    for case in cases(shape, device, **more)
-                    for row in measure(case, device, seconds=rounds[name], base=base)
+                    for case in benchmark.cases(shape, device, **more)
+                    for row in measure(case, device, seconds=benchmark.seconds[name], base=base)
                 ]
         except Exception as error:
             if failed is None:

@@ -16,11 +16,60 @@ from peft_fused.ops import dispatch, structured
 from peft_fused.ops.accuracy import outputs
 from peft_fused.ops.cases import make_structured
 from peft_fused.ops.structured import plan as plan_module
+from peft_fused.ops.structured.engine import STRUCTURES
 
+from .benchmark import Benchmark, Table
 from .rows import Case, Comparison
-from .shapes import StructuredShape
+from .shapes import BF16, StructuredShape
 from .variants import Layer
 from .verify import refuse_wrong, relative_rms
+
+
+def _shapes(m: int, op: str, *sizes: tuple[int, ...], dtype=torch.float32) -> tuple[StructuredShape, ...]:
+    return tuple(StructuredShape(op, m, each, dtype) for each in sizes)
+
+
+TINY = tuple(
+    StructuredShape(op, 33, sizes)
+    for op, sizes in (
+        ("circulant", (48,)), ("skew_circulant", (48,)), ("toeplitz", (40, 48)), ("toeplitz_product", (48,)),
+        ("kronecker", (6, 8, 8, 6)), ("ldr", (2, 48)),
+    )
+)  # fmt: skip
+
+CPU = (
+    *_shapes(2048, "circulant", (384,), (768,), (1024,), (1536,), (3072,), (4096,), (8192,)),
+    *_shapes(2048, "circulant", (768,), (3072,), dtype=BF16),
+    *_shapes(2048, "toeplitz", (768, 768), (3072, 768)),
+    *_shapes(2048, "kronecker", (24, 32, 32, 24), (64, 64, 48, 48)),
+    *_shapes(2048, "skew_circulant", (768,)),
+    *_shapes(2048, "toeplitz_product", (768,)),
+    *_shapes(2048, "ldr", (1, 768)),
+)
+
+CPU_ALL = (
+    *CPU,
+    *_shapes(2048, "circulant", (8192,), dtype=BF16),
+    *_shapes(32, "circulant", (768,), (3072,)),
+    *_shapes(2048, "toeplitz", (3072, 3072), (768, 3072)),
+    *_shapes(2048, "toeplitz", (768, 768), dtype=BF16),
+    *_shapes(2048, "kronecker", (24, 32, 32, 24), dtype=BF16),
+    *_shapes(2048, "skew_circulant", (3072,)),
+    *_shapes(2048, "toeplitz_product", (3072,)),
+    *_shapes(2048, "ldr", (4, 768), (1, 3072)),
+)
+
+CUDA = (
+    *_shapes(4096, "circulant", (4096,), (768,), (1024,), (3072,), (8192,), dtype=BF16),
+    *_shapes(4096, "circulant", (4096,), (768,), (1024,), (3072,), (8192,)),
+    *_shapes(4096, "toeplitz", (4096, 4096), (768, 768), (3072, 768), dtype=BF16),
+    *_shapes(4096, "kronecker", (64, 64, 64, 64), (24, 32, 32, 24), dtype=BF16),
+    *_shapes(4096, "toeplitz", (4096, 4096), (768, 768)),
+    *_shapes(4096, "toeplitz_product", (768,), (4096,), dtype=BF16),
+    *_shapes(4096, "ldr", (1, 4096), (4, 768), dtype=BF16),
+    *_shapes(4096, "skew_circulant", (4096,), dtype=BF16),
+    *_shapes(4096, "kronecker", (64, 64, 64, 64)),
+)
 
 # Dense products are timed below this many multiply-adds; from there on, a few rounds of them take a minute on a CPU.
 DENSE_LIMIT = {"cpu": 1 << 35, "cuda": 1 << 40}
@@ -215,3 +264,30 @@ def cases(shape: StructuredShape, device: torch.device) -> Iterator[Case]:
         ratios={"fft_over_dense": ("ours_dense", "ours_fft")},
     )  # fmt: skip
     yield Case(shape, found.layers, [comparison], found.skipped)
+
+
+def _plan(row: dict) -> str:
+    plan = row["plan"]
+    return f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"]
+
+
+BENCHMARK = Benchmark(
+    ops=tuple(STRUCTURES),
+    cases=cases,
+    seconds={"tiny": 0.05, "default": 2.0, "all": 6.0},
+    shapes={"tiny": TINY, "default": CPU, "all": CPU_ALL, "cuda": CUDA},
+    table=Table(
+        "structured maps, no base layer",
+        first={"plan": _plan},
+        ratios={
+            "/ plain": "ratio_to_baseline",
+            "/ C3A": "ratio_to_c3a",
+            "/ dense": "ratio_to_dense",
+            "fft/dense": "fft_over_dense",
+        },
+        saved={"saved": "ours", "plain saves": "baseline"},
+        last={},
+        about="plain: PyTorch as anyone would write it; C3A: PEFT's; dense: by the matrix, written down in PyTorch\n"
+        "fft/dense: ours by FFT over ours by the dense matrix; saved: bytes for backward beside x",
+    ),
+)

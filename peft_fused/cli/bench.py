@@ -10,23 +10,7 @@ from .output import err, fail, out, plots, print_json, progress, result_folder, 
 # Exit status of what SIGINT ended, as shells count it.
 INTERRUPTED = 128 + signal.SIGINT
 
-# Columns of ratios, by the op of a row: layers that PEFT has a counterpart of, maps, and methods.
-LAYERS = {
-    "/ frozen": "ratio_to_frozen",
-    "/ PEFT": "ratio_to_peft",
-    "/ addmm_": "ratio_to_addmm",
-    "/ compiled": "ratio_to_compiled",
-}
-MAPS = {
-    "/ plain": "ratio_to_baseline",
-    "/ C3A": "ratio_to_c3a",
-    "/ dense": "ratio_to_dense",
-    "fft/dense": "fft_over_dense",
-}
-METHODS = {
-    "adamix": {"/ one expert": "ratio_to_one", "/ plain": "ratio_to_baseline"},
-    "aflora": {"/ LoRA": "ratio_to_lora", "/ plain": "ratio_to_baseline"},
-}
+# With another commit, the column of the ratios to it.
 BASE = {"/ base": "ratio_to_base"}
 
 
@@ -50,14 +34,14 @@ def run(
     if everything and tiny:
         fail("--all and --tiny exclude each other")
     device = torch_device(device_name)
+    from peft_fused.bench import benchmarks
     from peft_fused.bench import run as runner
-    from peft_fused.bench import shapes
     from peft_fused.bench.base import Base, BaseError
     from peft_fused.bench.plot import plot
     from peft_fused.bench.verify import WrongResult
 
-    if op not in ("all", *shapes.OPS):
-        fail(f"--op must be all or one of {', '.join(shapes.OPS)}, got {op!r}")
+    if op not in ("all", *benchmarks.OPS):
+        fail(f"--op must be all or one of {', '.join(benchmarks.OPS)}, got {op!r}")
     folder = result_folder(out) or (None if tiny or op != "all" else runner.default_folder(device))
     if base:
         err().print(f"building {base}", markup=False)
@@ -115,6 +99,8 @@ def run(
 
 
 def _print(rows: list[dict]) -> None:
+    from peft_fused.bench.benchmarks import BENCHMARKS
+
     console = out()
     console.print(f"{rows[0]['device']}, torch {rows[0]['versions']['torch']}, peft {rows[0]['versions']['peft']}")
     ceilings = rows[0]["ceilings"]
@@ -122,15 +108,9 @@ def _print(rows: list[dict]) -> None:
     console.print(f"measured ceilings: copy {ceilings['copy_gb_s']:.1f} GB/s; GEMM, GFLOP/s: {rates}")
     if "base_commit" in rows[0]:
         console.print(f"base: {rows[0]['base_commit'][:12]}, in the same rounds", markup=False)
-    layers = [row for row in rows if "ratio_to_peft" in row]
-    maps = [row for row in rows if "plan" in row]
-    if layers:
-        _show_layers(console, layers)
-    if maps:
-        _show_maps(console, maps)
-    for op in METHODS:
-        if chosen := [row for row in rows if row["op"] == op]:
-            _show_method(console, op, chosen)
+    for benchmark in BENCHMARKS:
+        if chosen := [row for row in rows if row["op"] in benchmark.ops + benchmark.rows]:
+            _show(console, benchmark.table, chosen)
     for path in dict.fromkeys(row["path"] for row in rows):
         console.print(f"path: {path}", markup=False)
     for what, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
@@ -140,72 +120,28 @@ def _print(rows: list[dict]) -> None:
 KEYS = ("op", "layer", "dtype", "mode")
 
 
-def _show(console, title: str, rows: list[dict], headings: tuple[str, ...], cells, last: str, about: str = "") -> None:
-    """A table of a line per row: KEYS, then cells(row) under the headings. last: the mode that ends a section."""
-    lines = [[row["op"], row["shape"], row["dtype"], row["mode"], *cells(row)] for row in rows]
-    show(console, title, (*KEYS, *headings), lines, keys=len(KEYS), ends=lambda number: rows[number]["mode"] == last)
-    console.print("ratios: time of ours / reference, median of per-round ratios; below 1 is faster" + about)
-
-
-def _headings(rows: list[dict], headings: dict[str, str]) -> dict[str, str]:
-    """With the column of the other commit, where there is one."""
-    return headings | (BASE if "ratio_to_base" in rows[0] else {})
-
-
-def _ratios(row: dict, headings: dict[str, str]) -> list[str]:
-    return ["-" if row[key] is None else f"{row[key]:.2f}" for key in headings.values()]
-
-
-def _time(row: dict) -> str:
-    return f"{row['ms_median']['ours']:.3g} ({row['ms_iqr']['ours']:.2g})"
-
-
-def _show_layers(console, rows: list[dict]) -> None:
-    ratios = _headings(rows, LAYERS)
+def _show(console, table, rows: list[dict]) -> None:
+    """The table of a benchmark's rows."""
+    ratios = table.ratios | (BASE if "ratio_to_base" in rows[0] else {})
 
     def cells(row: dict) -> list[str]:
-        rank = str(row["r"]) if row["active_rank"] == row["r"] else f"{row['active_rank']} of {row['r']}"
         return [
-            rank, f"{row['dropout']:g}", _time(row), *_ratios(row, ratios),
-            *(_size(row["saved_bytes"][who]) for who in ("ours", "peft")),
-            f"{row['floor_ms'] / row['ms_median']['ours']:.0%}",
-        ]  # fmt: skip
+            *(row[key] for key in ("op", "shape", "dtype", "mode")),
+            *(cell(row) for cell in table.first.values()),
+            f"{row['ms_median']['ours']:.3g} ({row['ms_iqr']['ours']:.2g})",
+            *("-" if row[key] is None else f"{row[key]:.2f}" for key in ratios.values()),
+            *(_size(row["saved_bytes"][who]) for who in table.saved.values()),
+            *(cell(row) for cell in table.last.values()),
+        ]
 
-    headings = ("rank", "drop", "ms (IQR)", *ratios, "saved,\nours", "saved,\nPEFT", "of\nfloor")
-    _show(console, "adapted layers", rows, headings, cells, "both")
-
-
-def _show_maps(console, rows: list[dict]) -> None:
-    ratios = _headings(rows, MAPS)
-
-    def cells(row: dict) -> list[str]:
-        plan = row["plan"]
-        return [
-            f"fft {plan['length']}" if plan["method"] == "fft" else plan["method"], _time(row),
-            *_ratios(row, ratios), *(_size(row["saved_bytes"][who]) for who in ("ours", "baseline")),
-        ]  # fmt: skip
-
-    about = (
-        "\nplain: PyTorch as anyone would write it; C3A: PEFT's; dense: by the matrix, written down in PyTorch"
-        "\nfft/dense: ours by FFT over ours by the dense matrix; saved: bytes for backward beside x"
-    )
-    headings = ("plan", "ms (IQR)", *ratios, "saved", "plain saves")
-    _show(console, "structured maps, no base layer", rows, headings, cells, "both", about)
-
-
-def _show_method(console, op: str, rows: list[dict]) -> None:
-    reference, ratios = "baseline" if op == "adamix" else "lora", _headings(rows, METHODS[op])
-
-    def cells(row: dict) -> list[str]:
-        state = f"{row['kind']}, E={row['experts']}" if op == "adamix" else f"frozen: {row['frozen'] or 'nothing'}"
-        return [
-            str(row["r"]), state, _time(row), *_ratios(row, ratios),
-            *(_size(row["saved_bytes"][who]) for who in ("ours", reference)),
-        ]  # fmt: skip
-
-    headings = ("rank", "state", "ms (IQR)", *ratios, "saved,\nours", f"saved,\n{reference}")
-    about = "\nstep: forward, backward, schedule and optimizer, of four layers"
-    _show(console, op, rows, headings, cells, "step", about)
+    headings = (*KEYS, *table.first, "ms (IQR)", *ratios, *table.saved, *table.last)
+    show(
+        console, table.title, headings, list(map(cells, rows)),
+        keys=len(KEYS), ends=lambda number: rows[number]["mode"] == table.ends,
+    )  # fmt: skip
+    console.print("ratios: time of ours / reference, median of per-round ratios; below 1 is faster")
+    if table.about:
+        console.print(table.about)
 
 
 def _size(size: int | None) -> str:

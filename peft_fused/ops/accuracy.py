@@ -1,6 +1,6 @@
 """When is a kernel right: its error against float64 is at most twice that of plain PyTorch in the same dtype.
 
-The rule needs no tolerance per dtype or size. It is applied to the delta alone (`make_case(base=False)`): beside the
+The rule needs no tolerance per dtype or size. It is applied to the delta alone (`make_lowrank(base=False)`): beside the
 base product a scale that is 2 % off would pass. `mutations` are the controls that must fail.
 """
 

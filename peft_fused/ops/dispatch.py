@@ -201,19 +201,20 @@ NO_CUDA_IN_GRAPH = (
 _UNSET = "as use_backend says"
 
 
-def decide(problem, *, node: bool = True, forced: str | None = _UNSET) -> Decision:
+def decide(problem, *, node: bool = True, backend: str | None = _UNSET) -> Decision:
     """The decision for a problem: the forced backend, or the first usable one in order of preference.
 
-    node=False: for a call that the C++ node cannot hold, because it is recorded or has a tensor of a subclass.
+    backend: forced in place of use_backend's. node=False: for a call that the C++ node cannot hold, because it is
+    recorded or has a tensor of a subclass.
     RuntimeError, with every reason, when the forced backend cannot run the problem.
     """
-    forced = state.backend if forced is _UNSET else forced
-    return _decide(problem, forced, node, native_allowed(), interpreting())
+    backend = state.backend if backend is _UNSET else backend
+    return _decide(problem, backend, node, native_allowed(), interpreting())
 
 
 @lru_cache(maxsize=4096)
-def _decide(problem, forced: str | None, node: bool, native_wanted: bool, interpret: bool) -> Decision:
-    backend = preferred(problem, node) if forced is None else require(forced, problem)
+def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpret: bool) -> Decision:
+    backend = preferred(problem, node) if asked is None else require(asked, problem)
     if backend == "cuda" and not node:
         raise RuntimeError(NO_CUDA_IN_GRAPH)
     if backend == "triton" and problem.m * problem.n * problem.k == 0:

@@ -377,7 +377,7 @@ class Operation:
     def _decide_in_graph(self, backend: str, like: dict, call, device) -> "dispatch.Decision":
         """What a traced call runs on, without the C++ node: so that it is the same in the backward."""
         problem = self.problem(like, call, device)
-        return dispatch.decide(problem, node=False, forced=None if backend == "auto" else backend)
+        return dispatch.decide(problem, node=False, backend=None if backend == "auto" else backend)
 
     def _forward_op(self, *columns):
         *flat, backend = columns

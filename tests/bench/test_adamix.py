@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from peft_fused.bench import adamix, run
+from peft_fused.bench.benchmarks import grid
 from peft_fused.bench.plot import plot
 from peft_fused.bench.rows import measure
-from peft_fused.bench.shapes import METHODS, Shape, grid
+from peft_fused.bench.shapes import Shape
 from peft_fused.bench.timing import MODES, STEP
 from peft_fused.bench.verify import WrongResult
 
@@ -56,5 +57,5 @@ def test_a_wrong_expert_is_no_result(kind, monkeypatch):
 
 def test_the_grids_hold_the_shape_that_is_reported_on():
     for device in ("cpu", "cuda"):
-        assert {"adamix", "aflora"} == set(METHODS) <= {shape.op for shape in grid(device, "default")}
+        assert {"adamix", "aflora"} <= {shape.op for shape in grid(device, "default")}
     assert any((s.m, s.k, s.n) == (4096, 768, 768) for s in grid("cpu", "default", "adamix"))

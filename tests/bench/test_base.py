@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft_fused.bench import base, run
 from peft_fused.bench.base import APART, BASE, Base, BaseError, Remote, Worker
-from peft_fused.bench.shapes import grid
+from peft_fused.bench.benchmarks import grid
 from peft_fused.bench.timing import MODES
 
 CPU = torch.device("cpu")

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from peft_fused.bench import lowrank, roofline, run
-from peft_fused.bench.lowrank import CompileBudget, verify
+from peft_fused.bench.benchmarks import grid
+from peft_fused.bench.lowrank import CPU, CUDA, CompileBudget, verify
 from peft_fused.bench.plot import plot
-from peft_fused.bench.shapes import CPU, CUDA, Shape, StructuredShape, grid
+from peft_fused.bench.shapes import Shape, StructuredShape
 from peft_fused.bench.timing import MODES
 from peft_fused.bench.variants import Layer, saved_bytes
 from peft_fused.bench.verify import WrongResult

@@ -8,7 +8,8 @@ import torch
 from peft.tuners.c3a.utils import BlockCircularConvolution
 from peft_fused.bench import plot as plots
 from peft_fused.bench import run, structured
-from peft_fused.bench.shapes import OPS, STRUCTURED_CPU, STRUCTURED_TINY, StructuredShape, grid
+from peft_fused.bench.benchmarks import OPS, grid
+from peft_fused.bench.shapes import StructuredShape
 from peft_fused.bench.timing import MODES
 from peft_fused.bench.verify import WrongResult
 
@@ -29,8 +30,8 @@ def rows():
 
 def test_one_row_per_op_and_mode(rows):
     found = [(row["op"], row["shape"], row["mode"]) for row in rows]
-    assert sorted(found) == sorted((shape.op, shape.name, mode) for shape in STRUCTURED_TINY for mode in MODES)
-    assert {shape.op for shape in STRUCTURED_TINY} == {shape.op for shape in STRUCTURED_CPU} == set(STRUCTURES)
+    assert sorted(found) == sorted((shape.op, shape.name, mode) for shape in structured.TINY for mode in MODES)
+    assert {shape.op for shape in structured.TINY} == {shape.op for shape in structured.CPU} == set(STRUCTURES)
     assert all(row.keys() >= FIELDS for row in rows)
     json.dumps(rows, allow_nan=False)
 
@@ -69,7 +70,7 @@ def test_forced_methods_run_what_they_say(monkeypatch):
     assert ops.plan_structured(case.problem) == case.problem.plan, "the choice is put back"
 
 
-@pytest.mark.parametrize("shape", STRUCTURED_TINY, ids=lambda shape: shape.op)
+@pytest.mark.parametrize("shape", structured.TINY, ids=lambda shape: shape.op)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_variant_is_verified(shape, dtype):
     shape = StructuredShape(shape.op, shape.m, shape.sizes, dtype)
@@ -84,7 +85,7 @@ def test_every_variant_is_verified(shape, dtype):
 
 
 def test_a_wrong_gradient_is_refused():
-    case = structured.build(STRUCTURED_TINY[0], CPU_DEVICE)
+    case = structured.build(structured.TINY[0], CPU_DEVICE)
     case.layers["ours"].trainable[0].register_hook(lambda grad: 1.02 * grad)
     with pytest.raises(WrongResult, match="c 2"):
         structured.verify(case)
@@ -98,7 +99,7 @@ def test_c3a_is_still_wrong_in_the_gradient_that_is_not_compared():
 
 def test_dense_products_that_take_too_long_are_left_out_with_a_reason(monkeypatch):
     monkeypatch.setitem(structured.DENSE_LIMIT, "cpu", 10)
-    case = structured.build(STRUCTURED_TINY[0], CPU_DEVICE)
+    case = structured.build(structured.TINY[0], CPU_DEVICE)
     assert not {"dense", "ours_dense"} & set(case.layers) and case.skipped["dense"]
 
 

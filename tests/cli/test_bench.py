@@ -4,18 +4,19 @@ import json
 
 import pytest
 import torch
-from peft_fused.bench import lowrank, shapes
+from peft_fused.bench import lowrank
 from peft_fused.bench import run as runner
+from peft_fused.bench.benchmarks import BENCHMARKS, benchmark_of
 from peft_fused.bench.verify import WrongResult
 
 
 @pytest.fixture
 def one_shape(monkeypatch):
-    """The first tiny layer, map and method's layer, with no time for more than the least number of rounds."""
-    monkeypatch.setattr(shapes, "TINY", shapes.TINY[:1])
-    monkeypatch.setattr(shapes, "STRUCTURED_TINY", shapes.STRUCTURED_TINY[:1])
-    monkeypatch.setattr(shapes, "METHODS_TINY", shapes.METHODS_TINY[:1])
-    monkeypatch.setitem(runner.FAMILIES["lowrank"][1], "tiny", 0.0)
+    """The first tiny layer, map and AdaMix layer, with no time for more than the least number of rounds."""
+    for benchmark in BENCHMARKS:
+        most = 0 if benchmark.ops == ("aflora",) else 1
+        monkeypatch.setitem(benchmark.shapes, "tiny", benchmark.shapes["tiny"][:most])
+        monkeypatch.setitem(benchmark.seconds, "tiny", 0.0)
 
 
 def test_json_lines_equal_the_file_that_is_written(cli, one_shape, tmp_path):
@@ -66,8 +67,9 @@ def test_one_op_alone_does_not_replace_the_results_of_all(cli, monkeypatch, tmp_
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "run.py").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shapes, "STRUCTURED_CPU", shapes.STRUCTURED_TINY)
-    monkeypatch.setitem(runner.FAMILIES["ldr"][1], "default", 0.0)
+    benchmark = benchmark_of("ldr")
+    monkeypatch.setitem(benchmark.shapes, "default", benchmark.shapes["tiny"])
+    monkeypatch.setitem(benchmark.seconds, "default", 0.0)
     assert "nothing written" in cli("bench", "--op", "ldr").stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
 
@@ -97,7 +99,12 @@ def test_stopped_it_shows_what_it_has(cli, one_shape, monkeypatch, tmp_path):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(runner.FAMILIES, "circulant", (interrupt, runner.FAMILIES["circulant"][1]))
+    measure = runner.measure
+    monkeypatch.setattr(
+        runner,
+        "measure",
+        lambda case, *rest, **more: interrupt() if case.shape.op == "circulant" else measure(case, *rest, **more),
+    )
     result = cli("bench", "--tiny", "--out", tmp_path, code=130)
     assert "1 of 3 shapes measured" in result.stderr and "4x32x32" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", "lora.png", "dylora.png", "peft.png"}

@@ -9,7 +9,7 @@ import torch
 from peft_fused.cli import check
 from peft_fused.ops import dispatch, lowrank_linear, native, structured
 from peft_fused.ops.bottleneck import BOTTLENECK_ACTIVATIONS
-from peft_fused.ops.cases import make_bottleneck, make_case, make_structured
+from peft_fused.ops.cases import make_bottleneck, make_lowrank, make_structured
 from peft_fused.ops.structured.engine import STRUCTURES
 
 # Those of all ops, before a test takes others.
@@ -28,8 +28,8 @@ def few_cases(op, dtype, adapter_dtype, device):
     elif op not in ("lowrank_linear", "lowrank"):
         yield from islice(CASES[op](op, **make), 2)
     else:
-        yield make_case(op, 67, 96, 80, 8, base=False, **make)
-        yield make_case(op, 53, 40, 24, 6, uv=True, rank=4, base=False, **make)
+        yield make_lowrank(op, 67, 96, 80, 8, base=False, **make)
+        yield make_lowrank(op, 53, 40, 24, 6, uv=True, rank=4, base=False, **make)
 
 
 @pytest.fixture

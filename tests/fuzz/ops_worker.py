@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fused
 from peft_fused.ops import accuracy, native
-from peft_fused.ops.cases import OPS, make_bottleneck, make_case, make_structured
+from peft_fused.ops.cases import OPS, make_bottleneck, make_lowrank, make_structured
 from peft_fused.ops.structured.engine import STRUCTURES
 
 # How far beyond the rule of ops/accuracy.py a single random call may be: that judges several draws of chosen sizes, and
@@ -63,7 +63,7 @@ def sound(rng):
             options["expert"] = tuple(number(rng.randrange(3)) for _ in range(2))
         options["frozen"] = rng.random() < 0.2
         common |= dict(experts=experts, uv=rng.random() < 0.4, bias=rng.random() < 0.5)
-        return make_case(op, m, k, n, r, **common, **options)
+        return make_lowrank(op, m, k, n, r, **common, **options)
     if op == "bottleneck":
         k, n, r = size(), size(), rng.choice([1, 2, 5, 8])
         experts = tuple(rng.choice([None, 3]) for _ in range(2))

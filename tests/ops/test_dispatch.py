@@ -129,7 +129,7 @@ def test_what_the_node_cannot_hold_runs_elsewhere(gpu):
     for problem in problems():
         assert dispatch.decide(problem, node=False).backend == "triton"
         with pytest.raises(RuntimeError, match="takes no tensor subclasses"):
-            dispatch.decide(problem, node=False, forced="cuda")
+            dispatch.decide(problem, node=False, backend="cuda")
 
 
 @pytest.mark.skipif(native.module is None, reason=native.why_missing or "-")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_fused
 from peft_fused.ops import dispatch
 from peft_fused.ops.accuracy import mutations, unseen, wrong
-from peft_fused.ops.cases import DTYPES, OPS, make_bottleneck, make_case, make_structured, structured_cases
+from peft_fused.ops.cases import DTYPES, OPS, make_bottleneck, make_lowrank, make_structured, structured_cases
 from peft_fused.ops.dropout import dropout_threshold, keep_mask
 from peft_fused.ops.structured.engine import STRUCTURES
 
@@ -57,7 +57,7 @@ def call(name, m=67, types=(F32, F32), device=DEVICE, dropout_p=0.2, **options):
     """A case of m rows, four times as many of the bottleneck, of the delta alone. B is not zero."""
     common = dict(dtype=types[0], adapter_dtype=types[1], device=device, **options)
     if name in LOWRANK:
-        return make_case(name, m, 93, 83, 7, experts=(3, 3), uv=True, base=False, dropout_p=dropout_p, **common)
+        return make_lowrank(name, m, 93, 83, 7, experts=(3, 3), uv=True, base=False, dropout_p=dropout_p, **common)
     if name in STRUCTURES:
         return make_structured(name, m, *SIZES.get(name, (93,)), dropout_p=dropout_p, **common)
     if name == "bottleneck":
@@ -167,7 +167,7 @@ def test_defects_do_not_pass(name, types, backend):
 @every_backend
 @pytest.mark.parametrize("sizes", [(4097, 768, 768, 8), (1024, 4096, 4096, 16), (511, 1024, 3072, 64)], ids=str)
 def test_sizes_of_real_layers(sizes, backend):
-    case = make_case("lowrank_linear", *sizes, dtype=BF16, device=DEVICE, base=False)
+    case = make_lowrank("lowrank_linear", *sizes, dtype=BF16, device=DEVICE, base=False)
     skip_unless("lowrank_linear", backend, case)
     with peft_fused.use_backend(backend):
         assert not wrong(case)
@@ -312,7 +312,7 @@ def test_rows_of_every_block_are_dropped_by_their_number(backend):
     """Where x is worked on in blocks of rows; with ones for A and B, dx is the mask."""
     m, k, p = 300, 1 << 16, 0.3
     x, seed = torch.ones(m, k, device=DEVICE, requires_grad=True), torch.tensor(5, device=DEVICE)
-    case = make_case("lowrank", 1, k, 1, 1, device=DEVICE, dropout_p=p)
+    case = make_lowrank("lowrank", 1, k, 1, 1, device=DEVICE, dropout_p=p)
     skip_unless("lowrank", backend, case)
     A, B = torch.ones(1, k, device=DEVICE), torch.ones(1, 1, device=DEVICE)
     with peft_fused.use_backend(backend):

@@ -19,7 +19,7 @@ from peft_fused.ops import (
     native,
 )
 from peft_fused.ops.accuracy import wrong
-from peft_fused.ops.cases import lowrank_cases, make_case
+from peft_fused.ops.cases import lowrank_cases, make_lowrank
 
 OPS = {
     "lowrank_linear": (lowrank_linear, lowrank_linear_reference),
@@ -40,7 +40,7 @@ both_nodes = pytest.mark.parametrize("cpp", NODES)
 
 
 def test_reference_is_the_formula():
-    case = make_case("lowrank_linear", 5, 7, 6, 4, dtype=F64, uv=True, rank=3)
+    case = make_lowrank("lowrank_linear", 5, 7, 6, 4, dtype=F64, uv=True, rank=3)
     t = case.tensors
     keep = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0], dtype=F64))
     dense = t["weight"] + 2.0 * t["v"].diag() @ t["B"] @ keep @ t["u"].diag() @ t["A"]
@@ -48,8 +48,8 @@ def test_reference_is_the_formula():
 
 
 def test_frozen_trains_only_the_last_kept_rank():
-    case = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3, frozen=True)
-    free = make_case("lowrank", 9, 7, 6, 4, dtype=F64, rank=3)
+    case = make_lowrank("lowrank", 9, 7, 6, 4, dtype=F64, rank=3, frozen=True)
+    free = make_lowrank("lowrank", 9, 7, 6, 4, dtype=F64, rank=3)
     got = torch.autograd.grad(case.call(lowrank_adapter_reference).sum(), [case.tensors[n] for n in ("A", "B", "x")])
     want = torch.autograd.grad(free.call(lowrank_adapter_reference).sum(), [free.tensors[n] for n in ("A", "B", "x")])
     live = torch.tensor([0.0, 0.0, 1.0, 0.0], dtype=F64)
@@ -75,7 +75,7 @@ def test_error_beside_the_base_product(op, types, cpp, poisoned):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_large_enough_for_onednn_and_row_blocks(types, dropout_p, cpp, poisoned):
     """Sizes past the thresholds at which another GEMM library and the blocks of rows come in."""
-    case = make_case(
+    case = make_lowrank(
         "lowrank_linear", 1031, 512, 384, 16, dtype=types[0], adapter_dtype=types[1], dropout_p=dropout_p, seed=3
     )
     with peft_fused.use_backend("torch", native=cpp):
@@ -87,7 +87,7 @@ def test_onednn_gets_dense_weights_only(cpp):
     """Any other layout runs its reference code, thousands of times slower."""
     if not dispatch._onednn_beats_blas():
         pytest.skip("BLAS is the faster library on this CPU")
-    case = make_case("lowrank_linear", 128, 256, 192, 4)
+    case = make_lowrank("lowrank_linear", 128, 256, 192, 4)
     wide = torch.cat([case.tensors["weight"]] * 2, 1)
     dense, transposed, slices = case.tensors["weight"], case.tensors["weight"].t().contiguous().t(), wide[:, :256]
     results = []
@@ -108,7 +108,7 @@ def test_onednn_gets_dense_weights_only(cpp):
 def test_frozen_factors_save_nothing(cpp, kept_for_backward):
     def kept(wrt, **options):
         with peft_fused.use_backend("torch", native=cpp):
-            return set(kept_for_backward(make_case("lowrank_linear", 50, 40, 30, 4, wrt=wrt, **options)))
+            return set(kept_for_backward(make_lowrank("lowrank_linear", 50, 40, 30, 4, wrt=wrt, **options)))
 
     parameters, S = {"A", "B"}, "(50, 4)"
     assert kept(("x", "A", "B")) == parameters | {"x", "weight", S}
@@ -126,7 +126,7 @@ def test_frozen_factors_save_nothing(cpp, kept_for_backward):
 @pytest.mark.parametrize("wrt", [("x", "A", "B"), ("A", "B"), ("B",), ("x", "weight")])
 def test_operations_are_counted_as_those_of_the_formula(op, wrt, cpp):
     importlib.import_module("peft_fused.ops.flops")
-    case = make_case(op, 40, 30, 20, 4, wrt=[name for name in wrt if op == "lowrank_linear" or name != "weight"])
+    case = make_lowrank(op, 40, 30, 20, 4, wrt=[name for name in wrt if op == "lowrank_linear" or name != "weight"])
 
     def count(function):
         with FlopCounterMode(display=False) as counter:
@@ -156,7 +156,7 @@ def test_layers_without_inputs_or_outputs(sizes, cpp):
 
 @pytest.mark.parametrize("uv", [False, True])
 def test_inductor(uv):
-    case = make_case("lowrank", 24, 16, 12, 4, uv=uv)
+    case = make_lowrank("lowrank", 24, 16, 12, 4, uv=uv)
     torch._dynamo.reset()
     compiled = torch.compile(lambda **k: lowrank_adapter(**k) * 2, fullgraph=True)
     torch.testing.assert_close(compiled(**case.tensors, **case.options), case.call(lowrank_adapter_reference) * 2)
@@ -168,7 +168,7 @@ def test_inductor(uv):
 def test_cpp_and_python_draw_the_same_dropout():
     if native.module is None:
         pytest.skip(native.why_missing)
-    case = make_case("lowrank", 40, 30, 20, 4, dropout_p=0.5)
+    case = make_lowrank("lowrank", 40, 30, 20, 4, dropout_p=0.5)
     results = []
     for cpp in (True, False):
         torch.manual_seed(5)

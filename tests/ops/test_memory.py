@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_fused
 from peft_fused.ops import lowrank_linear, structured
-from peft_fused.ops.cases import OPS, make_bottleneck, make_case, make_structured
+from peft_fused.ops.cases import OPS, make_bottleneck, make_lowrank, make_structured
 
 both_nodes = pytest.mark.parametrize("native", [True, False], ids=["node", "python"])
 
@@ -20,9 +20,9 @@ def calls():
     """One call of every op with all its tensors, dropout and tensors for its controls where it has them."""
     index = torch.tensor
     drops = dict(dropout_p=0.3, seed=index(1234567), scale=torch.tensor(1.5))
-    yield make_case("lowrank_linear", 9, 12, 10, 4, uv=True, rank=index(3), **drops)
-    yield make_case("lowrank_linear", 9, 12, 10, 4, adapter_dtype=torch.float32, dtype=torch.bfloat16, **drops)
-    yield make_case("lowrank", 9, 12, 10, 4, experts=(3, 2), expert=(index(2), index(1)), frozen=True, **drops)
+    yield make_lowrank("lowrank_linear", 9, 12, 10, 4, uv=True, rank=index(3), **drops)
+    yield make_lowrank("lowrank_linear", 9, 12, 10, 4, adapter_dtype=torch.float32, dtype=torch.bfloat16, **drops)
+    yield make_lowrank("lowrank", 9, 12, 10, 4, experts=(3, 2), expert=(index(2), index(1)), frozen=True, **drops)
     yield make_bottleneck(
         8, 12, 10, 4, experts=(3, 2), expert=(index([2, 0]), index(1)), residual="other", scale=index(1.5)
     )

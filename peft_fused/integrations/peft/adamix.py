@@ -140,12 +140,10 @@ class AdaMixPeftLinear(FusedLayer):
         shape = self.adamix_block[names[0]].typical_shape(rows) if names else (rows,)
         return super().typical_input().expand(*shape, -1)
 
-    def reasons_against_linear(self, name: str) -> list[str]:
+    def base_operands(self, base: nn.Module, name: str, x: torch.Tensor):
         if self.on_output(name):
-            return ["the adapter works on the output of the base layer"]
-        if reason := self.adamix_block[name].against_linear():
-            return [reason]
-        return super().reasons_against_linear(name)
+            return "the adapter works on the output of the base layer"
+        return self.adapter(name).against_linear() or super().base_operands(base, name, x)
 
     def reason_against_weight(self, name: str) -> str | None:
         if self.adamix_block[name].routes.grouped and self.training:
@@ -188,8 +186,8 @@ class AdaMixPeftNorm(AdaMixPeftLinear):
     def _route(self, names: list[str], x: torch.Tensor, args: tuple, kwargs: dict) -> Route:
         if not names:
             return super()._route(names, x, args, kwargs)
-        against = [(self.linear_op, reason) for reason in self.reasons_against_linear(names[0])]
-        return Route((PfeifferSteps(self, names, args, kwargs),), against)
+        against = self.base_operands(self._modules["base_layer"], names[0], x)
+        return Route((PfeifferSteps(self, names, args, kwargs),), [(self.linear_op, against)])
 
 
 class AdaMixModel(FusedTuner):

@@ -17,12 +17,13 @@ from ...layers.rosa.state import RosaAdapter, RosaMember, RosaState, SubspaceFac
 from ...layers.rosa.subspace import check_subspace_rank, subspace_rank
 from ...layers.sharded import is_sharded, whole
 from ...ops.arguments import FLOATING
+from .base import has_accelerate_hook
 from .config import FusedConfig, by_pattern, check_pattern
 from .export import Exported, ExportedLayer, refuse_rank
 from .loading import Snapshot, awaits_checkpoint
 from .registration import Demo, FusedPeftType, Registration, register
 from .sharing import HeldMemory
-from .tuner import FusedLayer, FusedTuner, has_accelerate_hook
+from .tuner import FusedLayer, FusedTuner
 
 __all__ = ["RosaConfig", "RosaModel"]
 

@@ -27,6 +27,7 @@ from ...layers.replaced import ReplacedWeight, kept_through
 from ...layers.route import CallBase, Route, Routed, Step
 from ...layers.scheduled import EXTRA_STATE, ScheduleState, check_saved_with
 from ...methods.sync import refuse_zero3
+from .base import base_operands, execution_device, has_accelerate_hook
 from .effective import EffectiveWeight
 from .loading import (
     Snapshot,
@@ -76,48 +77,6 @@ def find_dropout(parent: nn.Module, names: list[str], key: str) -> str:
         f"after: beside target module {key!r} no torch.nn.Dropout is named {' or '.join(map(repr, names))}; its parent "
         f"has {found or 'none'}"
     )
-
-
-def has_accelerate_hook(module: nn.Module) -> bool:
-    """Whether accelerate may hold the module's parameters elsewhere until the module is called."""
-    return "_hf_hook" in module.__dict__
-
-
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate's hook puts a module's parameters when it is called; None if it does not say."""
-    hook = module._hf_hook
-    for each in getattr(hook, "hooks", [hook]):
-        if (device := getattr(each, "execution_device", None)) is not None:
-            return torch.device(device)
-    return None
-
-
-def is_hooked(module: nn.Module):
-    """Truthy if calling the module may do something that its class's forward does not."""
-    # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
-    state = module.__dict__
-    return (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-    )
-
-
-def reasons_opaque(base: nn.Module) -> list[str]:
-    """Why a base layer has to be called as a module; empty if its weight may be read and multiplied with instead."""
-    if type(base) is not nn.Linear and type(base) is not Conv1D:
-        return [f"the base layer is a {type(base).__name__}, not exactly torch.nn.Linear or Conv1D"]
-    reasons = []
-    weight = base.weight
-    if is_hooked(base):
-        reasons.append("the base layer has hooks or a replaced forward, as offloading gives it")
-    if type(weight) is not nn.Parameter and type(weight) is not torch.Tensor:
-        reasons.append(f"the base weight is a {type(weight).__name__}")
-    elif not weight.is_floating_point():
-        reasons.append(f"the base weight is {weight.dtype}")
-    return reasons
 
 
 class BaseLayer(CallBase):
@@ -356,14 +315,21 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             return Route((BaseLayer(base, args, kwargs),), (against,))
         if self.linear_op is None:
             return Route([BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)])
-        reasons = ["the base layer is called with more than x"] if args or kwargs else []
-        if reasons := reasons or self.reasons_against_linear(names[0]):
+        reason = "the base layer is called with more than x" if args or kwargs else ""
+        operands = reason or self.base_operands(base, names[0], x)
+        if type(operands) is str:
             steps = [BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)]
-            return Route(steps, [(self.linear_op, reason) for reason in reasons])
+            return Route(steps, [(self.linear_op, operands)])
         step = self.linear_step(names[0], x)
-        weight = base.weight
-        step.take_base(weight.t() if self.transposed else weight, base.bias)
+        step.take_base(*operands)
         return Route([step, *(AddStep(self, name) for name in names[1:])])
+
+    def base_operands(self, base: nn.Module, adapter_name: str, x: torch.Tensor):
+        """(weight [N, K], bias) for one op with the adapter, or a str: why the base layer has to be called."""
+        operands = base_operands(base, x)
+        if type(operands) is not str and not mixes(self.factor(adapter_name).dtype, operands[0].dtype):
+            return "the adapter's dtype is neither the base weight's nor float32 beside a half-precision base"
+        return operands
 
     def typical_input(self, rows: int = 1) -> torch.Tensor:
         """An input [rows, K] in the dtype of the base layer."""
@@ -389,13 +355,6 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         finally:
             for module in hooked:
                 module._hf_hook.post_forward(module, None)
-
-    def reasons_against_linear(self, adapter_name: str) -> list[str]:
-        """Why the base layer and this adapter cannot run as one op; empty if they can."""
-        reasons = reasons_opaque(self.base_layer)
-        if not reasons and not mixes(self.factor(adapter_name).dtype, self.base_layer.weight.dtype):
-            reasons.append("the adapter's dtype is neither the base weight's nor float32 beside a half-precision base")
-        return reasons
 
     def get_base_weight(self) -> torch.Tensor:
         """The base layer's weight, dequantised."""

@@ -12,7 +12,7 @@ from . import (
 )
 from .bottleneck import bottleneck_cases, make_bottleneck
 from .case import Case, OpCases
-from .lowrank import lowrank_cases, make_case
+from .lowrank import lowrank_cases, make_lowrank
 from .structured import SQUARE_SIZES, make_structured, parameter_shapes, structured_cases, structured_features
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "bottleneck_cases",
     "lowrank_cases",
     "make_bottleneck",
-    "make_case",
+    "make_lowrank",
     "make_structured",
     "parameter_shapes",
     "structured_cases",

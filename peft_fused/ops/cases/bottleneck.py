@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..bottleneck import BottleneckProblem, bottleneck_adapter, bottleneck_adapter_reference, bottleneck_problem
-from .case import Case, Normal, OpCases, label
+from .case import Case, Normal, OpCases
 
 
 def make_bottleneck(
@@ -33,22 +33,17 @@ def make_bottleneck(
     itself, "other" a tensor of its own. strided: every second row of a larger h. wrt: default all tensors there are but
     a residual of zeros.
     """
-    normal = Normal.of(data_seed, device, dtype)
-    adapter_dtype = adapter_dtype or dtype
+    normal = Normal.of(data_seed, device, dtype, adapter_dtype)
     stack = lambda size, *shape: shape if size is None else (size, *shape)  # noqa: E731
-    parameter = lambda std, size, *shape: normal(*stack(size, *shape), std=std, kind=adapter_dtype)  # noqa: E731
+    parameter = lambda std, size, *shape: normal.adapter(*stack(size, *shape), std=std)  # noqa: E731
     down, up = experts
     tensors = {"h": normal.x(m, k, strided)}
     tensors |= {"down": parameter(k**-0.5, down, r, k), "down_bias": parameter(0.5, down, r) if bias else None}
     tensors |= {"up": parameter(r**-0.5, up, n, r), "up_bias": parameter(0.5, up, n) if bias else None}
     tensors["residual"] = {"h": None, "zeros": tensors["h"].new_zeros(m, n), "other": normal(m, n)}[residual]
-    tensors = {name: t if t is None else t.detach() for name, t in tensors.items()}
-    options = {"scale": 2.0, **options}
     if wrt is None:
         left_out = ("residual",) if residual == "zeros" else ()
         wrt = tuple(name for name, t in tensors.items() if t is not None and name not in left_out)
-    for name in wrt:
-        tensors[name].requires_grad_()
     more = "".join(
         f", {text}"
         for text, on in (
@@ -57,7 +52,7 @@ def make_bottleneck(
         )
         if on
     )  # fmt: skip
-    return Case("bottleneck", label(f"{m}x{k}x{n}, r={r}{more}", options), n, tensors, options, wrt)
+    return Case.of("bottleneck", f"{m}x{k}x{n}, r={r}{more}", n, tensors, options, wrt)
 
 
 def bottleneck_cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu") -> Iterator[Case]:

@@ -24,6 +24,15 @@ class Case:
     # Of a call with a defect: the result that cannot hide it.
     shows_in: str = "y"
 
+    @classmethod
+    def of(cls, op: str, sizes: str, outputs: int, tensors: dict, options: dict, wrt: tuple[str, ...]) -> "Case":
+        """A case named after its sizes and options, of leaves; its scale is 2 unless the options say otherwise."""
+        tensors = {name: t if t is None else t.detach() for name, t in tensors.items()}
+        for name in wrt:
+            tensors[name].requires_grad_()
+        name = ", ".join([sizes, *(f"{key}={value}" for key, value in options.items() if key != "scale")])
+        return cls(op, name, outputs, tensors, {"scale": 2.0, **options}, wrt)
+
     @property
     def input(self) -> torch.Tensor:
         return next(iter(self.tensors.values()))
@@ -69,24 +78,26 @@ class OpCases:
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal numbers of one generator in the types and on the device of a case."""
+    """Normal numbers of one generator in the types of a case, on its device."""
 
     generator: torch.Generator
     device: str
     dtype: torch.dtype
+    adapter_dtype: torch.dtype
 
     @classmethod
-    def of(cls, seed: int, device: str, dtype: torch.dtype) -> "Normal":
-        return cls(torch.Generator().manual_seed(seed), device, dtype)
+    def of(cls, seed: int, device: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> "Normal":
+        return cls(torch.Generator().manual_seed(seed), device, dtype, adapter_dtype or dtype)
 
-    def __call__(self, *shape: int, std: float = 1.0, kind: torch.dtype | None = None) -> torch.Tensor:
-        values = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * std
-        return values.to(device=self.device, dtype=kind or self.dtype)
+    def __call__(self, *shape: int, std: float = 1.0) -> torch.Tensor:
+        return self._wide(shape, std).to(device=self.device, dtype=self.dtype)
+
+    def adapter(self, *shape: int, std: float, mean: float = 0.0) -> torch.Tensor:
+        """For a parameter of the adapter."""
+        return (mean + self._wide(shape, std)).to(device=self.device, dtype=self.adapter_dtype)
+
+    def _wide(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64) * std
 
     def x(self, m: int, k: int, strided: bool) -> torch.Tensor:
         return self(2 * m, k)[::2] if strided else self(m, k)
-
-
-def label(sizes: str, options: dict) -> str:
-    """Name of a case."""
-    return ", ".join([sizes, *(f"{key}={value}" for key, value in options.items() if key != "scale")])

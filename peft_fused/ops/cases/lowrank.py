@@ -13,12 +13,12 @@ from ..lowrank import (
     lowrank_linear_reference,
     lowrank_problem,
 )
-from .case import Case, Normal, OpCases, label
+from .case import Case, Normal, OpCases
 
 GRADIENTS = ("x", "weight", "bias", "A", "B", "u", "v", "add")
 
 
-def make_case(
+def make_lowrank(
     op: str,
     m: int,
     k: int,
@@ -42,36 +42,31 @@ def make_case(
     experts: stack sizes of A and B, None for a plain factor. base=False leaves the delta alone: a zero weight, no bias,
     nothing to add. strided: every second row of a larger x. wrt: default all tensors there are but the base weight.
     """
-    normal = Normal.of(data_seed, device, dtype)
-    adapter_dtype = adapter_dtype or dtype
+    normal = Normal.of(data_seed, device, dtype, adapter_dtype)
     x = normal.x(m, k, strided)
     stack = lambda size, *shape: shape if size is None else (size, *shape)  # noqa: E731
     tensors = {
         "x": x,
-        "A": normal(*stack(experts[0], r, k), std=k**-0.5, kind=adapter_dtype),
-        "B": normal(*stack(experts[1], n, r), std=max(r, 1) ** -0.5, kind=adapter_dtype),
-        "u": 1 + normal(r, std=0.3, kind=adapter_dtype) if uv else None,
-        "v": 1 + normal(n, std=0.3, kind=adapter_dtype) if uv else None,
+        "A": normal.adapter(*stack(experts[0], r, k), std=k**-0.5),
+        "B": normal.adapter(*stack(experts[1], n, r), std=max(r, 1) ** -0.5),
+        "u": normal.adapter(r, std=0.3, mean=1.0) if uv else None,
+        "v": normal.adapter(n, std=0.3, mean=1.0) if uv else None,
     }
     if op == "lowrank_linear":
         tensors["weight"] = normal(n, k, std=k**-0.5) if base else x.new_zeros(n, k)
         tensors["bias"] = normal(n) if base and bias else None
     else:
         tensors["add"] = normal(m, n) if base else None
-    tensors = {name: t if t is None else t.detach() for name, t in tensors.items()}
-    options = {"scale": 2.0, **options}
     if wrt is None:
         wrt = tuple(name for name in GRADIENTS if tensors.get(name) is not None and name != "weight")
-    for name in wrt:
-        tensors[name].requires_grad_()
-    return Case(op, label(f"{m}x{k}x{n}, r={r}{', with base' if base else ''}", options), n, tensors, options, wrt)
+    return Case.of(op, f"{m}x{k}x{n}, r={r}{', with base' if base else ''}", n, tensors, options, wrt)
 
 
 def lowrank_cases(
     op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str = "cpu", base: bool = False
 ) -> Iterator[Case]:
     """The sizes and features every backend is held to: none a multiple of a block, ranks from 1, every control."""
-    make = partial(make_case, op, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=base)
+    make = partial(make_lowrank, op, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=base)
     index = lambda value: torch.tensor(value, device=device)  # noqa: E731
     yield make(1, 40, 24, 4)
     yield make(67, 96, 80, 8)
@@ -91,7 +86,7 @@ def lowrank_cases(
 def _cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Iterator[Case]:
     """The common cases, small and of the delta alone; some large enough for each base product; all gradients."""
     yield from lowrank_cases(op, dtype, adapter_dtype, device)
-    make = partial(make_case, op, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    make = partial(make_lowrank, op, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
     for base in (False, True):
         yield make(257, 160, 136, 8, base=base)
     every = tuple(name for name in GRADIENTS if name != "add") if op == "lowrank_linear" else None
@@ -99,11 +94,11 @@ def _cases(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str)
 
 
 def _control(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
-    return make_case(op, 67, 96, 80, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
+    return make_lowrank(op, 67, 96, 80, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device, base=False)
 
 
 def _layer(op: str, dtype: torch.dtype, adapter_dtype: torch.dtype, device: str) -> Case:
-    return make_case(op, 1, 768, 768, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
+    return make_lowrank(op, 1, 768, 768, 8, dtype=dtype, adapter_dtype=adapter_dtype, device=device)
 
 
 def _problem(case: Case) -> LowRankProblem:

@@ -7,7 +7,7 @@ import torch
 
 from .. import structured
 from ..structured.engine import STRUCTURES
-from .case import Case, Normal, OpCases, label
+from .case import Case, Normal, OpCases
 
 
 def parameter_shapes(op: str, sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -49,9 +49,9 @@ def make_structured(
     """A case of a structured op, of the delta alone unless there is something to `add`.
 
     sizes: as in `structured.StructuredProblem`. inputs: of a circulant map that pads, beside the option out_features.
-    factor: whether a circulant map has one. strided, wrt: as in `make_case`.
+    factor: whether a circulant map has one. strided, wrt: as in `make_lowrank`.
     """
-    normal = Normal.of(data_seed, device, dtype)
+    normal = Normal.of(data_seed, device, dtype, adapter_dtype)
     k, n = structured_features(op, sizes)
     k, n = inputs or k, options.get("out_features", n)
     if options.get("transposed"):
@@ -61,19 +61,15 @@ def make_structured(
     terms = sizes[0] if op == "ldr" else 1
     std = {"toeplitz_product": k**-0.5, "kronecker": k**-0.25, "ldr": terms**-0.25 * k**-0.5}.get(op, k**-0.5)
     tensors = {"x": normal.x(m, k, strided)}
-    tensors |= {name: normal(*shape, std=std, kind=adapter_dtype) for name, shape in shapes.items()}
+    tensors |= {name: normal.adapter(*shape, std=std) for name, shape in shapes.items()}
     if factor:
-        tensors["factor"] = 1 + normal(*sizes, std=0.3, kind=adapter_dtype)
+        tensors["factor"] = normal.adapter(*sizes, std=0.3, mean=1.0)
     if add:
         tensors["add"] = normal(m, n)
-    tensors = {name: t.detach() for name, t in tensors.items()}
     wrt = tuple(tensors) if wrt is None else wrt
-    for name in wrt:
-        tensors[name].requires_grad_()
-    options = {"scale": 2.0, **options}
     features = "x".join(str(size) for size in sizes)
     more = "".join(f", {name}" for name, on in (("factor", factor), ("add", add), ("strided", strided)) if on)
-    return Case(op, label(f"{m} rows, {features}{more}", options), n, tensors, options, wrt)
+    return Case.of(op, f"{m} rows, {features}{more}", n, tensors, options, wrt)
 
 
 # One, even, odd, prime; two lengths of real layers; no power of two; enough for several blocks of a long transform.

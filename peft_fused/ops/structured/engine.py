@@ -255,7 +255,7 @@ class Structured(Operation):
         if call.transposed:
             # <dy, M^T x> = <M dy, x>: the gradient of x is the map itself, and of M that of y = M dy.
             problem = replace(problem, n=problem.k, k=problem.n, transposed=False, dropout=False)
-            decision = dispatch.decide(problem, node=False, forced=decision.backend)
+            decision = dispatch.decide(problem, node=False, backend=decision.backend)
             dx = None
             if wanted[0]:
                 dx, _ = self.forward(StructuredCall(dy2, p, q, None, kind, problem.n, scale), decision)

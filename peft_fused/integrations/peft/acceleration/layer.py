@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from ....layers.route import CallBase, Route, Routed, Step
+from ..base import base_operands
 from .kinds import Kind, kind_of
-from .operands import against_input, base_operands
+from .operands import against_input
 
 logger = logging.getLogger("peft_fused")
 

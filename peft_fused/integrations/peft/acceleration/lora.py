@@ -8,11 +8,11 @@ from torch import nn
 
 from ....ops import lowrank_adapter, lowrank_linear
 from ....ops.lowrank import MAX_RANK, LowRankProblem, lowrank_problem
+from ..base import PLAIN_TENSORS, is_hooked
 from ..quantised import unpack
-from ..tuner import is_hooked
 from .kinds import Kind
 from .layer import AcceleratedLayer, AdapterStep
-from .operands import PLAIN_TENSORS, casts, drop_probability, is_scale
+from .operands import casts, drop_probability, is_scale
 
 # PEFT's variants of LoRA that run fused, by their class: (layer, adapter name, x) -> as `adapter_step` returns.
 VARIANTS: dict[type, Callable[[LoraLayer, str, torch.Tensor], AdapterStep | str]] = {}

@@ -1,4 +1,4 @@
-"""What of an input, a base layer and an adapter the fused operations take, and why they do not take the rest.
+"""What of an input and an adapter the fused operations take, and why they do not take the rest: see also base.py.
 
 Everything is looked up again on every call: parameters get replaced (FSDP, hotswap), so do classes (parametrizations),
 and adapters come and go, none of which a cache would notice. `_modules` and `_parameters` are read directly because
@@ -13,12 +13,9 @@ from torch.nn.modules.module import (
     _global_forward_hooks,
     _global_forward_pre_hooks,
 )
-from transformers.pytorch_utils import Conv1D
 
-from ..tuner import is_hooked
+from ..base import PLAIN_TENSORS, autocast_joins
 
-# Anything else (DTensor, quantised or fake tensors) has a dispatch of its own, which operations on raw storage bypass.
-PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
 
@@ -45,34 +42,12 @@ def against_input(x: torch.Tensor) -> str | None:
     return None
 
 
-def base_operands(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | str:
-    """(weight [N, K], bias) of a base layer that is exactly x W^T + bias, or a str: why it has to be called."""
-    kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
-        return f"the base layer is a {kind.__name__}, not a torch.nn.Linear"
-    if is_hooked(base):
-        return "the base layer carries hooks or a replaced forward"
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if type(weight) not in PLAIN_TENSORS:
-        return f"the base weight is a {type(weight).__name__}, not a plain parameter"
-    if weight.dtype != x.dtype and not _mixes(x, weight.dtype):
-        return f"the base weight is {weight.dtype} and x {x.dtype}"
-    if bias is not None and (bias.dtype != weight.dtype or type(bias) not in PLAIN_TENSORS):
-        return f"the base bias is a {type(bias).__name__} of {bias.dtype} beside a weight of {weight.dtype}"
-    return (weight if kind is nn.Linear else weight.t()), bias
-
-
-def _mixes(x: torch.Tensor, other: torch.dtype) -> bool:
-    """Whether autocast is on and brings x and a parameter of another dtype together: all but float64 are cast."""
-    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other)
-
-
 def casts(to_adapter: bool, x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether an adapter of another dtype than x's is defined for PEFT and for the fused operations.
 
     to_adapter: the layer's `cast_input_dtype_enabled`.
     """
-    return (to_adapter and dtype == torch.float32 and x.dtype in _HALF) or _mixes(x, dtype)
+    return (to_adapter and dtype == torch.float32 and x.dtype in _HALF) or autocast_joins(x, dtype)
 
 
 def drop_probability(dropout: nn.Module) -> float | None:

@@ -1,0 +1,64 @@
+"""What of a base layer may be read instead of calling it: its weight and bias, and where accelerate keeps them."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Anything else (DTensor, quantised or fake tensors) has a dispatch of its own, which operations on raw storage bypass.
+PLAIN_TENSORS = (torch.Tensor, nn.Parameter)
+
+
+def is_hooked(module: nn.Module):
+    """Truthy if calling the module may do something that its class's forward does not."""
+    # Read from the dictionary because asking a module for an attribute that it lacks costs a microsecond per call.
+    state = module.__dict__
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    )
+
+
+def has_accelerate_hook(module: nn.Module) -> bool:
+    """Whether accelerate may hold the module's parameters elsewhere until the module is called."""
+    return "_hf_hook" in module.__dict__
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate's hook puts a module's parameters when it is called; None if it does not say."""
+    hook = module._hf_hook
+    for each in getattr(hook, "hooks", [hook]):
+        if (device := getattr(each, "execution_device", None)) is not None:
+            return torch.device(device)
+    return None
+
+
+def base_operands(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | str:
+    """(weight [N, K], bias) of a base layer that is exactly x W^T + bias, or a str: why it has to be called.
+
+    Everything is looked up again on every call: see acceleration/operands.py.
+    """
+    kind = type(base)
+    if kind is not nn.Linear and kind is not Conv1D:
+        return f"the base layer is a {kind.__name__}, not exactly torch.nn.Linear or Conv1D"
+    if is_hooked(base):
+        return "the base layer carries hooks or a replaced forward, as offloading gives it"
+    # torch.nn.Module takes ten times as long to find a parameter as the dictionary where it is, unless something has
+    # put it elsewhere, as DataParallel does. A default of `get` would be looked up always.
+    own = base._parameters
+    weight = own["weight"] if "weight" in own else base.weight  # noqa: SIM401
+    bias = own["bias"] if "bias" in own else base.bias  # noqa: SIM401
+    if type(weight) not in PLAIN_TENSORS:
+        return f"the base weight is a {type(weight).__name__}, not a plain parameter"
+    if weight.dtype != x.dtype and not autocast_joins(x, weight.dtype):
+        return f"the base weight is {weight.dtype} and x {x.dtype}"
+    if bias is not None and (bias.dtype != weight.dtype or type(bias) not in PLAIN_TENSORS):
+        return f"the base bias is a {type(bias).__name__} of {bias.dtype} beside a weight of {weight.dtype}"
+    return (weight if kind is nn.Linear else weight.t()), bias
+
+
+def autocast_joins(x: torch.Tensor, other: torch.dtype) -> bool:
+    """Whether autocast is on and brings x and a parameter of another dtype together: all but float64 are cast."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other)
