@@ -159,7 +159,8 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
       bias.defined() ? at::add_out(out, piece.of(start), bias, c.scale) : out.copy_(piece.of(start));
       out.addmm_(a, U.t(), 1, c.scale);
     }
-    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
+    if (!c.grad) return unflatten(y, h);
+    const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
     const bool needs_dz = needs(h) || needs(down) || needs(down_bias);
     const bool keeps_z = needs(up) || (needs_dz && c.activation != Activation::identity);
     ctx->save_for_backward(

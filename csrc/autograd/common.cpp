@@ -1,5 +1,6 @@
 #include "common.h"
 
+#include <ATen/TracerMode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
@@ -37,7 +38,7 @@ bool plain(const Tensor& t) {
 }
 
 Key::Key(const Tensor& x) {
-  usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+  usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled() &&
            !at::autocast::is_autocast_enabled(x.device().type());
 }
 

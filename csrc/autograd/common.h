@@ -44,9 +44,9 @@ constexpr int64_t kSmallProduct = 1 << 16;
 bool plain(const at::Tensor& t);
 
 // All of a call that its checks and the choice of its path depend on, in bytes: calls of one key are checked and decided
-// once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain
-// tensor, a number is none, autocast is on, or a dispatch mode, such as selective checkpointing or fake tensors, has to
-// see one operation where a node would show it pieces.
+// once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain tensor, a
+// number is none, autocast is on, a graph is traced, or a dispatch mode, such as selective checkpointing or fake
+// tensors, has to see one operation where a node would show it pieces.
 class Key {
  public:
   // Begins the key of a call on x.

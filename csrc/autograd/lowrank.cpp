@@ -108,7 +108,8 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
                                 const Tensor& A_stack, const Adapter& ad, const LowRankCall& c, const Device& d) {
   const int64_t m = x2.size(0), n = ad.B.size(0);
-  const bool base_first = weight.defined() && uses_onednn(x2, weight.t());
+  const Tensor W = weight.defined() ? weight.t() : weight;
+  const bool base_first = W.defined() && uses_onednn(x2, W);
   const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
   const Tensor Q = ad.outer(d).t();
   Tensor S;
@@ -145,7 +146,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
       rows.addmm_(P, Q, /*beta=*/0, c.scale);
     }
   }
-  if (weight.defined() && !base_first) y.addmm_(x2, weight.t());
+  if (W.defined() && !base_first) y.addmm_(x2, W);
   return {y, S};
 }
 
@@ -182,7 +183,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Adapter ad(A, B, u, v, c, d);
     const Tensor x2 = rows_of(x);
     const auto [y, S] = adapt(x2, weight, add.defined() ? rows_of(add) : add, bias, A, ad, c, d);
-    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
+    if (!c.grad) return unflatten(y, x);
+    const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
     const bool keeps_x = needs(A) || needs(weight), keeps_A = needs(A) || needs(x);
     const bool keeps_S = needs(B) || needs(u) || needs(v), keeps_adapter = keeps_A || keeps_S;
     const bool any = keeps_x || keeps_adapter;
@@ -240,7 +242,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
     Tensor raw, dA;
     const bool raw_transposed = m * n > kSmallProduct;
     for (int64_t i = 0; i < blocks.count; ++i) {
-      const Tensor dyi = blocks.of(dy2, i).to(type), Si = blocks.of(S, i);
+      const Tensor part = blocks.of(dy2, i), dyi = c.mixed ? part.to(type) : part, Si = blocks.of(S, i);
       if (need_raw) {
         accumulate(raw, raw_transposed ? product(Si.t(), dyi, c.scale) : product(dyi.t(), Si, c.scale));
       }

@@ -50,5 +50,5 @@ class LoraLinear(LowRankLinear):
     def adapted_route(self, x: torch.Tensor) -> Route:
         dropout_p = self.dropout.p if self.training else 0.0
         step = LowRankStep(*self.factors(), {"scale": self.scale, "dropout_p": dropout_p})
-        step.take_base(*self.operands())
+        step.weight, step.bias = self.operands()
         return Route((step,))

@@ -17,16 +17,13 @@ class LowRankStep(Step):
     """y plus what a low-rank adapter makes of x; with a weight, the base product and that in one op.
 
     options: of the op, such as scale, dropout_p, u, v. state: what notices whether a schedule sets it, if any. weight
-    [N, K], bias: of the base product, which `take_base` sets.
+    [N, K], bias: of the base product, None until they are set.
     """
 
     __slots__ = ("A", "B", "bias", "options", "state", "weight")
 
     def __init__(self, A: torch.Tensor, B: torch.Tensor, options: dict, state: ScheduleState | None = None):
         self.A, self.B, self.options, self.state, self.weight = A, B, options, state, None
-
-    def take_base(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
 
     @property
     def name(self) -> str:
@@ -87,7 +84,7 @@ class LowRankLinear(AdaptedLinear):
 
     def adapted_route(self, x: torch.Tensor) -> Route:
         step = self.adapter().step(x)
-        step.take_base(*self.operands())
+        step.weight, step.bias = self.operands()
         return Route((step,))
 
     def extra_repr(self) -> str:

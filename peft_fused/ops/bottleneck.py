@@ -78,7 +78,7 @@ def bottleneck_adapter(h, down, down_bias, up, up_bias, activation="gelu", *, re
     A dispatch mode sees one operation, torch.ops.peft_fused.bottleneck_fwd.
     Raises ValueError or TypeError naming the argument, RuntimeError when a forced backend cannot run.
     """
-    return BOTTLENECK(h, down, down_bias, up, up_bias, residual, activation, scale, expert)
+    return _call(h, down, down_bias, up, up_bias, residual, activation, scale, expert)
 
 
 def bottleneck_problem(h, down, up, activation: str, expert=None) -> BottleneckProblem:
@@ -282,3 +282,5 @@ def _check_expert(name, index, h, most):
 
 
 BOTTLENECK = Bottleneck()
+# Bound, because calling the object itself takes the detour through its type.
+_call = BOTTLENECK.__call__

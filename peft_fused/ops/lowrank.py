@@ -103,7 +103,7 @@ def lowrank_linear(
     """
     if weight is None:
         raise TypeError("weight must be a torch.Tensor, got None: lowrank is the op without a base product")
-    return LOWRANK(x, weight, None, bias, A, B, u, v, scale, rank, expert, dropout_p, seed, frozen)
+    return _call(x, weight, None, bias, A, B, u, v, scale, rank, expert, dropout_p, seed, frozen)
 
 
 def lowrank_adapter(
@@ -113,7 +113,7 @@ def lowrank_adapter(
 
     add: [..., N] in x's dtype, the output of that layer, or None. It is not written to. The rest: see `lowrank_linear`.
     """
-    return LOWRANK(x, None, add, None, A, B, u, v, scale, rank, expert, dropout_p, seed, frozen)
+    return _call(x, None, add, None, A, B, u, v, scale, rank, expert, dropout_p, seed, frozen)
 
 
 def lowrank_problem(x, A, B, *, has_weight: bool, dropout: bool = False, uv: bool = False) -> LowRankProblem:
@@ -290,3 +290,5 @@ class LowRank(Operation):
 
 
 LOWRANK = LowRank()
+# Bound, because calling the object itself takes the detour through its type.
+_call = LOWRANK.__call__

@@ -138,8 +138,8 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     adapter(adapter_name): it, as the plain layers have it: with `step(x)`, its part in a forward pass; `delta()`, its
     change of the weight, [N, K], in fp32; `is_zero()`, whether it is as it was made, and so changes nothing; on_output.
     factor(adapter_name): one of its parameters, whose dtype and device all share.
-    linear_op, linear_step(adapter_name, x): the op that computes base and adapter in one, and the part in that, which
-    takes weight and bias. None if there is no such op: then the base layer is called, and the adapter added.
+    linear_op, linear_step(adapter_name, x): the op that computes base and adapter in one, and the part in that, whose
+    `weight` and `bias` are set. None if there is no such op: then the base layer is called, and the adapter added.
     """
 
     linear_op: str | None = None
@@ -321,7 +321,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             steps = [BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)]
             return Route(steps, [(self.linear_op, operands)])
         step = self.linear_step(names[0], x)
-        step.take_base(*operands)
+        step.weight, step.bias = operands
         return Route([step, *(AddStep(self, name) for name in names[1:])])
 
     def base_operands(self, base: nn.Module, adapter_name: str, x: torch.Tensor):

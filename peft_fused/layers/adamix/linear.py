@@ -72,7 +72,7 @@ class AdaMixLinear(AdaptedLinear):
         if reason := self.block.against_linear():
             return Route((FrozenProduct(self), self.block.step(x)), ((self.op_name, reason),))
         step = self.block.linear_step(x)
-        step.take_base(*self.operands())
+        step.weight, step.bias = self.operands()
         return Route((step,))
 
     def typical_input(self, rows: int = 1) -> torch.Tensor:

@@ -159,7 +159,7 @@ class RosaLinear(SubspaceHost, AdaptedLinear):
         if self._restored:
             return Route((FrozenProduct(self),))
         step = self.adapter().step(x)
-        step.take_base(*self.operands())
+        step.weight, step.bias = self.operands()
         return Route((step,))
 
     def extra_repr(self) -> str:

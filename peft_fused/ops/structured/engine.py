@@ -57,9 +57,7 @@ def run(
 
     names: of p and q where the caller has others than the structure.
     """
-    return STRUCTURED(
-        x, p, q, add, kind, out_features, scale, dropout_p, seed, transposed, names or STRUCTURES[kind].names
-    )
+    return _call(x, p, q, add, kind, out_features, scale, dropout_p, seed, transposed, names or STRUCTURES[kind].names)
 
 
 def reference(
@@ -294,3 +292,5 @@ def _gradients(decision, dy2, x2, p, q, scale, threshold, seed, needs):
 
 
 STRUCTURED = Structured()
+# Bound, because calling the object itself takes the detour through its type.
+_call = STRUCTURED.__call__

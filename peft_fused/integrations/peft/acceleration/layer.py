@@ -37,13 +37,13 @@ class PeftForward(Step):
 
 
 class AdapterStep(Step):
-    """An adapter's part in a forward pass: `run` adds it to y. After `take_base` it computes the base product, too."""
+    """An adapter's part in a forward pass: `run` adds it to y.
+
+    Of a kind that has a `linear_op`, it has the slots `weight` and `bias`, the first None at first. The first adapter's
+    are set to the base layer's, [N, K] and [N] or None, where `run` is to compute that product as well.
+    """
 
     __slots__ = ()
-
-    def take_base(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """weight: [N, K]; only asked of the first adapter, of kinds that have a `linear_op`."""
-        raise NotImplementedError
 
 
 class AcceleratedLayer(Routed):
@@ -60,24 +60,32 @@ class AcceleratedLayer(Routed):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As PEFT's. Raises what the fused operations and the base layer raise on inputs that do not fit."""
-        return self.route(x, args, kwargs).run(x)
+        y = None
+        for step in self._decided(x, args, kwargs)[0]:
+            y = step.run(x, y)
+        return y
 
     def route(self, x: torch.Tensor, args: tuple = (), kwargs: dict | None = None) -> Route:
         """What `forward` runs on x and what else it is called with, in the layer's present state.
 
         Parameters that are gathered for the forward only (FSDP2) are outside of it what they are there.
         """
+        return Route(*self._decided(x, args, kwargs or {}))
+
+    def _decided(self, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[list[Step], list[tuple[str, str]]]:
+        """The steps of a route, and what speaks against faster ones: a layer this small is not worth an object more."""
         if args or kwargs:  # a mixed batch, activated LoRA or a base layer that takes more than x: PEFT's rules apply
             step = PeftForward(self, "PEFT's own forward", args=args, kwargs=kwargs)
-            return Route([step], [(self.kind.ops, "it is called with more than x")])
+            return [step], [(self.kind.ops, "it is called with more than x")]
         if self._disable_adapters:
-            return Route([PeftForward(self, "base layer alone: the adapters are disabled")])
-        if self.merged_adapters:
-            return Route([PeftForward(self, f"base layer alone: {', '.join(self.merged_adapters)} merged into it")])
+            return [PeftForward(self, "base layer alone: the adapters are disabled")], []
+        own = self.__dict__
+        if own["merged_adapters"]:
+            return [PeftForward(self, f"base layer alone: {', '.join(self.merged_adapters)} merged into it")], []
         reason = against_input(x)
         if reason is not None:
             return self._left_to_peft(reason)
-        active, steps = self._active_adapter, []
+        active, steps = own["_active_adapter"], []
         for name in (active,) if isinstance(active, str) else active:
             step = self.adapter_step(name, x)
             if type(step) is str:
@@ -85,19 +93,20 @@ class AcceleratedLayer(Routed):
             if step is not None:
                 steps.append(step)
         if not steps:
-            return Route([PeftForward(self, "base layer alone: no active adapter has weights here")])
+            return [PeftForward(self, "base layer alone: no active adapter has weights here")], []
 
-        base, linear_op = self._modules["base_layer"], self.kind.linear_op
+        base, linear_op = own["_modules"]["base_layer"], self.kind.linear_op
         if linear_op is None:
-            return Route([CallBase(base), *steps])
+            return [CallBase(base), *steps], []
         operands = base_operands(base, x)
         if type(operands) is str:
-            return Route([CallBase(base), *steps], [(linear_op, operands)])
-        steps[0].take_base(*operands)
-        return Route(steps)
+            return [CallBase(base), *steps], [(linear_op, operands)]
+        first = steps[0]
+        first.weight, first.bias = operands
+        return steps, []
 
-    def _left_to_peft(self, reason: str) -> Route:
-        return Route([PeftForward(self, "PEFT's own forward", reason)], [(self.kind.ops, reason)])
+    def _left_to_peft(self, reason: str) -> tuple[list[Step], list[tuple[str, str]]]:
+        return [PeftForward(self, "PEFT's own forward", reason)], [(self.kind.ops, reason)]
 
     def typical_input(self, rows: int = 1) -> torch.Tensor:
         """An input [rows, K] in the dtype of the base layer."""

@@ -21,25 +21,22 @@ VARIANTS: dict[type, Callable[[LoraLayer, str, torch.Tensor], AdapterStep | str]
 class LoraStep(AdapterStep):
     """y + scale * (B(A(dropout(x))) + B's bias), or x W^T + bias with that added."""
 
-    __slots__ = ("A", "B", "base_bias", "bias", "p", "scale", "weight")
+    __slots__ = ("A", "B", "bias", "p", "scale", "up_bias", "weight")
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None, scale, p: float):
-        self.A, self.B, self.bias, self.scale, self.p, self.weight = A, B, bias, scale, p, None
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, up_bias: torch.Tensor | None, scale, p: float):
+        self.A, self.B, self.up_bias, self.scale, self.p, self.weight = A, B, up_bias, scale, p, None
 
     @property
     def name(self) -> str:
         return "lowrank" if self.weight is None else "lowrank_linear"
 
-    def take_base(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.base_bias = weight, bias
-
     def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         if self.weight is None:
             return self._added(x, y)
-        weight, bias, extra = self.weight, self.base_bias, self.bias
+        bias, extra = self.bias, self.up_bias
         if extra is not None:
-            bias = (self.scale * extra if bias is None else bias + self.scale * extra).to(weight.dtype)
-        return lowrank_linear(x, weight, bias, self.A, self.B, scale=self.scale, dropout_p=self.p)
+            bias = (self.scale * extra if bias is None else bias + self.scale * extra).to(self.weight.dtype)
+        return lowrank_linear(x, self.weight, bias, self.A, self.B, scale=self.scale, dropout_p=self.p)
 
     def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """In y's dtype, for y from any base layer."""
@@ -51,8 +48,8 @@ class LoraStep(AdapterStep):
         else:
             # A base layer that answers in a type of its own decides the type of the sum, as it does in PEFT.
             out = y + lowrank_adapter(x, self.A, self.B, scale=self.scale, dropout_p=self.p)
-        if self.bias is not None:
-            out = out + self.scale * self.bias
+        if self.up_bias is not None:
+            out = out + self.scale * self.up_bias
         return out.to(y.dtype)
 
     def problem(self, x: torch.Tensor) -> LowRankProblem:
@@ -63,17 +60,18 @@ class AcceleratedLora(AcceleratedLayer):
     """PEFT's LoRA linear layers, by `LoraStep`."""
 
     def adapter_step(self, name: str, x: torch.Tensor) -> AdapterStep | str | None:
-        modules = self._modules
+        own = self.__dict__  # see operands.py
+        modules, variants = own["_modules"], own["lora_variant"]
         downs = modules["lora_A"]._modules
         if name not in downs:
             return None
-        if name in self.lora_variant:
-            variant = type(self.lora_variant[name])
+        if name in variants:
+            variant = type(variants[name])
             return VARIANTS[variant](self, name, x) if variant in VARIANTS else f"it is a variant ({variant.__name__})"
         down, up, dropout = downs[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return f"lora_A and lora_B are {type(down).__name__} and {type(up).__name__}, not torch.nn.Linear"
-        p = drop_probability(dropout)
+        p = 0.0 if type(dropout) is nn.Identity else drop_probability(dropout)
         if p is None:
             return f"lora_dropout is {dropout}; fused are Identity() and Dropout(p < 1, inplace=False)"
         if is_hooked(down) or is_hooked(up) or is_hooked(dropout):
@@ -91,7 +89,7 @@ class AcceleratedLora(AcceleratedLayer):
             return f"it is {dtype}, x {x.dtype}" + ("" if self.cast_input_dtype_enabled else ", casting is disabled")
         if A.size(0) > MAX_RANK:
             return f"its rank is {A.size(0)}; the fused operations take ranks up to {MAX_RANK}"
-        scale = self.scaling[name]
+        scale = own["scaling"][name]
         if type(scale) is not float and not is_scale(scale, x.device):
             return f"its scaling is {scale!r}: neither a number nor a constant 0-d tensor on x's device"
         return LoraStep(A, B, of_up["bias"], scale, p)

@@ -1,8 +1,8 @@
 """What of an input and an adapter the fused operations take, and why they do not take the rest: see also base.py.
 
 Everything is looked up again on every call: parameters get replaced (FSDP, hotswap), so do classes (parametrizations),
-and adapters come and go, none of which a cache would notice. `_modules` and `_parameters` are read directly because
-attribute access through nn.Module costs about ten times as much.
+and adapters come and go, none of which a cache would notice. `__dict__`, `_modules` and `_parameters` are read directly
+because attribute access through nn.Module costs up to ten times as much.
 """
 
 import torch
