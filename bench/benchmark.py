@@ -31,8 +31,8 @@ class Benchmark:
     """Shapes that are timed in the same way.
 
     ops: of its shapes, as `--op` takes them. rows: of its rows, where those are others. cases(shape, device), and with
-    `compiles` a budget: what is measured together. seconds: of the rounds of each, by grid: "tiny", "default", "all".
-    shapes: the same grids of a CPU, and "cuda".
+    `compiles` a CompileBudget: what is measured together. seconds: of the rounds of each, by grid: "tiny", "default",
+    "all". shapes: by grid, "default" and "all" those of a CPU, and "cuda" in their place on a GPU.
     """
 
     ops: tuple[str, ...]
@@ -42,6 +42,22 @@ class Benchmark:
     table: Table
     rows: tuple[str, ...] = ()
     compiles: bool = False
+
+
+@dataclass
+class CompileBudget:
+    """Seconds left for torch.compile, which nothing can interrupt: they only decide whether one is started.
+
+    everywhere: whether shapes are compiled that do not ask for it.
+    """
+
+    seconds: float
+    everywhere: bool
+
+    def refusal(self, shape: Shape) -> str:
+        if not (shape.compiled or self.everywhere):
+            return "not part of this grid (--all times it for every shape)"
+        return "" if self.seconds > 0 else "the time set aside for compiling is spent"
 
 
 def of_method(

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 import peft_fused
 from peft_fused.methods.schedule import members_of
 
-from .benchmark import Benchmark, Table
+from .benchmark import Benchmark, CompileBudget, Table
 from .rows import Case, Comparison
 from .shapes import BF16, Shape
 from .variants import ALPHA_OVER_R, Layer, frozen_layer, path_of
@@ -73,22 +73,6 @@ TARGET = "linear"
 # The share of the delta that dropout leaves on average is 1; with thousands of masked inputs it is met within this.
 DROPOUT_TOLERANCE = 0.1
 DROPOUT_LEAST = 1 << 16
-
-
-@dataclass
-class CompileBudget:
-    """Seconds left for torch.compile, which nothing can interrupt: they only decide whether one is started.
-
-    everywhere: whether shapes are compiled that do not ask for it.
-    """
-
-    seconds: float
-    everywhere: bool
-
-    def refusal(self, shape: Shape) -> str:
-        if not (shape.compiled or self.everywhere):
-            return "not part of this grid (--all times it for every shape)"
-        return "" if self.seconds > 0 else "the time set aside for compiling is spent"
 
 
 @dataclass

@@ -17,8 +17,9 @@ import transformers
 
 import peft_fused
 
-from . import lowrank, roofline
+from . import roofline
 from .base import Base
+from .benchmark import CompileBudget
 from .benchmarks import benchmark_of, grid
 from .rows import measure
 
@@ -88,9 +89,7 @@ def run(
     ceilings = roofline.measure(device, dtypes, repeats=1 if name == "tiny" else 5)
     about = {"versions": versions(), "commit": commit(), "device": device_name(device), "ceilings": ceilings.as_dict()}
     about |= {"base_commit": base.commit} if base else {}
-    budget = lowrank.CompileBudget(
-        min(COMPILE_SECONDS[name], seconds / 5), everywhere=name == "all" or device.type == "cuda"
-    )
+    budget = CompileBudget(min(COMPILE_SECONDS[name], seconds / 5), everywhere=name == "all" or device.type == "cuda")
     for index, shape in enumerate(shapes):
         if time.monotonic() - start > seconds:
             break

@@ -318,13 +318,15 @@ struct Structured : torch::autograd::Function<Structured> {
     const StructuredCall& c = *call;
     const auto& [matrix, device_scale, seed] = extras;
     const Tensor q = q_.value_or(Tensor()), add2 = add_ ? rows_of(*add_) : Tensor(), x2 = rows_of(x);
-    const auto needs = [&](const Tensor& t) { return c.grad && t.defined() && t.requires_grad(); };
-    const bool params = needs(p) || needs(q), any = params || needs(x);
-    const char *p_name = c.p_name.c_str(), *q_name = c.q_name.c_str();
-    ctx->save_for_backward({kept(params, x, "x"), kept(any, p, p_name), kept(any, q, q_name),
-                            kept(needs(x), matrix, "matrix"), kept(any, device_scale, "scale"),
-                            kept(any, seed, "seed")});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    if (c.grad) {
+      const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
+      const bool params = needs(p) || needs(q), any = params || needs(x);
+      const char *p_name = c.p_name.c_str(), *q_name = c.q_name.c_str();
+      ctx->save_for_backward({kept(params, x, "x"), kept(any, p, p_name), kept(any, q, q_name),
+                              kept(needs(x), matrix, "matrix"), kept(any, device_scale, "scale"),
+                              kept(any, seed, "seed")});
+      ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    }
 
     const auto type = work_type(c, p);
     Tensor y;

@@ -99,7 +99,7 @@ def run(
 
 
 def _print(rows: list[dict]) -> None:
-    from peft_fused.bench.benchmarks import BENCHMARKS
+    from peft_fused.bench.benchmarks import BENCHMARKS, benchmark_of
 
     console = out()
     console.print(f"{rows[0]['device']}, torch {rows[0]['versions']['torch']}, peft {rows[0]['versions']['peft']}")
@@ -109,7 +109,7 @@ def _print(rows: list[dict]) -> None:
     if "base_commit" in rows[0]:
         console.print(f"base: {rows[0]['base_commit'][:12]}, in the same rounds", markup=False)
     for benchmark in BENCHMARKS:
-        if chosen := [row for row in rows if row["op"] in benchmark.ops + benchmark.rows]:
+        if chosen := [row for row in rows if benchmark_of(row["op"]) is benchmark]:
             _show(console, benchmark.table, chosen)
     for path in dict.fromkeys(row["path"] for row in rows):
         console.print(f"path: {path}", markup=False)

@@ -17,7 +17,7 @@ class LowRankStep(Step):
     """y plus what a low-rank adapter makes of x; with a weight, the base product and that in one op.
 
     options: of the op, such as scale, dropout_p, u, v. state: what notices whether a schedule sets it, if any. weight
-    [N, K], bias: of the base product, None until they are set.
+    [N, K]: of the base product, None until it is set; bias is set with it.
     """
 
     __slots__ = ("A", "B", "bias", "options", "state", "weight")

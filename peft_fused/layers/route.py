@@ -1,7 +1,8 @@
 """What one forward pass of a layer runs, decided once: `forward` runs the route, `peft_fused.explain` prints it.
 
 A layer derives from `Routed` and defines `route(x)`. Its `forward` is `self.route(x).run(x)`, and nothing in it decides
-again. A route is made on every call, so its classes have slots, and words are put together only when somebody asks.
+again; an accelerated layer runs the same steps without making a `Route` of them. A route is made on every call, so its
+classes have slots, and words are put together only when somebody asks.
 """
 
 from collections.abc import Sequence

@@ -282,5 +282,4 @@ def _check_expert(name, index, h, most):
 
 
 BOTTLENECK = Bottleneck()
-# Bound, because calling the object itself takes the detour through its type.
 _call = BOTTLENECK.__call__

@@ -290,5 +290,4 @@ class LowRank(Operation):
 
 
 LOWRANK = LowRank()
-# Bound, because calling the object itself takes the detour through its type.
 _call = LOWRANK.__call__

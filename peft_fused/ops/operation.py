@@ -38,7 +38,7 @@ LIBRARY = torch.library.Library("peft_fused", "DEF")
 OPERATIONS: list["Operation"] = []
 # Keys of decisions that an op remembers; then it begins anew.
 MOST_KEYS = 4096
-# Names that every call looks up. Of what `is_recorded` asks, the extension itself finds all unusual but this.
+# Names that every call looks up. The extension itself sees whatever else records a call; it does not see Dynamo.
 _state, _Tensor, _in_dynamo = dispatch.state, torch.Tensor, torch.compiler.is_dynamo_compiling
 
 
@@ -156,6 +156,7 @@ class Operation:
         OPERATIONS.append(self)
 
     def __call__(self, *arguments) -> torch.Tensor:
+        """The result. Public functions call this bound method: calling the object takes a detour through its type."""
         if _state.keys and not _in_dynamo():
             # The C++ node's result, if it was decided to run there; else the decision, or the key of one to be made.
             # The extension need not have the op.

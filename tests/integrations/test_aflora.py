@@ -411,7 +411,8 @@ def fresh(**options):
     return model.train()
 
 
-@pytest.mark.parametrize(("rule", "at"), [("code", 6), ("paper", 9)])
+@pytest.mark.parametrize("rule", ["code", "paper"])
+@pytest.mark.parametrize("at", [3, 6, 9])
 def test_a_resumed_training_equals_the_straight_one_bit_for_bit(tmp_path, at, rule):
     straight = fresh(rule=rule)
     trainer(tmp_path / "straight", straight).train()

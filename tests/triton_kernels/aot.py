@@ -125,13 +125,15 @@ class Row:
     def family(self):
         """What the compiler's choices hang on: rows with the same differ in their sizes and in what they ask for."""
         c = self.config
-        rest = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_size(*pair))
-        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), rest, c.num_warps
+        words = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_number(*pair))
+        wgmma = tuple(rows >= 64 for rows in self.products)
+        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), words, c.num_warps, wgmma
 
     @property
     def sizes(self):
-        """The sides of its tiles and the stages of its loop, which decide its registers and memory."""
-        sides = tuple(value for name, value in self.config.constexprs if self._is_size(name, value))
+        """The sides of its tiles and the stages of its loop, which decide its registers and memory; other numbers are
+        constants of its code."""
+        sides = tuple(value for name, value in self.config.constexprs if name.startswith("BLOCK"))
         return *sides, self.config.num_stages
 
     @property
@@ -142,18 +144,21 @@ class Row:
         types = ["bfloat16"] if self.config.dtype == "bfloat16" else []  # which fp16 is like
         return frozenset(on + loads + types)
 
+    @property
+    def extent(self):
+        return self.sizes, self.demand
+
     def is_less_than(self, other):
         """Whether `other`, of the same family, is at least as large and asks for at least as much, and one is more."""
         smaller = all(mine <= its for mine, its in zip(self.sizes, other.sizes, strict=True))
-        same = self.sizes == other.sizes and self.demand == other.demand
-        return smaller and self.demand <= other.demand and not same
+        return smaller and self.demand <= other.demand and self.extent != other.extent
 
     @staticmethod
     def _is_switch(name, value):
         return name == "DROPOUT" or (name != "BACKWARD" and (isinstance(value, bool) or value is None))
 
     @staticmethod
-    def _is_size(name, value):
+    def _is_number(name, value):
         return isinstance(value, int) and not isinstance(value, bool)
 
     def check(self, problems, record_property):
@@ -168,12 +173,15 @@ class Row:
 
 
 def to_compile(rows):
-    """The rows of a run: all, or those than which no other is larger and asks for more; for sm_80 where sm_90 has
-    wgmma. Where both multiply by mma.sync, their code is of one shape."""
-    rows, families = list(rows), defaultdict(list)
+    """The rows of a run: all, or those than which no other is larger and asks for more, the first of equal ones; for
+    sm_80 only where sm_90 has wgmma. Where both multiply by mma.sync, their code is of one shape."""
+    rows, families, found = list(rows), defaultdict(list), {}
     if EVERY:
         return rows
     rows = [row for row in rows if row.target != 80 or max(row.products, default=0) >= 64]
     for row in rows:
         families[row.family].append(row)
-    return [row for row in rows if not any(row.is_less_than(other) for other in families[row.family])]
+    for row in rows:
+        if not any(row.is_less_than(other) for other in families[row.family]):
+            found.setdefault((row.family, row.extent), row)
+    return list(found.values())

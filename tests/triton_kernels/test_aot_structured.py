@@ -43,8 +43,9 @@ def tile(config):
 def representatives(target):
     """One configuration of each shape of 1,024 points or more, with dropout, which takes most registers; fp16 is like
     fp32. Of those, the ones whose groups of eight columns stay together and whose rows fill the tile as far as they
-    can, with as much switched on as there is, for sm_90, whose code is of sm_80's shape (see `aot.to_compile`). `make
-    aot` compiles these for both, and the others for sm_80.
+    can: of each tile that with most switched on, and those with a switch that is not among these. They are compiled for
+    sm_90, whose code is of sm_80's shape (see `aot.to_compile`); `make aot` compiles all for both, and the others for
+    sm_80.
     """
     found = {}
     for config in configurations():
@@ -55,10 +56,14 @@ def representatives(target):
             found[shape(config)] = config
     if EVERY:
         return list(found.values())
-    most = {}
-    for config in found.values():
-        most[tile(config)] = max(most.get(tile(config), config), config, key=lambda c: len(c.switches))
-    return list(most.values())
+    tiles, seen, chosen = set(), set(), []
+    for config in sorted(found.values(), key=lambda c: -len(c.switches)):
+        switches = {(config.kernel, config.plan.split, switch) for switch in config.switches}
+        if tile(config) not in tiles or not switches <= seen:
+            chosen.append(config)
+        tiles.add(tile(config))
+        seen |= switches
+    return chosen
 
 
 def source(config):

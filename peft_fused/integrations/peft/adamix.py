@@ -109,6 +109,9 @@ class AdaMixConfig(FusedConfig):
         )
 
 
+ON_OUTPUT = "the adapter works on the output of the base layer"
+
+
 class AdaMixPeftLinear(FusedLayer):
     """A linear layer with AdaMix adapters of either kind, applied in the order in which they are active."""
 
@@ -140,10 +143,10 @@ class AdaMixPeftLinear(FusedLayer):
         shape = self.adamix_block[names[0]].typical_shape(rows) if names else (rows,)
         return super().typical_input().expand(*shape, -1)
 
-    def base_operands(self, base: nn.Module, name: str, x: torch.Tensor):
+    def linear_operands(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None] | str:
         if self.on_output(name):
-            return "the adapter works on the output of the base layer"
-        return self.adapter(name).against_linear() or super().base_operands(base, name, x)
+            return ON_OUTPUT
+        return self.adapter(name).against_linear() or super().linear_operands(name)
 
     def reason_against_weight(self, name: str) -> str | None:
         if self.adamix_block[name].routes.grouped and self.training:
@@ -186,8 +189,7 @@ class AdaMixPeftNorm(AdaMixPeftLinear):
     def _route(self, names: list[str], x: torch.Tensor, args: tuple, kwargs: dict) -> Route:
         if not names:
             return super()._route(names, x, args, kwargs)
-        against = self.base_operands(self._modules["base_layer"], names[0], x)
-        return Route((PfeifferSteps(self, names, args, kwargs),), [(self.linear_op, against)])
+        return Route((PfeifferSteps(self, names, args, kwargs),), [(self.linear_op, ON_OUTPUT)])
 
 
 class AdaMixModel(FusedTuner):

@@ -1,4 +1,9 @@
-"""What of a base layer may be read instead of calling it: its weight and bias, and where accelerate keeps them."""
+"""What may be read of a module in place of calling it, a base layer above all, and where accelerate keeps it.
+
+Everything is looked up again on every call: parameters get replaced (FSDP, hotswap), so do classes (parametrizations),
+and adapters come and go, none of which a cache would notice. `__dict__`, `_modules` and `_parameters` are read directly
+because attribute access through nn.Module costs up to ten times as much.
+"""
 
 import torch
 from torch import nn
@@ -35,30 +40,19 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def base_operands(base: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | str:
-    """(weight [N, K], bias) of a base layer that is exactly x W^T + bias, or a str: why it has to be called.
-
-    Everything is looked up again on every call: see acceleration/operands.py.
-    """
+def base_operands(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | str:
+    """(weight [N, K], bias) of a base layer that is exactly x W^T + bias, or a str: why it has to be called."""
     kind = type(base)
     if kind is not nn.Linear and kind is not Conv1D:
         return f"the base layer is a {kind.__name__}, not exactly torch.nn.Linear or Conv1D"
     if is_hooked(base):
         return "the base layer carries hooks or a replaced forward, as offloading gives it"
-    # torch.nn.Module takes ten times as long to find a parameter as the dictionary where it is, unless something has
-    # put it elsewhere, as DataParallel does. A default of `get` would be looked up always.
+    # Something may have put them elsewhere, as DataParallel does. A default of `get` would be looked up always.
     own = base._parameters
     weight = own["weight"] if "weight" in own else base.weight  # noqa: SIM401
     bias = own["bias"] if "bias" in own else base.bias  # noqa: SIM401
     if type(weight) not in PLAIN_TENSORS:
         return f"the base weight is a {type(weight).__name__}, not a plain parameter"
-    if weight.dtype != x.dtype and not autocast_joins(x, weight.dtype):
-        return f"the base weight is {weight.dtype} and x {x.dtype}"
-    if bias is not None and (bias.dtype != weight.dtype or type(bias) not in PLAIN_TENSORS):
-        return f"the base bias is a {type(bias).__name__} of {bias.dtype} beside a weight of {weight.dtype}"
+    if bias is not None and type(bias) not in PLAIN_TENSORS:
+        return f"the base bias is a {type(bias).__name__}, not a plain parameter"
     return (weight if kind is nn.Linear else weight.t()), bias
-
-
-def autocast_joins(x: torch.Tensor, other: torch.dtype) -> bool:
-    """Whether autocast is on and brings x and a parameter of another dtype together: all but float64 are cast."""
-    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other)

@@ -140,6 +140,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
     factor(adapter_name): one of its parameters, whose dtype and device all share.
     linear_op, linear_step(adapter_name, x): the op that computes base and adapter in one, and the part in that, whose
     `weight` and `bias` are set. None if there is no such op: then the base layer is called, and the adapter added.
+    linear_operands(adapter_name): may be extended, by why that op cannot run with an adapter.
     """
 
     linear_op: str | None = None
@@ -316,7 +317,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         if self.linear_op is None:
             return Route([BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)])
         reason = "the base layer is called with more than x" if args or kwargs else ""
-        operands = reason or self.base_operands(base, names[0], x)
+        operands = reason or self.linear_operands(names[0])
         if type(operands) is str:
             steps = [BaseLayer(base, args, kwargs), *(AddStep(self, name) for name in names)]
             return Route(steps, [(self.linear_op, operands)])
@@ -324,9 +325,9 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
         step.weight, step.bias = operands
         return Route([step, *(AddStep(self, name) for name in names[1:])])
 
-    def base_operands(self, base: nn.Module, adapter_name: str, x: torch.Tensor):
+    def linear_operands(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor | None] | str:
         """(weight [N, K], bias) for one op with the adapter, or a str: why the base layer has to be called."""
-        operands = base_operands(base, x)
+        operands = base_operands(self._modules["base_layer"])
         if type(operands) is not str and not mixes(self.factor(adapter_name).dtype, operands[0].dtype):
             return "the adapter's dtype is neither the base weight's nor float32 beside a half-precision base"
         return operands

@@ -292,5 +292,4 @@ def _gradients(decision, dy2, x2, p, q, scale, threshold, seed, needs):
 
 
 STRUCTURED = Structured()
-# Bound, because calling the object itself takes the detour through its type.
 _call = STRUCTURED.__call__

@@ -9,7 +9,7 @@ from torch import nn
 from ....layers.route import CallBase, Route, Routed, Step
 from ..base import base_operands
 from .kinds import Kind, kind_of
-from .operands import against_input
+from .operands import against_base, against_input
 
 logger = logging.getLogger("peft_fused")
 
@@ -73,7 +73,7 @@ class AcceleratedLayer(Routed):
         return Route(*self._decided(x, args, kwargs or {}))
 
     def _decided(self, x: torch.Tensor, args: tuple, kwargs: dict) -> tuple[list[Step], list[tuple[str, str]]]:
-        """The steps of a route, and what speaks against faster ones: a layer this small is not worth an object more."""
+        """The steps of a route and what speaks against faster ones. A small layer feels every object more."""
         if args or kwargs:  # a mixed batch, activated LoRA or a base layer that takes more than x: PEFT's rules apply
             step = PeftForward(self, "PEFT's own forward", args=args, kwargs=kwargs)
             return [step], [(self.kind.ops, "it is called with more than x")]
@@ -98,9 +98,10 @@ class AcceleratedLayer(Routed):
         base, linear_op = own["_modules"]["base_layer"], self.kind.linear_op
         if linear_op is None:
             return [CallBase(base), *steps], []
-        operands = base_operands(base, x)
-        if type(operands) is str:
-            return [CallBase(base), *steps], [(linear_op, operands)]
+        operands = base_operands(base)
+        reason = operands if type(operands) is str else against_base(*operands, x)
+        if reason is not None:
+            return [CallBase(base), *steps], [(linear_op, reason)]
         first = steps[0]
         first.weight, first.bias = operands
         return steps, []

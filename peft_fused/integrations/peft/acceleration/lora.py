@@ -60,7 +60,7 @@ class AcceleratedLora(AcceleratedLayer):
     """PEFT's LoRA linear layers, by `LoraStep`."""
 
     def adapter_step(self, name: str, x: torch.Tensor) -> AdapterStep | str | None:
-        own = self.__dict__  # see operands.py
+        own = self.__dict__  # see base.py
         modules, variants = own["_modules"], own["lora_variant"]
         downs = modules["lora_A"]._modules
         if name not in downs:
@@ -71,7 +71,7 @@ class AcceleratedLora(AcceleratedLayer):
         down, up, dropout = downs[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return f"lora_A and lora_B are {type(down).__name__} and {type(up).__name__}, not torch.nn.Linear"
-        p = 0.0 if type(dropout) is nn.Identity else drop_probability(dropout)
+        p = drop_probability(dropout)
         if p is None:
             return f"lora_dropout is {dropout}; fused are Identity() and Dropout(p < 1, inplace=False)"
         if is_hooked(down) or is_hooked(up) or is_hooked(dropout):

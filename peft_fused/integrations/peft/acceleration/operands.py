@@ -1,9 +1,4 @@
-"""What of an input and an adapter the fused operations take, and why they do not take the rest: see also base.py.
-
-Everything is looked up again on every call: parameters get replaced (FSDP, hotswap), so do classes (parametrizations),
-and adapters come and go, none of which a cache would notice. `__dict__`, `_modules` and `_parameters` are read directly
-because attribute access through nn.Module costs up to ten times as much.
-"""
+"""What of an input and an adapter the fused operations take, and why they do not take the rest: see also base.py."""
 
 import torch
 from torch import nn
@@ -14,7 +9,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from ..base import PLAIN_TENSORS, autocast_joins
+from ..base import PLAIN_TENSORS
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALF, torch.float64)
@@ -42,12 +37,26 @@ def against_input(x: torch.Tensor) -> str | None:
     return None
 
 
+def against_base(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> str | None:
+    """Why a base layer of these has to be called for x because of their types, None if it need not be."""
+    if weight.dtype != x.dtype and not _autocast_joins(x, weight.dtype):
+        return f"the base weight is {weight.dtype} and x {x.dtype}"
+    if bias is not None and bias.dtype != weight.dtype:
+        return f"the base bias is {bias.dtype} beside a weight of {weight.dtype}"
+    return None
+
+
+def _autocast_joins(x: torch.Tensor, other: torch.dtype) -> bool:
+    """Whether autocast is on and brings x and a parameter of another type together: all floating types but float64."""
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, other)
+
+
 def casts(to_adapter: bool, x: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether an adapter of another dtype than x's is defined for PEFT and for the fused operations.
 
     to_adapter: the layer's `cast_input_dtype_enabled`.
     """
-    return (to_adapter and dtype == torch.float32 and x.dtype in _HALF) or autocast_joins(x, dtype)
+    return (to_adapter and dtype == torch.float32 and x.dtype in _HALF) or _autocast_joins(x, dtype)
 
 
 def drop_probability(dropout: nn.Module) -> float | None:
