@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_linear, is_conv1d
+from .checks import check_linear, check_tensor, is_conv1d
 from .replaced import ReplacedWeight, kept_through
 from .route import CallBase, Route, Routed
 
@@ -97,7 +97,8 @@ class AdaptedLinear(Routed, nn.Module):
             return super()._apply(fn, recurse)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., K] in the base weight's dtype. Returns [..., N]."""
+        """x: [..., K] in the base weight's dtype. Returns [..., N]. TypeError if x is no tensor."""
+        check_tensor(x)
         return self.route(x).run(x)
 
     def route(self, x: torch.Tensor) -> Route:

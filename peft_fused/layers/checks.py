@@ -13,6 +13,12 @@ LARGEST = torch.finfo(torch.float32).max
 LARGEST_SIZE = torch.iinfo(torch.int32).max
 
 
+def check_tensor(x) -> None:
+    """TypeError for an input of a layer that is no tensor, before anything asks it for what only a tensor has."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+
+
 def check_own_weight(subject: str, module: nn.Module, error: type[Exception] = TypeError, but: str = "") -> None:
     """`error`, beginning with the subject, if a module's weight is computed from other parameters, so that writing to
     it would be undone. but: why that matters.

@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_fused
 from peft_fused.integrations.peft.registration import REGISTERED, register
-from peft_fused.integrations.peft.tuner import FusedLayer
+from peft_fused.integrations.peft.tuner import BaseLayer, FusedLayer
 from peft_fused.methods import on_step
 from peft_fused.ops.dispatch import explain
 
@@ -55,6 +55,24 @@ def test_only_the_adapter_trains_and_starts_as_nothing(variant):
     loss(model.train()).backward()
     for layer in layers(model).values():
         assert any(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_that_is_no_tensor_is_named(variant, training):
+    (layer,) = layers(one(variant).train(training)).values()
+    for x in ([1.0], None):
+        with pytest.raises(TypeError, match=f"x must be a torch.Tensor, got {type(x).__name__}"):
+            layer(x)
+
+
+def test_an_input_of_a_wrong_type_is_named_by_the_op(variant):
+    (layer,) = layers(one(variant)).values()
+    if isinstance(layer.route(torch.ones(2, 12)).steps[0], BaseLayer):
+        pytest.skip("the base layer is called first, and says what it takes")
+    with pytest.raises(TypeError, match="x must be floating point"):
+        layer(torch.ones(2, 12, dtype=torch.int64))
+    with pytest.raises(TypeError, match="x's dtype"):
+        layer(torch.ones(2, 12, dtype=torch.float64))
 
 
 def test_a_random_start_changes_the_model(variant):

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layers.adapted import NO_DELTA
-from ...layers.checks import check_own_weight
+from ...layers.checks import check_own_weight, check_tensor
 from ...layers.replaced import ReplacedWeight, kept_through
 from ...layers.route import CallBase, Route, Routed, Step
 from ...layers.scheduled import EXTRA_STATE, ScheduleState, check_saved_with
@@ -289,6 +289,7 @@ class FusedLayer(Routed, nn.Module, BaseTunerLayer):
             self._modules[container][adapter_name].train(self.training)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        check_tensor(x)
         if self.quantization_backend is not None and x.requires_grad:
             unpack(self.get_base_layer())
         if self.disable_adapters and self.merged:

@@ -119,7 +119,8 @@ class StructuredMap(nn.Module):
         if self.in_features != self.out_features:
             raise ValueError(
                 f"structure {self.structure!r} must be on a square layer, got in_features = {self.in_features} and "
-                f"out_features = {self.out_features}; 'circulant', 'toeplitz' and 'kronecker' may be rectangular"
+                f"out_features = {self.out_features}; 'circulant', 'toeplitz' (ToeplitzLinear's structure='general') "
+                "and 'kronecker' may be rectangular"
             )
 
 
