@@ -126,7 +126,7 @@ class Row:
         """What the compiler's choices hang on: rows with the same differ in their sizes and in what they ask for."""
         c = self.config
         words = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_number(*pair))
-        wgmma = tuple(rows >= 64 for rows in self.products)
+        wgmma = max(self.products, default=0) >= 64
         return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), words, c.num_warps, wgmma
 
     @property
