@@ -90,35 +90,6 @@ def _hasten(interpreter, patch):
 
     patch.setattr(interpreter, "_patch_lang", patch_once)
     patch.setattr(interpreter, "_get_np_dtype", known_type)
-    _share_types(tl, patch)
-
-
-def _share_types(tl, patch):
-    """Every value of the interpreter makes its type and shape anew: a third of what is left. Equal ones share them."""
-    make_type, make_tensor = tl.block_type.__init__, tl.tensor.__init__
-    types, shapes = {}, {}
-
-    def type_init(self, element_ty, shape):
-        key = element_ty.name, *shape
-        if not all(type(size) is int for size in shape):
-            make_type(self, element_ty, shape)
-        elif key in types:
-            self.__dict__.update(types[key])
-        else:
-            make_type(self, element_ty, shape)
-            types[key] = dict(self.__dict__)
-
-    def tensor_init(self, handle, kind):
-        key = kind.shape if kind.is_block() else ()
-        if key in shapes:
-            self.handle, self.type, self.dtype = handle, kind, kind.scalar
-            self.shape, self.numel = shapes[key]
-        else:
-            make_tensor(self, handle, kind)
-            shapes[key] = self.shape, self.numel
-
-    patch.setattr(tl.block_type, "__init__", type_init)
-    patch.setattr(tl.tensor, "__init__", tensor_init)
 
 
 @pytest.fixture(scope="session", autouse=True)

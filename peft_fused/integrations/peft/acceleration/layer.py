@@ -99,9 +99,13 @@ class AcceleratedLayer(Routed):
         if linear_op is None:
             return [CallBase(base), *steps], []
         operands = base_operands(base)
-        reason = operands if type(operands) is str else against_base(*operands, x)
-        if reason is not None:
-            return [CallBase(base), *steps], [(linear_op, reason)]
+        if type(operands) is str:
+            return [CallBase(base), *steps], [(linear_op, operands)]
+        weight, bias = operands
+        if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+            reason = against_base(weight, bias, x)
+            if reason is not None:
+                return [CallBase(base), *steps], [(linear_op, reason)]
         first = steps[0]
         first.weight, first.bias = operands
         return steps, []

@@ -71,7 +71,7 @@ class AcceleratedLora(AcceleratedLayer):
         down, up, dropout = downs[name], modules["lora_B"]._modules[name], modules["lora_dropout"]._modules[name]
         if type(down) is not nn.Linear or type(up) is not nn.Linear:
             return f"lora_A and lora_B are {type(down).__name__} and {type(up).__name__}, not torch.nn.Linear"
-        p = drop_probability(dropout)
+        p = 0.0 if type(dropout) is nn.Identity else drop_probability(dropout)  # most often without a further call
         if p is None:
             return f"lora_dropout is {dropout}; fused are Identity() and Dropout(p < 1, inplace=False)"
         if is_hooked(down) or is_hooked(up) or is_hooked(dropout):
