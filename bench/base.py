@@ -1,11 +1,14 @@
-"""The package at another commit, for `--base`: built once, and measured by a process of its own in the same rounds.
+"""The package at another commit, for `--base`: built once, and measured in turns with this one.
 
-Its own benchmark builds its variants there; only when they are timed is up to this process (base_worker.py). So are
-those of this commit that they are compared with. Samples interleave, each after a call that nobody times, since what
-another process did has cooled the caches.
+Each has processes of its own with the variants of one shape. What else this process has, PEFT's layers and compiled
+ones, costs ours some percent.
+
+Where its tensors lie makes a process faster or slower than its twin, by up to a third and for as long as it lives. So
+a shape is measured by one pair of processes after another, with scattered heaps, until their median ratio is known.
+
+A commit's own benchmark builds its variants; only when they are timed is up to this process (base_worker.py).
 """
 
-import contextlib
 import os
 import shutil
 import subprocess
@@ -13,10 +16,8 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -25,12 +26,16 @@ import peft_fused
 from peft_fused.ops import native
 
 from .shapes import Shape, StructuredShape
-from .timing import CpuClock, CudaClock, Variant
+from .timing import Times, Turn, interleave, ratio_error
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "base"
-# After this long the threads of the other process, or of torch, no longer look out for work; base_worker.py has it too.
-SETTLE = 0.005
+# Pairs of processes: at least so many, and then until the standard error of each ratio is below SETTLED.
+LEAST_PAIRS, MOST_PAIRS = 6, 60
+SETTLED = 0.01
+# Seconds of a shape, as multiples of those that its benchmark takes for the rounds of this process: of a pair's rounds,
+# and of all pairs.
+PAIR_SHARE, PAIRS_SHARE = 0.1, 4.0
 
 
 class BaseError(RuntimeError):
@@ -81,112 +86,107 @@ def build(revision: str) -> tuple[Path, str]:
     return folder, commit
 
 
-def _received(pipe: Connection):
-    try:
-        return pipe.recv()
-    except EOFError:
-        raise BaseError("the process of the other commit has ended") from None
-
-
-@dataclass
+@dataclass(frozen=True)
 class Remote:
-    """A variant of the other commit, which measures itself."""
+    """A variant of a worker, which measures itself."""
 
-    pipe: Connection
+    worker: "Worker"
     name: str
 
-    def measured(self) -> dict[str, float]:
-        self.pipe.send(("measure", self.name))
-        return _received(self.pipe)
 
+class RemoteClock:
+    """Has variants measured where they are."""
 
-@dataclass
-class WarmClock:
-    """A clock, of variants here and there, that starts from warm caches and idle threads."""
-
-    clock: CpuClock | CudaClock
-
-    def measure(self, variant: Variant | Remote) -> dict[str, float]:
-        if isinstance(variant, Remote):
-            return variant.measured()
-        return measure_warm(self.clock, variant)
-
-
-def measure_warm(clock: CpuClock | CudaClock, variant: Variant) -> dict[str, float]:
-    time.sleep(SETTLE)
-    variant.clear()
-    variant.backward(variant.forward())
-    return clock.measure(variant)
+    def measure(self, variant: Remote) -> dict[str, float]:
+        return variant.worker.measured(variant.name)
 
 
 class Worker:
-    """A process with one of the two commits. `missing`: why its last shape has nothing to compare with."""
+    """One of the two commits: a process that starts another for each time that it measures a shape.
+
+    `missing`: why it has nothing more to measure of this shape; "" while it may. `waits`: to be told what to measure.
+    """
 
     def __init__(self, folder: Path | None, what: str):
         """folder: to import from, before whatever else is installed; None for what this process has."""
-        self.missing = ""
+        self.missing, self.waits = "", False
         self.pipe, there = Pipe()
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # as -P, which Python 3.10 does not have
+        environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without a context
         if folder is not None:
             environment["PYTHONPATH"] = str(folder)
         imported = folder or Path(peft_fused.__file__).parents[1]
         worker = Path(__file__).with_name("base_worker.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(worker), str(there.fileno()), str(imported)],
-            env=environment, pass_fds=[there.fileno()], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        there.close()
+        with tempfile.TemporaryFile("w+") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, str(worker), str(there.fileno()), str(imported)],
+                env=environment, pass_fds=[there.fileno()], stdout=subprocess.DEVNULL, stderr=said,
+            )  # fmt: skip
+            there.close()
+            try:
+                self.pipe.recv()
+            except EOFError:
+                self.process.wait()
+                said.seek(0)
+                raise BaseError(f"{what} does not start: {' '.join(said.read().strip().splitlines()[-3:])}") from None
+
+    def start(self, shape: Shape | StructuredShape, grid: str, device: torch.device) -> None:
+        self.missing, self.waits = "", False
+        self._send("shape", (shape.op, shape.name, shape.dtype_name, shape.dropout), grid, str(device))
+
+    def _send(self, *message) -> None:
         try:
-            self.pipe.recv()
-        except EOFError:
-            said = self.process.communicate()[1].strip().splitlines()
-            raise BaseError(f"{what} does not start: {' '.join(said[-3:])}") from None
+            self.pipe.send(message)
+        except OSError:
+            raise BaseError("the process of a commit has ended") from None
 
-    @contextlib.contextmanager
-    def shape(self, shape: Shape | StructuredShape, grid: str, device: torch.device) -> Iterator[None]:
-        """It runs the same shape, and ends with it."""
-        self.missing = ""
-        self.pipe.send(("shape", (shape.op, shape.name, shape.dtype_name, shape.dropout), grid, str(device)))
+    def _received(self):
+        """Its next answer, or None when it has ended with this shape."""
         try:
-            yield
-        except Exception:
-            self._finish()
-            raise
-        self._finish()
+            what, value = self.pipe.recv()
+        except (EOFError, OSError):
+            raise BaseError("the process of a commit has ended") from None
+        if what == "end":
+            self.missing, self.waits = value, False
+            return None
+        return value
 
-    def _finish(self) -> None:
-        while self._next() or not self.missing:
-            self.pipe.send(("finish", None))
+    def ready(self) -> list[str]:
+        """Waits for what it measures together next: the names of these variants, none at its end."""
+        names = [] if self.missing else self._received() or []
+        self.waits = not self.missing
+        return names
 
-    def _next(self) -> list[str]:
-        """Names of the variants that it is ready to measure; none at its end, of which `missing` says why."""
-        if self.missing:
-            return []
-        what, value = _received(self.pipe)
-        self.missing = value if what == "end" else ""
-        return value if what == "ready" else []
+    def measured(self, name: str) -> dict[str, float]:
+        self._send("measure", name)
+        times = self._received()
+        if times is None:
+            raise BaseError(self.missing)
+        return times
 
-    @contextlib.contextmanager
-    def variants(self, names: list[str]) -> Iterator[dict[str, Remote]]:
-        """Its variants that bear these names, of what it measures together next."""
-        there = self._next()
-        try:
-            yield {name: Remote(self.pipe, name) for name in names if name in there}
-        finally:
-            if there:
-                self.pipe.send(("finish", None))
+    def finish(self) -> None:
+        """It goes on to what it measures next, if it waits for that."""
+        if self.waits:
+            self.waits = False
+            self._send("finish", None)
+
+    def end(self) -> None:
+        self.finish()
+        while self.ready():
+            self.finish()
 
     def close(self) -> None:
+        self.pipe.close()  # ends a process that measures
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
 
 
-BASE, APART = "at base", "apart"
+# Added to the names of variants.
+BASE, APART = " at base", " apart"
 
 
 class Base:
-    """The other commit and this one, each in a process that has its variants alone. What else this process has, PEFT's
-    layers and compiled ones, costs ours some percent, so that they are not compared with those of the other commit."""
+    """The other commit and this one, to be compared."""
 
     def __init__(self, revision: str):
         folder, self.commit = build(revision)
@@ -201,22 +201,51 @@ class Base:
     def missing(self) -> str:
         return self.workers[BASE].missing
 
-    @contextlib.contextmanager
-    def shape(self, *arguments) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
+    def measure(
+        self, shape: Shape | StructuredShape, grid: str, device: torch.device, turns: list[Turn], seconds: float
+    ) -> None:
+        """Adds the times of "<ours> at base" and "<ours> apart", an entry per pair of processes, to each turn.
+
+        turns: of this shape, all and in order. seconds: that its benchmark takes for each of them.
+        """
+        start = time.perf_counter()
+        for pairs in range(1, MOST_PAIRS + 1):
             for worker in self.workers.values():
-                stack.enter_context(worker.shape(*arguments))
-            yield
+                worker.start(shape, grid, device)
+            try:
+                found = [self._pair(turn, seconds * PAIR_SHARE) for turn in turns]
+            finally:
+                for worker in self.workers.values():
+                    worker.end()
+            spent = time.perf_counter() - start > seconds * PAIRS_SHARE
+            if not any(found) or (pairs >= LEAST_PAIRS and (spent or all(map(_is_settled, turns)))):
+                break
 
-    @contextlib.contextmanager
-    def variants(self, names: list[str]) -> Iterator[dict[str, dict[str, Remote]]]:
-        """By commit, BASE or APART, its variants that bear these names."""
-        with contextlib.ExitStack() as stack:
-            yield {which: stack.enter_context(worker.variants(names)) for which, worker in self.workers.items()}
-
-    def clock(self, clock: CpuClock | CudaClock) -> WarmClock:
-        return WarmClock(clock)
+    def _pair(self, turn: Turn, seconds: float) -> bool:
+        """Measures it with the processes at hand. Whether they have any of it."""
+        there = {which: worker.ready() for which, worker in self.workers.items()}
+        variants = {
+            name + which: Remote(worker, name)
+            for name in turn.ours
+            if all(name in names for names in there.values())
+            for which, worker in self.workers.items()
+        }
+        for name, by_mode in interleave(variants, RemoteClock(), seconds=seconds, least=3).items() if variants else ():
+            times = turn.times.setdefault(name, {mode: Times() for mode in by_mode})
+            for mode, in_rounds in by_mode.items():
+                times[mode].ms.append(in_rounds.median)
+        for worker in self.workers.values():
+            worker.finish()
+        return bool(variants)
 
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
+
+
+def _is_settled(turn: Turn) -> bool:
+    return all(
+        ratio_error(turn.times[name + APART][mode], reference) <= SETTLED
+        for name in turn.ours
+        for mode, reference in turn.times.get(name + BASE, {}).items()
+    )

@@ -1,10 +1,13 @@
-"""Serves the benchmark of another commit: `base_worker.py descriptor folder`, started by base.py of this one.
+"""Serves the benchmark of a commit: `base_worker.py descriptor folder`, started by base.py.
 
-It runs that commit's own `peft_fused.bench.run.run` on one shape after another, with `timing.interleave` replaced by
-one that measures what it is asked to and when. So of that commit it needs these two functions, `run.grid`,
-`run.COMPILE_SECONDS` and `roofline.measure`, whatever else has changed.
+A process of its own, forked for each shape that it is asked for, runs that commit's `peft_fused.bench.run.run` on it,
+with `timing.interleave` replaced by one that measures what it is asked to and when. So of that commit it needs these
+two functions, `run.grid`, `run.COMPILE_SECONDS` and `roofline.measure`, whatever else has changed. Functions named
+`verify` are left out: what this commit times it has verified, and of another one only the time is of interest.
 """
 
+import os
+import random
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -15,13 +18,19 @@ from peft_fused.bench import roofline, run, timing
 
 import peft_fused
 
+# After this long the threads of the other process, or of torch, no longer look out for work.
 SETTLE = 0.005
+
+
+class Unverified(dict):
+    """Errors of whatever is asked for."""
+
+    def __missing__(self, key):
+        return self
 
 
 def serve(pipe: Connection, variants: dict, clock) -> dict:
     """In place of timing.interleave; the times that it returns are of no account."""
-    for variant in variants.values():
-        clock.measure(variant)  # what it packs, allocates and compiles
     pipe.send(("ready", list(variants)))
     while True:
         what, name = pipe.recv()
@@ -29,9 +38,34 @@ def serve(pipe: Connection, variants: dict, clock) -> dict:
             return {name: {mode: timing.Times([1.0]) for mode in timing.MODES} for name in variants}
         variant = variants[name]
         time.sleep(SETTLE)
-        variant.clear()
-        variant.backward(variant.forward())
-        pipe.send(clock.measure(variant))
+        clock.measure(variant)  # warms the caches, which the other process has cooled
+        pipe.send(("measured", clock.measure(variant)))
+
+
+def scatter_heap() -> list[torch.Tensor]:
+    """Leaves holes of random sizes in the heap, as long as it is kept, so that what is allocated next lies elsewhere in
+    every process. Which tensors share their place in a page makes one process of the same code up to a third slower
+    than another, and this process hands its heap on to all that it forks."""
+    sizes = [int(2 ** random.uniform(6, 22)) for _ in range(400)]
+    return [torch.empty(size, dtype=torch.uint8) for size in sizes][::2]
+
+
+def run_shape(wanted: tuple, name: str, device: torch.device) -> str:
+    """Runs it, and says why nothing more comes of it."""
+
+    def key(shape):
+        return getattr(shape, "op", "lowrank"), shape.name, shape.dtype_name, getattr(shape, "dropout", 0.0)
+
+    chosen = [shape for shape in run.grid(device.type, name) if key(shape) == wanted][:1]
+    if not chosen:
+        return "the other commit does not have this shape"
+    run.grid = lambda *_: chosen
+    try:
+        for _ in run.run(device, name):
+            pass
+    except Exception as error:  # of that commit: the row says so, and ours is measured all the same
+        return f"{type(error).__name__}: {error}"
+    return "the other commit does not have this variant"
 
 
 def main(descriptor: str, folder: str) -> None:
@@ -43,31 +77,30 @@ def main(descriptor: str, folder: str) -> None:
         return serve(pipe, variants, clock)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("peft_fused.bench") and hasattr(module, "interleave"):
-            module.interleave = interleave
+        if name.startswith("peft_fused.bench"):
+            for replaced, by in (("interleave", interleave), ("verify", lambda *_, **__: Unverified())):
+                if callable(getattr(module, replaced, None)):
+                    setattr(module, replaced, by)
     ceilings = roofline.Ceilings(1.0, dict.fromkeys(("float32", "bfloat16", "float16"), 1.0))
     roofline.measure = lambda *_, **__: ceilings
     run.COMPILE_SECONDS = dict.fromkeys(run.COMPILE_SECONDS, 0.0)
-    grid = run.grid
-
-    def key(shape):
-        return getattr(shape, "op", "lowrank"), shape.name, shape.dtype_name, getattr(shape, "dropout", 0.0)
-
     pipe.send(("started", None))
     while True:
         try:
-            _, wanted, name, device = pipe.recv()
+            what, *request = pipe.recv()
         except EOFError:
             return
-        chosen = [shape for shape in grid(torch.device(device).type, name) if key(shape) == wanted][:1]
-        why = "" if chosen else "the other commit does not have this shape"
-        run.grid = lambda *_, chosen=chosen: chosen
-        try:
-            for _ in run.run(torch.device(device), name):
-                pass
-        except Exception as error:  # of that commit: the row says so, and ours is measured all the same
-            why = f"{type(error).__name__}: {error}"
-        pipe.send(("end", why or "the other commit does not have this variant"))
+        if what != "shape":  # for a process that has ended before its time
+            continue
+        child = os.fork()
+        if not child:
+            random.seed(os.getpid())
+            kept = scatter_heap()  # noqa: F841
+            wanted, name, device = request
+            pipe.send(("end", run_shape(wanted, name, torch.device(device))))
+            os._exit(0)
+        if status := os.waitpid(child, 0)[1]:
+            pipe.send(("end", f"its process ended with status {os.waitstatus_to_exitcode(status)}"))
 
 
 if __name__ == "__main__":

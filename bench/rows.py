@@ -6,7 +6,7 @@ import torch
 
 from .base import APART, BASE, Base
 from .shapes import Shape, StructuredShape
-from .timing import STEP, CpuClock, CudaClock, Times, clock_of, interleave, ratio, step_clock, wall_ms
+from .timing import STEP, Times, Turn, clock_of, interleave, ratio, ratio_error, step_clock, wall_ms
 from .variants import Layer, TrainingStep, cuda_peak_bytes, saved_bytes
 
 STEP_LAYERS = 4
@@ -46,30 +46,38 @@ class Case:
     with_input: bool = False
 
 
-def measure(case: Case, device: torch.device, *, seconds: float, base: Base | None = None) -> list[dict]:
-    """A row per comparison and mode; the mode "step" is a whole training step of STEP_LAYERS layers.
+@dataclass
+class Measured:
+    """A case, the bytes of each of its comparisons, and the times: of the layers, then of the training steps if any."""
 
-    base: measures the same variants of another commit in between, for `ratio_to_base`.
-    """
-    memory = {id(c): _memory(case, c, device) for c in case.comparisons}
-    ours = [c.ours for c in case.comparisons]
-    times = _timed(case.variants, clock_of(device, case.shape.calls), seconds, ours, base)
+    case: Case
+    memory: list[dict]
+    turns: list[Turn]
+
+    def rows(self, base: Base | None = None) -> list[dict]:
+        """A row per comparison and mode; the mode "step" is a whole training step of STEP_LAYERS layers.
+
+        base: has measured the turns as well, for `ratio_to_base`.
+        """
+        layers, *steps = (turn.times for turn in self.turns)
+        times = {name: dict(by_mode) for name, by_mode in layers.items()}
+        for by_name in steps:
+            for name, by_mode in by_name.items():
+                times.setdefault(name, {})[STEP] = by_mode["both"]
+        return [
+            _row(self.case, comparison, mode, times, base) | memory
+            for comparison, memory in zip(self.case.comparisons, self.memory, strict=True)
+            for mode in times[comparison.ours]
+        ]
+
+
+def measure(case: Case, device: torch.device, *, seconds: float) -> Measured:
+    memory = [_memory(case, comparison, device) for comparison in case.comparisons]
+    ours = [comparison.ours for comparison in case.comparisons]
+    turns = [Turn(ours, interleave(case.variants, clock_of(device, case.shape.calls), seconds=seconds))]
     if case.steps:
-        for name, found in _timed(case.steps, step_clock(device), seconds, ours, base).items():
-            times[name][STEP] = found["both"]
-    return [_row(case, c, mode, times, base) | memory[id(c)] for c in case.comparisons for mode in times[c.ours]]
-
-
-def _timed(variants: dict, clock: CpuClock | CudaClock, seconds: float, ours: list[str], base: Base | None) -> dict:
-    """{variant: {mode: Times}}; with another commit also "<variant> at base", and "<variant> apart" of this one."""
-    if base is None:
-        return interleave(variants, clock, seconds=seconds)
-    with base.variants(ours) as others:
-        both = {}
-        for name, variant in variants.items():  # side by side; every second round has the reverse order
-            both[name] = variant
-            both |= {f"{name} {which}": there[name] for which, there in others.items() if name in there}
-        return interleave(both, base.clock(clock), seconds=seconds)
+        turns.append(Turn(ours, interleave(case.steps, step_clock(device), seconds=seconds)))
+    return Measured(case, memory, turns)
 
 
 def _memory(case: Case, comparison: Comparison, device: torch.device) -> dict:
@@ -92,7 +100,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
     references, skipped = dict(c.references), {k: why for k, why in case.skipped.items() if c.references.get(k)}
     ratios, beside = dict(c.ratios), {}
     if base is not None:
-        beside = {"apart": f"{c.ours} {APART}", "base": f"{c.ours} {BASE}"}
+        beside = {"apart": c.ours + APART, "base": c.ours + BASE}
         ratios["ratio_to_base"] = beside["apart"], beside["base"]
         skipped |= {} if beside["base"] in times else {"base": base.missing}
 
@@ -102,6 +110,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
     def against(ours: str, reference: str | None) -> float | None:
         return ratio(at(ours), at(reference)) if at(ours) and at(reference) else None
 
+    pairs = (at(beside["apart"]), at(beside["base"])) if beside else ()
     shown = {"ours": c.ours} | references | beside | {name: name for pair in c.ratios.values() for name in pair}
     shown = {label: at(name) for label, name in shown.items() if at(name)}
     return {
@@ -113,6 +122,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
         "mode": mode,
         **{f"ratio_to_{label}": against(c.ours, name) for label, name in references.items()},
         **{key: against(*pair) for key, pair in ratios.items()},
+        **({"ratio_to_base_error": ratio_error(*pairs) if all(pairs) else None} if pairs else {}),
         "ms_median": {label: found.median for label, found in shown.items()},
         "ms_iqr": {label: found.iqr for label, found in shown.items()},
         "rounds": len(at(c.ours).ms),

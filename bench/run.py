@@ -1,6 +1,5 @@
 """Runs a grid: one result per (op, shape, dtype, dropout, mode), with the versions and the commit that made it."""
 
-import contextlib
 import json
 import math
 import os
@@ -77,7 +76,7 @@ def run(
     base: Base | None = None,
 ) -> Iterator[dict]:
     """Rows of the grid `name` ("tiny", "default" or "all") as they are measured. op: one of benchmarks.OPS, or "all".
-    base: another commit, whose variants take turns with ours.
+    base: another commit, which measures each shape in turns with this one.
 
     progress(shape, done, total) is told before each shape; no shape is started after `seconds`, so that `done` may stay
     below `total`. A shape that raises, verify.WrongResult before anything wrong is timed, ends the run, unless
@@ -98,12 +97,11 @@ def run(
         benchmark = benchmark_of(shape.op)
         more = {"budget": budget} if benchmark.compiles else {}
         try:
-            with base.shape(shape, name, device) if base else contextlib.nullcontext():
-                rows = [
-                    row
-                    for case in benchmark.cases(shape, device, **more)
-                    for row in measure(case, device, seconds=benchmark.seconds[name], base=base)
-                ]
+            seconds_each = benchmark.seconds[name]
+            found = [measure(case, device, seconds=seconds_each) for case in benchmark.cases(shape, device, **more)]
+            if base:
+                base.measure(shape, name, device, [turn for each in found for turn in each.turns], seconds_each)
+            rows = [row for each in found for row in each.rows(base)]
         except Exception as error:
             if failed is None:
                 raise

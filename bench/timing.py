@@ -2,6 +2,7 @@
 ratio is the median of the per-round ratios rather than a ratio of medians.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -46,9 +47,18 @@ class Times:
         return high - low
 
 
+def _ratios(times: Times, reference: Times) -> Times:
+    return Times([a / b for a, b in zip(times.ms, reference.ms, strict=True)])
+
+
 def ratio(times: Times, reference: Times) -> float:
     """Median over the rounds of times / reference; below 1 means faster than the reference."""
-    return statistics.median(a / b for a, b in zip(times.ms, reference.ms, strict=True))
+    return _ratios(times, reference).median
+
+
+def ratio_error(times: Times, reference: Times) -> float:
+    """Standard error of `ratio`: that of the median of as many normal values with the same interquartile range."""
+    return 0.929 * _ratios(times, reference).iqr / math.sqrt(len(times.ms))
 
 
 def order(names: list[str], round_index: int) -> list[str]:
@@ -57,6 +67,14 @@ def order(names: list[str], round_index: int) -> list[str]:
     shift = (round_index // 2) % len(names)
     rotated = names[shift:] + names[:shift]
     return rotated[::-1] if round_index % 2 else rotated
+
+
+@dataclass
+class Turn:
+    """What was measured together: the names of ours in it, and {variant: {mode: Times}} of all."""
+
+    ours: list[str]
+    times: dict[str, dict[str, Times]] = field(default_factory=dict)
 
 
 class CpuClock:

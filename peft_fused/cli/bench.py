@@ -1,6 +1,7 @@
 """`peft-fused bench`: the table, JSON lines and files of peft_fused.bench."""
 
 import signal
+import statistics
 from pathlib import Path
 
 import typer
@@ -10,8 +11,9 @@ from .output import err, fail, out, plots, print_json, progress, result_folder, 
 # Exit status of what SIGINT ended, as shells count it.
 INTERRUPTED = 128 + signal.SIGINT
 
-# With another commit, the column of the ratios to it.
+# With another commit, the column of the ratios to it, and what counts as slower.
 BASE = {"/ base": "ratio_to_base"}
+SLOWER = 1.03
 
 
 def run(
@@ -26,7 +28,7 @@ def run(
     as_json: bool,
 ) -> None:
     """Runs the grid, prints it, and writes results.jsonl and a figure per op. A shape with a wrong result gets no
-    times; the exit code is then 1. base: a commit whose variants take turns with ours.
+    times; the exit code is then 1. base: a commit that is measured in turns with this one.
 
     Without `out` it writes to bench/results/<device> of the repository that it is run from; tiny grids and those of one
     op, nowhere: they would replace the results of all.
@@ -84,6 +86,8 @@ def run(
         fail(refused if wrong else f"--seconds {seconds:g} is not enough for the first shape", 1)
     if not as_json:
         _print(rows)
+    elif other:
+        err().print(_of_base(rows), markup=False, soft_wrap=True)
     if reached[0] < reached[1]:
         err().print(f"{reached[0]} of {reached[1]} shapes measured, then it was stopped or its time was up")
     if folder is None:
@@ -107,7 +111,7 @@ def _print(rows: list[dict]) -> None:
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in ceilings["gemm_gflop_s"].items())
     console.print(f"measured ceilings: copy {ceilings['copy_gb_s']:.1f} GB/s; GEMM, GFLOP/s: {rates}")
     if "base_commit" in rows[0]:
-        console.print(f"base: {rows[0]['base_commit'][:12]}, in the same rounds", markup=False)
+        console.print(f"base: {rows[0]['base_commit'][:12]}; {_of_base(rows)}", markup=False, soft_wrap=True)
     for benchmark in BENCHMARKS:
         if chosen := [row for row in rows if benchmark_of(row["op"]) is benchmark]:
             _show(console, benchmark.table, chosen)
@@ -115,6 +119,20 @@ def _print(rows: list[dict]) -> None:
         console.print(f"path: {path}", markup=False)
     for what, reason in dict.fromkeys(pair for row in rows for pair in row["skipped"].items()):
         console.print(f"{what} left out for some shapes: {reason}", markup=False)
+
+
+def _of_base(rows: list[dict]) -> str:
+    """How many rows are slower than at the base, and how surely."""
+    found = [(row["ratio_to_base"], row["ratio_to_base_error"]) for row in rows if row["ratio_to_base"] is not None]
+    if not found:
+        return "no row has a ratio to it"
+    slower = [(ratio, error) for ratio, error in found if ratio > SLOWER]
+    surely = sum(ratio - 2 * error > SLOWER for ratio, error in slower)
+    median = statistics.median(ratio for ratio, _ in found)
+    return (
+        f"{len(found)} ratios to it, median {median:.3f}; {len(slower)} above {SLOWER}, "
+        f"{surely} of them by more than two standard errors"
+    )
 
 
 KEYS = ("op", "layer", "dtype", "mode")
@@ -129,7 +147,7 @@ def _show(console, table, rows: list[dict]) -> None:
             *(row[key] for key in ("op", "shape", "dtype", "mode")),
             *(cell(row) for cell in table.first.values()),
             f"{row['ms_median']['ours']:.3g} ({row['ms_iqr']['ours']:.2g})",
-            *("-" if row[key] is None else f"{row[key]:.2f}" for key in ratios.values()),
+            *(_ratio(row, key) for key in ratios.values()),
             *(_size(row["saved_bytes"][who]) for who in table.saved.values()),
             *(cell(row) for cell in table.last.values()),
         ]
@@ -142,6 +160,13 @@ def _show(console, table, rows: list[dict]) -> None:
     console.print("ratios: time of ours / reference, median of per-round ratios; below 1 is faster")
     if table.about:
         console.print(table.about)
+
+
+def _ratio(row: dict, key: str) -> str:
+    if row[key] is None:
+        return "-"
+    error = row.get(f"{key}_error")
+    return f"{row[key]:.2f}" if error is None else f"{row[key]:.3f} ±{error:.3f}"
 
 
 def _size(size: int | None) -> str:

@@ -56,7 +56,8 @@ def bench(
     base: Annotated[
         str | None,
         typer.Option(
-            help="A commit of this checkout, built and measured in the same rounds: a ratio to it in each row."
+            help="A commit of this checkout, built and measured in turns with this one. Rows have their ratio to it, "
+            "and that ratio's standard error."
         ),
     ] = None,
     out: Out = None,

@@ -41,6 +41,11 @@ class RankPolicy:
         check_alpha("geometric_p", self.geometric_p)
         if not 0.0 < self.geometric_p < 1.0:
             raise ValueError(f"geometric_p must be in (0, 1), got {self.geometric_p}")
+        if self.rank_distribution != "geometric" and self.geometric_p != RankPolicy.geometric_p:
+            raise ValueError(
+                f"geometric_p is an option of rank_distribution='geometric', got {self.geometric_p} with "
+                f"{self.rank_distribution!r}"
+            )
         check_choice("resample", self.resample, RESAMPLE)
         check_flag("frozen", self.frozen)
         check_flag("strict_frozen", self.strict_frozen)

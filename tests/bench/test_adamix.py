@@ -39,7 +39,7 @@ def test_plot(rows, tmp_path):
 
 
 def test_rectangular_layers_have_no_steps():
-    rows = [row for case in adamix.cases(Shape(64, 24, 16, 4), CPU) for row in measure(case, CPU, seconds=0.0)]
+    rows = [row for case in adamix.cases(Shape(64, 24, 16, 4), CPU) for row in measure(case, CPU, seconds=0.0).rows()]
     assert {row["mode"] for row in rows} == set(MODES)
 
 

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def rows_of(shape, seconds):
-    return [row for case in aflora.cases(shape, CPU) for row in measure(case, CPU, seconds=seconds)]
+    return [row for case in aflora.cases(shape, CPU) for row in measure(case, CPU, seconds=seconds).rows()]
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])

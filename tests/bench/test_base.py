@@ -1,17 +1,22 @@
-"""`--base`: another commit, built and measured in the same rounds, and what is said where it cannot be."""
+"""`--base`: another commit, built and measured in turns with ours, and what is said where it cannot be."""
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import threading
 from multiprocessing import Pipe
+from pathlib import Path
 
 import pytest
 import torch
 from peft_fused.bench import base, run
-from peft_fused.bench.base import APART, BASE, Base, BaseError, Remote, Worker
+from peft_fused.bench.base import APART, BASE, Base, BaseError, Worker
 from peft_fused.bench.benchmarks import grid
-from peft_fused.bench.timing import MODES
+from peft_fused.bench.timing import MODES, Turn
 
 CPU = torch.device("cpu")
 
@@ -38,7 +43,7 @@ def checkout(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_same_commit_takes_turns_with_ours(monkeypatch, tmp_path):
+def test_the_same_commit_is_measured_in_turns_with_ours(monkeypatch, tmp_path):
     """Whatever has changed since: its variants bear the same names and have ratios in every row."""
     try:
         commit = base.commit_of("HEAD")
@@ -46,6 +51,7 @@ def test_the_same_commit_takes_turns_with_ours(monkeypatch, tmp_path):
         pytest.skip(str(error))
     monkeypatch.setattr(base, "BUILDS", tmp_path)
     monkeypatch.setenv("PEFT_FUSED_BUILD", "off")
+    monkeypatch.setattr(base, "LEAST_PAIRS", 2)
     other = Base("HEAD")
     try:
         rows = [row for op in ("lowrank", "circulant", "aflora") for row in run.run(CPU, "tiny", op=op, base=other)]
@@ -55,6 +61,7 @@ def test_the_same_commit_takes_turns_with_ours(monkeypatch, tmp_path):
     for row in rows:
         assert row["base_commit"] == commit and "base" not in row["skipped"]
         assert row["ratio_to_base"] > 0 and row["ms_median"]["base"] > 0 and row["ms_median"]["apart"] > 0
+        assert row["ratio_to_base_error"] > 0
     json.dumps(rows, allow_nan=False)
     assert base.build("HEAD")[0] == next(tmp_path.iterdir()), "what is built is used again"
 
@@ -88,26 +95,36 @@ def test_the_command_says_why_it_does_not_start(checkout, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
+SHAPE = grid("cpu", "tiny", "lowrank")[0]
+
+
 @pytest.fixture
 def served():
-    """served(*turns): a Worker whose process, a thread, answers a shape with these: names that it is ready to measure,
-    or a text to end with. Told is what it was asked."""
+    """served(*turns, ms): a Worker whose process, a thread, answers each shape with these turns: names that it is ready
+    to measure, at last a text to end with. Told is what it was asked."""
 
-    def start(*turns):
+    def start(*turns, ms=None):
         ours, theirs = Pipe()
+        times = ms or itertools.repeat(2.0)
+
+        def ask():
+            told.append(theirs.recv())
+            return told[-1][0]
 
         def answer():
-            told.append(theirs.recv())
-            for turn in turns:
-                theirs.send(("end", turn) if isinstance(turn, str) else ("ready", turn))
-                while not isinstance(turn, str) and told[-1][0] != "finish":
-                    told.append(theirs.recv())
-                    if told[-1][0] == "measure":
-                        theirs.send(dict.fromkeys(MODES, 2.0))
-                told.append(("next", None))
+            with contextlib.suppress(EOFError):  # at the end of the test
+                answer_shapes()
+
+        def answer_shapes():
+            while ask() == "shape":
+                for names in turns[:-1]:
+                    theirs.send(("ready", names))
+                    while ask() == "measure":
+                        theirs.send(("measured", dict.fromkeys(MODES, next(times))))
+                theirs.send(("end", turns[-1]))
 
         found = Worker.__new__(Worker)
-        found.pipe, found.missing = ours, ""
+        found.pipe, found.missing, found.waits = ours, "", False
         threading.Thread(target=answer, daemon=True).start()
         return found
 
@@ -116,30 +133,75 @@ def served():
     return start
 
 
-SHAPE = grid("cpu", "tiny", "lowrank")[0]
+def compared(at_base: Worker, apart: Worker) -> Base:
+    found = Base.__new__(Base)
+    found.commit, found.workers = "0" * 40, {BASE: at_base, APART: apart}
+    return found
 
 
-def test_only_what_is_asked_for_is_measured_and_the_rest_is_finished(served):
-    other = served(["fused", "peft"], ["later"], "over")
-    with other.shape(SHAPE, "tiny", CPU), other.variants(["fused", "dylora"]) as there:
-        assert there == {"fused": Remote(other.pipe, "fused")}
-        assert there["fused"].measured() == dict.fromkeys(MODES, 2.0)
-    assert [what for what, *_ in served.told if what != "next"] == ["shape", "measure", "finish", "finish"]
+def test_only_what_both_commits_have_of_ours_is_measured(served):
+    other = compared(served(["fused", "peft"], ["later"], "over"), served(["fused", "dylora"], ["other"], "over"))
+    turns = [Turn(["fused", "dylora"]), Turn(["later"])]
+    other.measure(SHAPE, "tiny", CPU, turns, seconds=0.0)
+    assert set(turns[0].times) == {"fused at base", "fused apart"} and not turns[1].times
+    for by_mode in turns[0].times.values():
+        assert set(by_mode) == set(MODES)
+        assert all(times.ms == [2.0] * base.LEAST_PAIRS for times in by_mode.values())
+    assert {name for what, name, *_ in served.told if what == "measure"} == {"fused"}
     assert other.missing == "over"
 
 
-def test_an_error_of_ours_leaves_it_ready_for_the_next_shape(served):
-    other = served(["fused"], "over")
-    with pytest.raises(ValueError), other.shape(SHAPE, "tiny", CPU):
+@pytest.mark.parametrize(("ms", "pairs"), [([2.0, 2.001], base.LEAST_PAIRS), ([2.0, 1.0, 4.0, 3.0, 2.5], 25)])
+def test_pairs_are_measured_until_the_ratio_is_known(served, monkeypatch, ms, pairs):
+    monkeypatch.setattr(base, "MOST_PAIRS", 25)
+    monkeypatch.setattr(base, "interleave", lambda variants, clock, **_: interleaved(variants, clock))
+
+    def interleaved(variants, clock):  # a round, which is one entry
+        return {name: {m: base.Times([t]) for m, t in clock.measure(v).items()} for name, v in variants.items()}
+
+    turn = Turn(["fused"])
+    other = compared(served(["fused"], "over", ms=itertools.cycle(ms)), served(["fused"], "over"))
+    other.measure(SHAPE, "tiny", CPU, [turn], seconds=60.0)
+    assert len(turn.times["fused at base"]["both"].ms) == pairs
+
+
+def test_an_error_between_two_shapes_leaves_both_ready(served, monkeypatch):
+    other = compared(served(["fused"], ["later"], "over"), served(["fused"], "over"))
+
+    def fails(*_, **__):
         raise ValueError
-    assert other.missing == "over"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "interleave", fails)
+        with pytest.raises(ValueError):
+            other.measure(SHAPE, "tiny", CPU, [Turn(["fused"])], seconds=0.0)
+    turn = Turn(["fused"])
+    other.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
+    assert len(turn.times) == 2
 
 
 def test_a_shape_that_it_does_not_have(served, monkeypatch):
     monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
-    other = Base.__new__(Base)
-    other.commit = "0" * 40
-    other.workers = {BASE: served("the other commit does not have this shape"), APART: served(["fused"], "over")}
+    other = compared(served("the other commit does not have this shape"), served(["fused"], "over"))
     rows = list(run.run(CPU, "tiny", op="lowrank", base=other))
-    assert rows and all(row["ratio_to_base"] is None for row in rows)
+    assert rows and all(row["ratio_to_base"] is row["ratio_to_base_error"] is None for row in rows)
     assert {row["skipped"]["base"] for row in rows} == {"the other commit does not have this shape"}
+    assert sum(what == "shape" for what, *_ in served.told) == 2, "it is asked once, not once per pair"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are found by /proc")
+def test_a_process_that_is_killed_ends_its_shape_alone():
+    worker = Worker(None, "this commit")
+    try:
+        worker.start(SHAPE, "tiny", CPU)
+        assert "fused" in worker.ready()
+        parent = worker.process.pid
+        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        with pytest.raises(BaseError, match="ended with status -9"):
+            worker.measured("fused")
+        worker.start(SHAPE, "tiny", CPU)
+        assert "fused" in worker.ready()
+        assert set(worker.measured("fused")) == set(MODES)
+    finally:
+        worker.close()

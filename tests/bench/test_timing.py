@@ -1,12 +1,14 @@
 """Ratios, rotation and rounds on fake clocks, where the right answer is known."""
 
 import itertools
+import statistics
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft_fused.bench import timing
-from peft_fused.bench.timing import MODES, CpuClock, Times, interleave, order, ratio
+from peft_fused.bench.timing import MODES, CpuClock, Times, interleave, order, ratio, ratio_error
 
 
 class FakeTime:
@@ -102,6 +104,14 @@ def test_ratio_is_the_median_of_per_round_ratios():
     assert ratio(Times([2.0, 20.0, 90.0]), Times([1.0, 10.0, 3.0])) == 2.0
     with pytest.raises(ValueError):
         ratio(Times([1.0]), Times([1.0, 2.0]))
+
+
+def test_the_error_of_a_ratio_is_how_far_medians_of_as_many_rounds_scatter():
+    random = Random(0)
+    samples = [Times([random.gauss(1.0, 0.05) for _ in range(25)]) for _ in range(400)]
+    ones = Times([1.0] * 25)
+    scatter = statistics.stdev(ratio(times, ones) for times in samples)
+    assert statistics.mean(ratio_error(times, ones) for times in samples) == pytest.approx(scatter, rel=0.1)
 
 
 def test_a_drifting_machine_does_not_change_the_ratio():

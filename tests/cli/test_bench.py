@@ -7,6 +7,7 @@ import torch
 from peft_fused.bench import lowrank
 from peft_fused.bench import run as runner
 from peft_fused.bench.benchmarks import BENCHMARKS, benchmark_of
+from peft_fused.bench.timing import MODES, Times
 from peft_fused.bench.verify import WrongResult
 
 
@@ -55,6 +56,34 @@ def test_the_table_shows_every_row_and_why_something_is_left_out(cli, one_shape,
         assert word in result.stdout
     assert "nothing written" in result.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench", "run.py"]
+
+
+def test_another_commit_has_a_column_and_a_sum(cli, one_shape, monkeypatch):
+    class Base:
+        commit, missing = "abcdef012345" + "0" * 28, ""
+
+        def __init__(self, revision):
+            assert revision == "main"
+
+        def measure(self, shape, grid, device, turns, seconds):
+            for turn in turns:  # of LoRA 5 % slower, DyLoRA as fast
+                for name, apart in (("fused", [1.05, 1.06, 1.05]), ("dylora", [1.0, 0.8, 1.2])):
+                    turn.times[f"{name} at base"] = dict.fromkeys(MODES, Times([1.0, 1.0, 1.0]))
+                    turn.times[f"{name} apart"] = dict.fromkeys(MODES, Times(apart))
+
+        def close(self):
+            closed.append(self)
+
+    closed = []
+    monkeypatch.setattr("peft_fused.bench.base.Base", Base)
+    sums = "6 ratios to it, median 1.025; 3 above 1.03, 3 of them by more than two standard errors"
+    shown = cli("bench", "--tiny", "--op", "lowrank", "--base", "main")
+    assert f"base: abcdef012345; {sums}" in shown.stdout
+    assert shown.stdout.count("1.050 ±0.003") == 3 and shown.stdout.count("1.000 ±0.107") == 3
+    as_json = cli("bench", "--tiny", "--op", "lowrank", "--base", "main", "--json")
+    assert sums in as_json.stderr
+    assert {json.loads(line)["base_commit"] for line in as_json.stdout.splitlines()} == {Base.commit}
+    assert len(closed) == 2
 
 
 def test_one_op_alone(cli, one_shape, tmp_path):

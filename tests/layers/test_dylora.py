@@ -196,6 +196,7 @@ def test_neither_a_schedule_nor_evaluation_warns():
         ({"r_min": R + 1}, ValueError, r"r_min must be in 1\.\.r = 1\.\.5, got 6"),
         ({"rank_distribution": "normal"}, ValueError, "rank_distribution must be one of 'uniform', 'geometric'"),
         ({"geometric_p": 1.0}, ValueError, r"geometric_p must be in \(0, 1\)"),
+        ({"geometric_p": 0.3}, ValueError, "geometric_p is an option of rank_distribution='geometric', got 0.3 with"),
         ({"resample": "epoch"}, ValueError, "resample must be one of"),
         ({"frozen": 1}, TypeError, "frozen must be True or False"),
         ({"strict_frozen": None}, TypeError, "strict_frozen must be True or False"),

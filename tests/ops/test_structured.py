@@ -108,6 +108,19 @@ def test_contract_of_a_linear_map(kind, n, node):
     torch.testing.assert_close(torch.autograd.grad(out, x, y)[0], back, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("circulant", 4, torch.ones(4)), "op must be an op of peft_fused.ops.structured, .* got 'circulant'"),
+        ((structured.circulant_matmul, 4), "parameters must be the op's, .* got none"),
+        ((structured.toeplitz_matmul, 4, torch.ones(4), [1.0]), "parameters must be the op's, .* got Tensor, list"),
+    ],
+)
+def test_dense_names_what_is_wrong(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        structured.dense(*arguments)
+
+
 @pytest.mark.parametrize("rectangle", [(9, 4), (4, 9), (1, 9), (9, 1), (150, 100)])
 def test_rectangular_circulant_pads_or_crops(rectangle, node):
     n_in, n_out = rectangle

@@ -43,7 +43,7 @@ class DyLoraConfig(FusedConfig):
     rank_distribution: str = field(
         default="uniform", metadata={"help": "Distribution of the rank: 'uniform' or 'geometric'."}
     )
-    geometric_p: float = field(default=0.15, metadata={"help": "Probability of the geometric distribution, in (0, 1)."})
+    geometric_p: float = field(default=0.15, metadata={"help": "Of 'geometric': its probability, in (0, 1)."})
     resample: str = field(
         default="step", metadata={"help": "Draw per optimizer step ('step') or per micro-batch ('micro')."}
     )

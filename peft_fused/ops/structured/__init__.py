@@ -48,8 +48,14 @@ __all__ = [
 def dense(op, in_features: int, *parameters: torch.Tensor, **options) -> torch.Tensor:
     """The matrix [N, in_features] of a structured op, by applying it to the identity, in the parameters' dtype.
 
-    op: one of this module's, for example `dense(toeplitz_matmul, 5, col, row)`; options go to it.
+    op: one of this module's, for example `dense(toeplitz_matmul, 5, col, row)`; options go to it. TypeError where op is
+    none, or a parameter no tensor; what op raises.
     """
+    if not callable(op):
+        raise TypeError(f"op must be an op of peft_fused.ops.structured, such as circulant_matmul, got {op!r}")
+    if not parameters or not all(isinstance(p, torch.Tensor) for p in parameters):
+        kinds = ", ".join(type(p).__name__ for p in parameters)
+        raise TypeError(f"parameters must be the op's, one tensor or more, got {kinds or 'none'}")
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     identity = torch.eye(in_features, dtype=dtype, device=parameters[0].device)
     with torch.autocast(identity.device.type, enabled=False):
