@@ -1,16 +1,15 @@
 """The package at another commit, for `--base`: built once, and measured in turns with this one.
 
-Each has processes of its own with the variants of one shape. What else this process has, PEFT's layers and compiled
-ones, costs ours some percent.
-
-Where its tensors lie makes a process faster or slower than its twin, by up to a third and for as long as it lives. So
-a shape is measured by one pair of processes after another, with scattered heaps, until their median ratio is known.
+Both have processes of their own, since what this one has compiled and timed costs ours some percent. Where its tensors
+lie makes a process faster or slower than its twin, by up to a third and for as long as it lives. So a shape is measured
+by one pair of processes after another, with scattered heaps, until their median ratio is known or the time is spent.
 
 A commit's own benchmark builds its variants; only when they are timed is up to this process (base_worker.py).
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,16 +29,21 @@ from .timing import Times, Turn, interleave, ratio_error
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "base"
+# What tells shapes of a grid apart; one that lacks an attribute has None.
+KEYS = ("op", "name", "r", "dtype_name", "dropout")
 # Pairs of processes: at least so many, and then until the standard error of each ratio is below SETTLED.
-LEAST_PAIRS, MOST_PAIRS = 6, 60
+LEAST_PAIRS, MOST_PAIRS = 8, 60
 SETTLED = 0.01
-# Seconds of a shape, as multiples of those that its benchmark takes for the rounds of this process: of a pair's rounds,
-# and of all pairs.
-PAIR_SHARE, PAIRS_SHARE = 0.1, 4.0
+# As multiples of the seconds that this process takes for its rounds: the rounds of a pair, and all pairs.
+PAIR_SHARE, PAIRS_SHARE = 0.1, 3.0
 
 
 class BaseError(RuntimeError):
     """The other commit cannot be had, built or run."""
+
+
+class EndedError(BaseError):
+    """A process has ended while it was asked to measure."""
 
 
 def _git(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -121,6 +125,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, str(worker), str(there.fileno()), str(imported)],
                 env=environment, pass_fds=[there.fileno()], stdout=subprocess.DEVNULL, stderr=said,
+                start_new_session=True,  # Ctrl-C is for this process, which then closes them
             )  # fmt: skip
             there.close()
             try:
@@ -132,7 +137,7 @@ class Worker:
 
     def start(self, shape: Shape | StructuredShape, grid: str, device: torch.device) -> None:
         self.missing, self.waits = "", False
-        self._send("shape", (shape.op, shape.name, shape.dtype_name, shape.dropout), grid, str(device))
+        self._send("shape", {name: getattr(shape, name, None) for name in KEYS}, grid, str(device))
 
     def _send(self, *message) -> None:
         try:
@@ -151,17 +156,17 @@ class Worker:
             return None
         return value
 
-    def ready(self) -> list[str]:
-        """Waits for what it measures together next: the names of these variants, none at its end."""
-        names = [] if self.missing else self._received() or []
+    def ready(self) -> dict[str, str]:
+        """Waits for what it measures together next: names and classes of these variants, none at its end."""
+        variants = {} if self.missing else self._received() or {}
         self.waits = not self.missing
-        return names
+        return variants
 
     def measured(self, name: str) -> dict[str, float]:
         self._send("measure", name)
         times = self._received()
         if times is None:
-            raise BaseError(self.missing)
+            raise EndedError(self.missing)
         return times
 
     def finish(self) -> None:
@@ -176,8 +181,8 @@ class Worker:
             self.finish()
 
     def close(self) -> None:
-        self.pipe.close()  # ends a process that measures
-        self.process.kill()
+        self.pipe.close()
+        os.killpg(self.process.pid, signal.SIGKILL)  # and the process that it has started
         self.process.wait()
 
 
@@ -186,20 +191,17 @@ BASE, APART = " at base", " apart"
 
 
 class Base:
-    """The other commit and this one, to be compared."""
+    """The other commit and this one, to be compared. `missing`: why some of the last shape could not be."""
 
     def __init__(self, revision: str):
         folder, self.commit = build(revision)
-        self.workers = {BASE: Worker(folder, f"--base {revision} ({self.commit[:12]})")}
+        self.workers, self.missing = {}, ""
         try:
+            self.workers[BASE] = Worker(folder, f"--base {revision} ({self.commit[:12]})")
             self.workers[APART] = Worker(None, "this commit")
-        except BaseError:
+        except BaseException:
             self.close()
             raise
-
-    @property
-    def missing(self) -> str:
-        return self.workers[BASE].missing
 
     def measure(
         self, shape: Shape | StructuredShape, grid: str, device: torch.device, turns: list[Turn], seconds: float
@@ -208,39 +210,61 @@ class Base:
 
         turns: of this shape, all and in order. seconds: that its benchmark takes for each of them.
         """
-        start = time.perf_counter()
+        self.missing = ""
+        start, limit = time.perf_counter(), seconds * PAIRS_SHARE * len(turns)
         for pairs in range(1, MOST_PAIRS + 1):
-            for worker in self.workers.values():
-                worker.start(shape, grid, device)
-            try:
-                found = [self._pair(turn, seconds * PAIR_SHARE) for turn in turns]
-            finally:
-                for worker in self.workers.values():
-                    worker.end()
-            spent = time.perf_counter() - start > seconds * PAIRS_SHARE
-            if not any(found) or (pairs >= LEAST_PAIRS and (spent or all(map(_is_settled, turns)))):
+            # Whoever comes first is the other one in every second pair.
+            workers = dict(list(self.workers.items())[:: 1 if pairs % 2 else -1])
+            if not self._measure_pair(workers, (shape, grid, device), turns, seconds * PAIR_SHARE):
+                break
+            spent = time.perf_counter() - start > limit
+            if pairs >= LEAST_PAIRS and (spent or all(map(_is_settled, turns))):
                 break
 
-    def _pair(self, turn: Turn, seconds: float) -> bool:
-        """Measures it with the processes at hand. Whether they have any of it."""
-        there = {which: worker.ready() for which, worker in self.workers.items()}
-        variants = {
-            name + which: Remote(worker, name)
-            for name in turn.ours
-            if all(name in names for names in there.values())
-            for which, worker in self.workers.items()
-        }
-        for name, by_mode in interleave(variants, RemoteClock(), seconds=seconds, least=3).items() if variants else ():
-            times = turn.times.setdefault(name, {mode: Times() for mode in by_mode})
-            for mode, in_rounds in by_mode.items():
-                times[mode].ms.append(in_rounds.median)
-        for worker in self.workers.values():
-            worker.finish()
-        return bool(variants)
+    def _measure_pair(self, workers: dict[str, Worker], request: tuple, turns: list[Turn], seconds: float) -> bool:
+        """Whether another pair makes sense."""
+        for worker in workers.values():
+            worker.start(*request)
+        lacking, measured = set(), False
+        try:
+            for turn in turns:
+                there = {which: worker.ready() for which, worker in workers.items()}
+                lacking |= {which for which, found in there.items() if not set(turn.ours) <= set(found)}
+                names = set(there[BASE].items()) & set(there[APART].items())  # a layer is no training step
+                names = [name for name in turn.ours if (name, there[BASE].get(name)) in names]
+                remote = {name + which: Remote(workers[which], name) for name in names for which in workers}
+                _add_times(turn, remote, seconds)
+                measured = measured or bool(names)
+                for worker in workers.values():
+                    worker.finish()
+        except EndedError:
+            lacking, measured = {which for which, worker in workers.items() if worker.missing}, False
+        except Exception:
+            _end(workers)
+            raise
+        _end(workers)
+        if lacking:
+            self.missing = "; ".join(f"{which.strip()}: {self.workers[which].missing}" for which in sorted(lacking))
+        return measured
 
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
+
+
+def _add_times(turn: Turn, variants: dict[str, Remote], seconds: float) -> None:
+    """An entry of each, the median of its rounds."""
+    if not variants:
+        return
+    for name, by_mode in interleave(variants, RemoteClock(), seconds=seconds, least=3).items():
+        times = turn.times.setdefault(name, {mode: Times() for mode in by_mode})
+        for mode, in_rounds in by_mode.items():
+            times[mode].ms.append(in_rounds.median)
+
+
+def _end(workers: dict[str, Worker]) -> None:
+    for worker in workers.values():
+        worker.end()
 
 
 def _is_settled(turn: Turn) -> bool:

@@ -2,8 +2,8 @@
 
 A process of its own, forked for each shape that it is asked for, runs that commit's `peft_fused.bench.run.run` on it,
 with `timing.interleave` replaced by one that measures what it is asked to and when. So of that commit it needs these
-two functions, `run.grid`, `run.COMPILE_SECONDS` and `roofline.measure`, whatever else has changed. Functions named
-`verify` are left out: what this commit times it has verified, and of another one only the time is of interest.
+two functions, `run.grid`, `run.COMPILE_SECONDS`, `run.commit` and `roofline.measure`, whatever else has changed.
+Functions named `verify` are left out: of another commit only the time is of interest.
 """
 
 import os
@@ -13,10 +13,13 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-from peft_fused.bench import roofline, run, timing
+# When PEFT imports it, it opens a CUDA context, which would be of no use to a process that is forked afterwards.
+sys.modules["bitsandbytes"] = None
 
-import peft_fused
+import torch  # noqa: E402
+from peft_fused.bench import roofline, run, timing  # noqa: E402
+
+import peft_fused  # noqa: E402
 
 # After this long the threads of the other process, or of torch, no longer look out for work.
 SETTLE = 0.005
@@ -31,7 +34,7 @@ class Unverified(dict):
 
 def serve(pipe: Connection, variants: dict, clock) -> dict:
     """In place of timing.interleave; the times that it returns are of no account."""
-    pipe.send(("ready", list(variants)))
+    pipe.send(("ready", {name: type(variant).__name__ for name, variant in variants.items()}))
     while True:
         what, name = pipe.recv()
         if what == "finish":
@@ -50,22 +53,22 @@ def scatter_heap() -> list[torch.Tensor]:
     return [torch.empty(size, dtype=torch.uint8) for size in sizes][::2]
 
 
-def run_shape(wanted: tuple, name: str, device: torch.device) -> str:
+def run_shape(wanted: dict, name: str, device: torch.device) -> str:
     """Runs it, and says why nothing more comes of it."""
-
-    def key(shape):
-        return getattr(shape, "op", "lowrank"), shape.name, shape.dtype_name, getattr(shape, "dropout", 0.0)
-
-    chosen = [shape for shape in run.grid(device.type, name) if key(shape) == wanted][:1]
+    if torch.cuda.is_initialized():
+        return "has opened a CUDA context before it was forked"
+    older = {"op": "lowrank", "dropout": 0.0}  # what shapes of older commits lack
+    grid = run.grid(device.type, name)
+    chosen = [s for s in grid if all(getattr(s, key, older.get(key)) == value for key, value in wanted.items())][:1]
     if not chosen:
-        return "the other commit does not have this shape"
+        return "has no such shape"
     run.grid = lambda *_: chosen
     try:
         for _ in run.run(device, name):
             pass
     except Exception as error:  # of that commit: the row says so, and ours is measured all the same
         return f"{type(error).__name__}: {error}"
-    return "the other commit does not have this variant"
+    return "has no such variant"
 
 
 def main(descriptor: str, folder: str) -> None:
@@ -83,6 +86,7 @@ def main(descriptor: str, folder: str) -> None:
                     setattr(module, replaced, by)
     ceilings = roofline.Ceilings(1.0, dict.fromkeys(("float32", "bfloat16", "float16"), 1.0))
     roofline.measure = lambda *_, **__: ceilings
+    run.commit = lambda: None
     run.COMPILE_SECONDS = dict.fromkeys(run.COMPILE_SECONDS, 0.0)
     pipe.send(("started", None))
     while True:
@@ -94,13 +98,12 @@ def main(descriptor: str, folder: str) -> None:
             continue
         child = os.fork()
         if not child:
-            random.seed(os.getpid())
             kept = scatter_heap()  # noqa: F841
             wanted, name, device = request
             pipe.send(("end", run_shape(wanted, name, torch.device(device))))
             os._exit(0)
         if status := os.waitpid(child, 0)[1]:
-            pipe.send(("end", f"its process ended with status {os.waitstatus_to_exitcode(status)}"))
+            pipe.send(("end", f"ended with status {os.waitstatus_to_exitcode(status)}"))
 
 
 if __name__ == "__main__":

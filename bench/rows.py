@@ -77,6 +77,8 @@ def measure(case: Case, device: torch.device, *, seconds: float) -> Measured:
     turns = [Turn(ours, interleave(case.variants, clock_of(device, case.shape.calls), seconds=seconds))]
     if case.steps:
         turns.append(Turn(ours, interleave(case.steps, step_clock(device), seconds=seconds)))
+    # Rows need none of the tensors, which would crowd what is measured next.
+    case.variants, case.steps = {}, {}
     return Measured(case, memory, turns)
 
 
@@ -97,21 +99,23 @@ def _memory(case: Case, comparison: Comparison, device: torch.device) -> dict:
 
 
 def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]], base: Base | None) -> dict:
-    references, skipped = dict(c.references), {k: why for k, why in case.skipped.items() if c.references.get(k)}
-    ratios, beside = dict(c.ratios), {}
-    if base is not None:
-        beside = {"apart": c.ours + APART, "base": c.ours + BASE}
-        ratios["ratio_to_base"] = beside["apart"], beside["base"]
-        skipped |= {} if beside["base"] in times else {"base": base.missing}
-
     def at(name: str | None) -> Times | None:
         return times.get(name, {}).get(mode)
 
     def against(ours: str, reference: str | None) -> float | None:
         return ratio(at(ours), at(reference)) if at(ours) and at(reference) else None
 
-    pairs = (at(beside["apart"]), at(beside["base"])) if beside else ()
-    shown = {"ours": c.ours} | references | beside | {name: name for pair in c.ratios.values() for name in pair}
+    skipped = {label: why for label, why in case.skipped.items() if c.references.get(label)}
+    ratios = {f"ratio_to_{label}": against(c.ours, name) for label, name in c.references.items()}
+    ratios |= {key: against(*pair) for key, pair in c.ratios.items()}
+    shown = {"ours": c.ours} | c.references | {name: name for pair in c.ratios.values() for name in pair}
+    if base is not None:
+        apart, there = c.ours + APART, c.ours + BASE
+        shown |= {"apart": apart, "base": there}
+        ratios["ratio_to_base"] = against(apart, there)
+        ratios["ratio_to_base_error"] = ratio_error(at(apart), at(there)) if at(there) else None
+        ratios["base_pairs"] = len(at(there).ms) if at(there) else 0
+        skipped |= {} if at(there) else {"base": base.missing}
     shown = {label: at(name) for label, name in shown.items() if at(name)}
     return {
         "op": c.op,
@@ -120,9 +124,7 @@ def _row(case: Case, c: Comparison, mode: str, times: dict[str, dict[str, Times]
         "dtype": case.shape.dtype_name,
         "dropout": case.shape.dropout,
         "mode": mode,
-        **{f"ratio_to_{label}": against(c.ours, name) for label, name in references.items()},
-        **{key: against(*pair) for key, pair in ratios.items()},
-        **({"ratio_to_base_error": ratio_error(*pairs) if all(pairs) else None} if pairs else {}),
+        **ratios,
         "ms_median": {label: found.median for label, found in shown.items()},
         "ms_iqr": {label: found.iqr for label, found in shown.items()},
         "rounds": len(at(c.ours).ms),

@@ -31,7 +31,7 @@ class Variant(Protocol):
 
 @dataclass
 class Times:
-    """Milliseconds per call of one variant and mode, one entry per round."""
+    """Milliseconds per call of one variant and mode, one entry per round, or per pair of processes: see base.py."""
 
     ms: list[float] = field(default_factory=list)
 
@@ -56,8 +56,11 @@ def ratio(times: Times, reference: Times) -> float:
     return _ratios(times, reference).median
 
 
-def ratio_error(times: Times, reference: Times) -> float:
-    """Standard error of `ratio`: that of the median of as many normal values with the same interquartile range."""
+def ratio_error(times: Times, reference: Times) -> float | None:
+    """Standard error of `ratio`: that of the median of as many normal values with the same interquartile range. None
+    for one round, which does not tell."""
+    if len(times.ms) < 2:
+        return None
     return 0.929 * _ratios(times, reference).iqr / math.sqrt(len(times.ms))
 
 

@@ -123,7 +123,9 @@ def _print(rows: list[dict]) -> None:
 
 def _of_base(rows: list[dict]) -> str:
     """How many rows are slower than at the base, and how surely."""
-    found = [(row["ratio_to_base"], row["ratio_to_base_error"]) for row in rows if row["ratio_to_base"] is not None]
+    found = [
+        (row["ratio_to_base"], row["ratio_to_base_error"]) for row in rows if row["ratio_to_base_error"] is not None
+    ]
     if not found:
         return "no row has a ratio to it"
     slower = [(ratio, error) for ratio, error in found if ratio > SLOWER]
@@ -158,6 +160,8 @@ def _show(console, table, rows: list[dict]) -> None:
         keys=len(KEYS), ends=lambda number: rows[number]["mode"] == table.ends,
     )  # fmt: skip
     console.print("ratios: time of ours / reference, median of per-round ratios; below 1 is faster")
+    if "ratio_to_base" in rows[0]:
+        console.print("/ base: each in processes of its own, the median of pairs of them, and its standard error")
     if table.about:
         console.print(table.about)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft_fused.bench import base, run
-from peft_fused.bench.base import APART, BASE, Base, BaseError, Worker
+from peft_fused.bench.base import APART, BASE, Base, BaseError, EndedError, Worker
 from peft_fused.bench.benchmarks import grid
 from peft_fused.bench.timing import MODES, Turn
 
@@ -61,7 +61,7 @@ def test_the_same_commit_is_measured_in_turns_with_ours(monkeypatch, tmp_path):
     for row in rows:
         assert row["base_commit"] == commit and "base" not in row["skipped"]
         assert row["ratio_to_base"] > 0 and row["ms_median"]["base"] > 0 and row["ms_median"]["apart"] > 0
-        assert row["ratio_to_base_error"] > 0
+        assert row["ratio_to_base_error"] > 0 and row["base_pairs"] >= 2
     json.dumps(rows, allow_nan=False)
     assert base.build("HEAD")[0] == next(tmp_path.iterdir()), "what is built is used again"
 
@@ -101,7 +101,7 @@ SHAPE = grid("cpu", "tiny", "lowrank")[0]
 @pytest.fixture
 def served():
     """served(*turns, ms): a Worker whose process, a thread, answers each shape with these turns: names that it is ready
-    to measure, at last a text to end with. Told is what it was asked."""
+    to measure, or {name: class}, at last a text to end with. ms: what it then measures. Told is what it was asked."""
 
     def start(*turns, ms=None):
         ours, theirs = Pipe()
@@ -112,13 +112,13 @@ def served():
             return told[-1][0]
 
         def answer():
-            with contextlib.suppress(EOFError):  # at the end of the test
+            with contextlib.suppress(EOFError, OSError):  # at the end of the test
                 answer_shapes()
 
         def answer_shapes():
             while ask() == "shape":
                 for names in turns[:-1]:
-                    theirs.send(("ready", names))
+                    theirs.send(("ready", names if isinstance(names, dict) else dict.fromkeys(names, "Layer")))
                     while ask() == "measure":
                         theirs.send(("measured", dict.fromkeys(MODES, next(times))))
                 theirs.send(("end", turns[-1]))
@@ -135,7 +135,7 @@ def served():
 
 def compared(at_base: Worker, apart: Worker) -> Base:
     found = Base.__new__(Base)
-    found.commit, found.workers = "0" * 40, {BASE: at_base, APART: apart}
+    found.commit, found.workers, found.missing = "0" * 40, {BASE: at_base, APART: apart}, ""
     return found
 
 
@@ -148,21 +148,56 @@ def test_only_what_both_commits_have_of_ours_is_measured(served):
         assert set(by_mode) == set(MODES)
         assert all(times.ms == [2.0] * base.LEAST_PAIRS for times in by_mode.values())
     assert {name for what, name, *_ in served.told if what == "measure"} == {"fused"}
-    assert other.missing == "over"
+    assert other.missing == "apart: over; at base: over", "each lacks something"
 
 
-@pytest.mark.parametrize(("ms", "pairs"), [([2.0, 2.001], base.LEAST_PAIRS), ([2.0, 1.0, 4.0, 3.0, 2.5], 25)])
-def test_pairs_are_measured_until_the_ratio_is_known(served, monkeypatch, ms, pairs):
-    monkeypatch.setattr(base, "MOST_PAIRS", 25)
+def test_a_layer_is_not_compared_with_a_step_of_the_same_name(served):
+    layer, step = {"lora": "Layer"}, {"lora": "TrainingStep"}
+    other = compared(served(layer, "over"), served(step, "over"))
+    turn = Turn(["lora"])
+    other.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
+    assert not turn.times
+
+
+def test_the_ratio_is_of_this_commit_to_the_other(served, monkeypatch):
+    monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
+    slow, fast = (served(["fused", "dylora"], "over", ms=itertools.repeat(ms)) for ms in (3.0, 1.5))
+    rows = list(run.run(CPU, "tiny", op="lowrank", base=compared(slow, fast)))
+    assert {row["ratio_to_base"] for row in rows} == {0.5} and {row["base_pairs"] for row in rows} == {base.LEAST_PAIRS}
+    assert all((row["ms_median"]["base"], row["ms_median"]["apart"]) == (3.0, 1.5) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("ms", "seconds", "pairs"),
+    [
+        (itertools.cycle([2.0, 2.001]), 60.0, base.LEAST_PAIRS),
+        (itertools.cycle([2.0, 1.0, 4.0, 3.0, 2.5]), 60.0, base.MOST_PAIRS),
+        (itertools.cycle([2.0, 1.0, 4.0, 3.0, 2.5]), 0.0, base.LEAST_PAIRS),
+        # Five ratios of 2 among ones: of 21 they lie beyond the upper quartile.
+        (itertools.chain([1.0, 2.0] * 5, itertools.repeat(2.0)), 60.0, 21),
+    ],
+)
+def test_pairs_are_measured_until_the_ratio_is_known_or_the_time_is_spent(served, monkeypatch, ms, seconds, pairs):
     monkeypatch.setattr(base, "interleave", lambda variants, clock, **_: interleaved(variants, clock))
 
     def interleaved(variants, clock):  # a round, which is one entry
         return {name: {m: base.Times([t]) for m, t in clock.measure(v).items()} for name, v in variants.items()}
 
     turn = Turn(["fused"])
-    other = compared(served(["fused"], "over", ms=itertools.cycle(ms)), served(["fused"], "over"))
-    other.measure(SHAPE, "tiny", CPU, [turn], seconds=60.0)
+    other = compared(served(["fused"], "over", ms=ms), served(["fused"], "over"))
+    other.measure(SHAPE, "tiny", CPU, [turn], seconds)
     assert len(turn.times["fused at base"]["both"].ms) == pairs
+
+
+def test_all_shapes_are_told_apart():
+    asked = []
+    worker = Worker.__new__(Worker)
+    worker._send = lambda what, wanted, *_: asked.append(wanted)
+    for device in ("cpu", "cuda"):
+        asked.clear()
+        for shape in grid(device, "all"):
+            worker.start(shape, "all", CPU)
+        assert not [wanted for wanted in asked if asked.count(wanted) > 1]
 
 
 def test_an_error_between_two_shapes_leaves_both_ready(served, monkeypatch):
@@ -180,28 +215,61 @@ def test_an_error_between_two_shapes_leaves_both_ready(served, monkeypatch):
     assert len(turn.times) == 2
 
 
+def test_an_interrupt_is_not_held_up(served, monkeypatch):
+    """Whoever then closes the workers need not wait for what they have not said."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base, "interleave", interrupted)
+    other = compared(served(["fused"], "over"), served(["fused"], "over"))
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run(CPU, "tiny", op="lowrank", base=other, failed=pytest.fail))
+    assert "finish" not in [what for what, *_ in served.told]
+
+
 def test_a_shape_that_it_does_not_have(served, monkeypatch):
     monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
-    other = compared(served("the other commit does not have this shape"), served(["fused"], "over"))
+    other = compared(served("has no such shape"), served(["fused", "dylora"], "over"))
     rows = list(run.run(CPU, "tiny", op="lowrank", base=other))
     assert rows and all(row["ratio_to_base"] is row["ratio_to_base_error"] is None for row in rows)
-    assert {row["skipped"]["base"] for row in rows} == {"the other commit does not have this shape"}
+    assert {row["skipped"]["base"] for row in rows} == {"at base: has no such shape"}
     assert sum(what == "shape" for what, *_ in served.told) == 2, "it is asked once, not once per pair"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="children are found by /proc")
+CHILDREN = "/proc/{pid}/task/{pid}/children"
+
+
+@pytest.mark.skipif(not Path(CHILDREN.format(pid=os.getpid())).exists(), reason="this system names no children")
 def test_a_process_that_is_killed_ends_its_shape_alone():
     worker = Worker(None, "this commit")
     try:
         worker.start(SHAPE, "tiny", CPU)
-        assert "fused" in worker.ready()
-        parent = worker.process.pid
-        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+        assert worker.ready()["fused"] == "Layer"
+        (child,) = Path(CHILDREN.format(pid=worker.process.pid)).read_text().split()
         os.kill(int(child), signal.SIGKILL)
-        with pytest.raises(BaseError, match="ended with status -9"):
+        with pytest.raises(EndedError, match="ended with status -9"):
             worker.measured("fused")
         worker.start(SHAPE, "tiny", CPU)
         assert "fused" in worker.ready()
         assert set(worker.measured("fused")) == set(MODES)
     finally:
         worker.close()
+
+
+def test_a_process_that_ends_leaves_what_was_measured(served):
+    """Of this process, and of the pairs before it."""
+
+    def then_fails():
+        yield from [2.0] * 12
+        worker.missing = "ended with status -9"
+        raise EndedError(worker.missing)
+
+    times = then_fails()
+    worker, other = served(["fused"], "over"), served(["fused"], "over")
+    worker.measured = lambda name: dict.fromkeys(MODES, next(times))
+    found = compared(worker, other)
+    turn = Turn(["fused"])
+    found.measure(SHAPE, "tiny", CPU, [turn], seconds=60.0)
+    assert {len(times.ms) for by_mode in turn.times.values() for times in by_mode.values()} == {3}
+    assert found.missing == "at base: ended with status -9"
