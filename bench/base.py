@@ -229,9 +229,12 @@ class Base:
         try:
             for turn in turns:
                 there = {which: worker.ready() for which, worker in workers.items()}
-                lacking |= {which for which, found in there.items() if not set(turn.ours) <= set(found)}
-                names = set(there[BASE].items()) & set(there[APART].items())  # a layer is no training step
-                names = [name for name in turn.ours if (name, there[BASE].get(name)) in names]
+                both = set(there[BASE].items()) & set(there[APART].items())  # a layer is no training step
+                names = [name for name in turn.ours if (name, there[BASE].get(name)) in both]
+                if len(names) < len(turn.ours):
+                    lacking |= {which for which, found in there.items() if not set(turn.ours) <= set(found)} or set(
+                        there
+                    )
                 remote = {name + which: Remote(workers[which], name) for name in names for which in workers}
                 _add_times(turn, remote, seconds)
                 measured = measured or bool(names)

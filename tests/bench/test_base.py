@@ -156,7 +156,7 @@ def test_a_layer_is_not_compared_with_a_step_of_the_same_name(served):
     other = compared(served(layer, "over"), served(step, "over"))
     turn = Turn(["lora"])
     other.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
-    assert not turn.times
+    assert not turn.times and other.missing == "apart: over; at base: over"
 
 
 def test_the_ratio_is_of_this_commit_to_the_other(served, monkeypatch):
