@@ -3,8 +3,10 @@
 Both have processes of their own, since what this one has compiled and timed costs ours some percent. Where its tensors
 lie makes a process faster or slower than its twin, by up to a third and for as long as it lives. So a shape is measured
 by one pair of processes after another, with scattered heaps, until their median ratio is known or the time is spent.
+One of a pair starts when the other has ended: two that live at a time slow each other by a quarter and more, even if
+only one is measured at a time.
 
-A commit's own benchmark builds its variants; only when they are timed is up to this process (base_worker.py).
+A commit's own benchmark builds and times its variants; which and for how long is up to this process (base_worker.py).
 """
 
 import os
@@ -15,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import peft_fused
 from peft_fused.ops import native
 
 from .shapes import Shape, StructuredShape
-from .timing import Times, Turn, interleave, ratio_error
+from .timing import Times, Turn, ratio_error
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "base"
@@ -36,14 +37,12 @@ LEAST_PAIRS, MOST_PAIRS = 8, 60
 SETTLED = 0.01
 # As multiples of the seconds that this process takes for its rounds: the rounds of a pair, and all pairs.
 PAIR_SHARE, PAIRS_SHARE = 0.1, 3.0
+# A variant as a process has measured it: its class, and the median of the rounds by mode.
+Found = tuple[str, dict[str, float]]
 
 
 class BaseError(RuntimeError):
     """The other commit cannot be had, built or run."""
-
-
-class EndedError(BaseError):
-    """A process has ended while it was asked to measure."""
 
 
 def _git(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -90,30 +89,11 @@ def build(revision: str) -> tuple[Path, str]:
     return folder, commit
 
 
-@dataclass(frozen=True)
-class Remote:
-    """A variant of a worker, which measures itself."""
-
-    worker: "Worker"
-    name: str
-
-
-class RemoteClock:
-    """Has variants measured where they are."""
-
-    def measure(self, variant: Remote) -> dict[str, float]:
-        return variant.worker.measured(variant.name)
-
-
 class Worker:
-    """One of the two commits: a process that starts another for each time that it measures a shape.
-
-    `missing`: why it has nothing more to measure of this shape; "" while it may. `waits`: to be told what to measure.
-    """
+    """One of the two commits: a process that starts another for each time that it measures a shape."""
 
     def __init__(self, folder: Path | None, what: str):
         """folder: to import from, before whatever else is installed; None for what this process has."""
-        self.missing, self.waits = "", False
         self.pipe, there = Pipe()
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # as -P, which Python 3.10 does not have
         environment["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whether there is a GPU is asked without a context
@@ -135,50 +115,23 @@ class Worker:
                 said.seek(0)
                 raise BaseError(f"{what} does not start: {' '.join(said.read().strip().splitlines()[-3:])}") from None
 
-    def start(self, shape: Shape | StructuredShape, grid: str, device: torch.device) -> None:
-        self.missing, self.waits = "", False
-        self._send("shape", {name: getattr(shape, name, None) for name in KEYS}, grid, str(device))
-
-    def _send(self, *message) -> None:
+    def measure(
+        self, shape: Shape | StructuredShape, grid: str, device: torch.device, ours: list[list[str]], seconds: float
+    ) -> tuple[list[dict[str, Found]], str]:
+        """What it has of each turn, and why it has no more than that. ours: the names that are wanted of each turn.
+        seconds: of the rounds of each turn.
+        """
+        wanted = {name: getattr(shape, name, None) for name in KEYS}
+        turns = []
         try:
-            self.pipe.send(message)
-        except OSError:
-            raise BaseError("the process of a commit has ended") from None
-
-    def _received(self):
-        """Its next answer, or None when it has ended with this shape."""
-        try:
-            what, value = self.pipe.recv()
+            self.pipe.send((wanted, grid, str(device), ours, seconds))
+            while True:
+                what, value = self.pipe.recv()
+                if what == "end":
+                    return turns, value
+                turns.append(value)
         except (EOFError, OSError):
             raise BaseError("the process of a commit has ended") from None
-        if what == "end":
-            self.missing, self.waits = value, False
-            return None
-        return value
-
-    def ready(self) -> dict[str, str]:
-        """Waits for what it measures together next: names and classes of these variants, none at its end."""
-        variants = {} if self.missing else self._received() or {}
-        self.waits = not self.missing
-        return variants
-
-    def measured(self, name: str) -> dict[str, float]:
-        self._send("measure", name)
-        times = self._received()
-        if times is None:
-            raise EndedError(self.missing)
-        return times
-
-    def finish(self) -> None:
-        """It goes on to what it measures next, if it waits for that."""
-        if self.waits:
-            self.waits = False
-            self._send("finish", None)
-
-    def end(self) -> None:
-        self.finish()
-        while self.ready():
-            self.finish()
 
     def close(self) -> None:
         self.pipe.close()
@@ -214,60 +167,39 @@ class Base:
         start, limit = time.perf_counter(), seconds * PAIRS_SHARE * len(turns)
         for pairs in range(1, MOST_PAIRS + 1):
             # Whoever comes first is the other one in every second pair.
-            workers = dict(list(self.workers.items())[:: 1 if pairs % 2 else -1])
-            if not self._measure_pair(workers, (shape, grid, device), turns, seconds * PAIR_SHARE):
+            workers = list(self.workers.items())[:: 1 if pairs % 2 else -1]
+            ours = [turn.ours for turn in turns]
+            pair = {which: each.measure(shape, grid, device, ours, seconds * PAIR_SHARE) for which, each in workers}
+            if not self._add_pair(pair, turns):
                 break
             spent = time.perf_counter() - start > limit
             if pairs >= LEAST_PAIRS and (spent or all(map(_is_settled, turns))):
                 break
 
-    def _measure_pair(self, workers: dict[str, Worker], request: tuple, turns: list[Turn], seconds: float) -> bool:
-        """Whether another pair makes sense."""
-        for worker in workers.values():
-            worker.start(*request)
-        lacking, measured = set(), False
-        try:
-            for turn in turns:
-                there = {which: worker.ready() for which, worker in workers.items()}
-                both = set(there[BASE].items()) & set(there[APART].items())  # a layer is no training step
-                names = [name for name in turn.ours if (name, there[BASE].get(name)) in both]
-                if len(names) < len(turn.ours):
-                    lacking |= {which for which, found in there.items() if not set(turn.ours) <= set(found)} or set(
-                        there
-                    )
-                remote = {name + which: Remote(workers[which], name) for name in names for which in workers}
-                _add_times(turn, remote, seconds)
-                measured = measured or bool(names)
-                for worker in workers.values():
-                    worker.finish()
-        except EndedError:
-            lacking, measured = {which for which, worker in workers.items() if worker.missing}, False
-        except Exception:
-            _end(workers)
-            raise
-        _end(workers)
+    def _add_pair(self, pair: dict[str, tuple[list[dict[str, Found]], str]], turns: list[Turn]) -> bool:
+        """Whether anything could be compared, so that another pair makes sense."""
+        lacking, compared = set(), False
+        for index, turn in enumerate(turns):
+            found = {which: measured[index] if index < len(measured) else {} for which, (measured, _) in pair.items()}
+            kinds = {which: {name: kind for name, (kind, _) in variants.items()} for which, variants in found.items()}
+            both = kinds[BASE].items() & kinds[APART].items()  # a layer is no training step
+            names = [name for name in turn.ours if name in dict(both)]
+            if len(names) < len(turn.ours):
+                lacking |= {which for which in pair if not set(turn.ours) <= set(found[which])} or set(pair)
+            for name in names:
+                for which in pair:
+                    _, by_mode = found[which][name]
+                    times = turn.times.setdefault(name + which, {mode: Times() for mode in by_mode})
+                    for mode, ms in by_mode.items():
+                        times[mode].ms.append(ms)
+            compared = compared or bool(names)
         if lacking:
-            self.missing = "; ".join(f"{which.strip()}: {self.workers[which].missing}" for which in sorted(lacking))
-        return measured
+            self.missing = "; ".join(f"{which.strip()}: {pair[which][1]}" for which in sorted(lacking))
+        return compared
 
     def close(self) -> None:
         for worker in self.workers.values():
             worker.close()
-
-
-def _add_times(turn: Turn, variants: dict[str, Remote], seconds: float) -> None:
-    """An entry of each, the median of its rounds."""
-    if not variants:
-        return
-    for name, by_mode in interleave(variants, RemoteClock(), seconds=seconds, least=3).items():
-        times = turn.times.setdefault(name, {mode: Times() for mode in by_mode})
-        for mode, in_rounds in by_mode.items():
-            times[mode].ms.append(in_rounds.median)
-
-
-def _end(workers: dict[str, Worker]) -> None:
-    for worker in workers.values():
-        worker.end()
 
 
 def _is_settled(turn: Turn) -> bool:

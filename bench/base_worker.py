@@ -1,15 +1,15 @@
 """Serves the benchmark of a commit: `base_worker.py descriptor folder`, started by base.py.
 
 A process of its own, forked for each shape that it is asked for, runs that commit's `peft_fused.bench.run.run` on it,
-with `timing.interleave` replaced by one that measures what it is asked to and when. So of that commit it needs these
-two functions, `run.grid`, `run.COMPILE_SECONDS`, `run.commit` and `roofline.measure`, whatever else has changed.
-Functions named `verify` are left out: of another commit only the time is of interest.
+with `timing.interleave` told which variants to measure and for how long. So of that commit it needs these two
+functions, `run.grid`, `run.COMPILE_SECONDS`, `run.commit` and `roofline.measure`, whatever else has changed. Functions
+named `verify` are left out: of another commit only the time is of interest.
 """
 
 import os
 import random
 import sys
-import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -21,9 +21,6 @@ from peft_fused.bench import roofline, run, timing  # noqa: E402
 
 import peft_fused  # noqa: E402
 
-# After this long the threads of the other process, or of torch, no longer look out for work.
-SETTLE = 0.005
-
 
 class Unverified(dict):
     """Errors of whatever is asked for."""
@@ -32,17 +29,33 @@ class Unverified(dict):
         return self
 
 
-def serve(pipe: Connection, variants: dict, clock) -> dict:
-    """In place of timing.interleave; the times that it returns are of no account."""
-    pipe.send(("ready", {name: type(variant).__name__ for name, variant in variants.items()}))
-    while True:
-        what, name = pipe.recv()
-        if what == "finish":
-            return {name: {mode: timing.Times([1.0]) for mode in timing.MODES} for name in variants}
-        variant = variants[name]
-        time.sleep(SETTLE)
-        clock.measure(variant)  # warms the caches, which the other process has cooled
-        pipe.send(("measured", clock.measure(variant)))
+class Measured(BaseException):
+    """All that was asked for; not to be caught by the benchmark of a commit."""
+
+
+class Wanted:
+    """In place of a commit's timing.interleave: measures, in each of its calls, what is wanted of that turn."""
+
+    def __init__(self, pipe: Connection, interleave: Callable, ours: list[list[str]], seconds: float):
+        self.pipe, self.interleave, self.ours, self.seconds = pipe, interleave, ours, seconds
+
+    def __call__(self, variants: dict, clock, **_) -> dict:
+        """The times that it returns are of no account."""
+        ours, *self.ours = self.ours
+        there = {name: variants[name] for name in ours if name in variants}
+        times = self.interleave(there, clock, seconds=self.seconds, least=3) if there else {}
+        medians = {name: {mode: found.median for mode, found in by_mode.items()} for name, by_mode in times.items()}
+        self.pipe.send(("turn", {name: (type(there[name]).__name__, found) for name, found in medians.items()}))
+        if not self.ours:
+            raise Measured
+        return {name: {mode: timing.Times([1.0]) for mode in timing.MODES} for name in variants}
+
+
+def replace(function: str, by: Callable) -> None:
+    """Wherever the benchmark of a commit has imported it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("peft_fused.bench") and callable(getattr(module, function, None)):
+            setattr(module, function, by)
 
 
 def scatter_heap() -> list[torch.Tensor]:
@@ -54,7 +67,7 @@ def scatter_heap() -> list[torch.Tensor]:
 
 
 def run_shape(wanted: dict, name: str, device: torch.device) -> str:
-    """Runs it, and says why nothing more comes of it."""
+    """Runs it, and says why there is no more of it than was measured."""
     if torch.cuda.is_initialized():
         return "has opened a CUDA context before it was forked"
     older = {"op": "lowrank", "dropout": 0.0}  # what shapes of older commits lack
@@ -66,6 +79,8 @@ def run_shape(wanted: dict, name: str, device: torch.device) -> str:
     try:
         for _ in run.run(device, name):
             pass
+    except Measured:
+        pass
     except Exception as error:  # of that commit: the row says so, and ours is measured all the same
         return f"{type(error).__name__}: {error}"
     return "has no such variant"
@@ -75,31 +90,22 @@ def main(descriptor: str, folder: str) -> None:
     pipe = Connection(int(descriptor))
     if Path(folder) not in Path(peft_fused.__file__).parents:
         sys.exit(f"imported {peft_fused.__file__} instead of {folder}")
-
-    def interleave(variants, clock, **_):
-        return serve(pipe, variants, clock)
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("peft_fused.bench"):
-            for replaced, by in (("interleave", interleave), ("verify", lambda *_, **__: Unverified())):
-                if callable(getattr(module, replaced, None)):
-                    setattr(module, replaced, by)
+    interleave = timing.interleave
+    replace("verify", lambda *_, **__: Unverified())
     ceilings = roofline.Ceilings(1.0, dict.fromkeys(("float32", "bfloat16", "float16"), 1.0))
     roofline.measure = lambda *_, **__: ceilings
     run.commit = lambda: None
     run.COMPILE_SECONDS = dict.fromkeys(run.COMPILE_SECONDS, 0.0)
-    pipe.send(("started", None))
+    pipe.send("started")
     while True:
         try:
-            what, *request = pipe.recv()
+            wanted, name, device, ours, seconds = pipe.recv()
         except EOFError:
             return
-        if what != "shape":  # for a process that has ended before its time
-            continue
         child = os.fork()
         if not child:
             kept = scatter_heap()  # noqa: F841
-            wanted, name, device = request
+            replace("interleave", Wanted(pipe, interleave, ours, seconds))
             pipe.send(("end", run_shape(wanted, name, torch.device(device))))
             os._exit(0)
         if status := os.waitpid(child, 0)[1]:

@@ -1,6 +1,5 @@
 """`--base`: another commit, built and measured in turns with ours, and what is said where it cannot be."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -8,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import threading
-from multiprocessing import Pipe
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from peft_fused.bench import base, run
-from peft_fused.bench.base import APART, BASE, Base, BaseError, EndedError, Worker
+from peft_fused.bench.base import APART, BASE, Base, BaseError, Worker
 from peft_fused.bench.benchmarks import grid
 from peft_fused.bench.timing import MODES, Turn
 
@@ -92,79 +92,67 @@ def test_the_command_says_why_it_does_not_start(checkout, monkeypatch):
     assert result.exit_code == 2 and "names no commit" in result.stderr
 
 
-# ------------------------------------------------------------------------------------------------------------ protocol
+# --------------------------------------------------------------------------------------------------------------- pairs
 
 
 SHAPE = grid("cpu", "tiny", "lowrank")[0]
 
 
-@pytest.fixture
-def served():
-    """served(*turns, ms): a Worker whose process, a thread, answers each shape with these turns: names that it is ready
-    to measure, or {name: class}, at last a text to end with. ms: what it then measures. Told is what it was asked."""
+class Served:
+    """A Worker without a process: answers every shape with these turns, names that it has or {name: class}, and why
+    there are no more. ms: what it then measures. asked: those of all workers that were asked, in order."""
 
-    def start(*turns, ms=None):
-        ours, theirs = Pipe()
-        times = ms or itertools.repeat(2.0)
+    asked: ClassVar[list] = []
 
-        def ask():
-            told.append(theirs.recv())
-            return told[-1][0]
+    def __init__(self, *turns, ms=None):
+        *self.turns, self.why = turns
+        self.ms = ms or itertools.repeat(2.0)
 
-        def answer():
-            with contextlib.suppress(EOFError, OSError):  # at the end of the test
-                answer_shapes()
-
-        def answer_shapes():
-            while ask() == "shape":
-                for names in turns[:-1]:
-                    theirs.send(("ready", names if isinstance(names, dict) else dict.fromkeys(names, "Layer")))
-                    while ask() == "measure":
-                        theirs.send(("measured", dict.fromkeys(MODES, next(times))))
-                theirs.send(("end", turns[-1]))
-
-        found = Worker.__new__(Worker)
-        found.pipe, found.missing, found.waits = ours, "", False
-        threading.Thread(target=answer, daemon=True).start()
-        return found
-
-    told = []
-    start.told = told
-    return start
+    def measure(self, shape, grid, device, ours, seconds):
+        self.asked.append(self)
+        turns = [names if isinstance(names, dict) else dict.fromkeys(names, "Layer") for names in self.turns]
+        return [
+            {name: (kind, dict.fromkeys(MODES, next(self.ms))) for name, kind in names.items() if name in wanted}
+            for names, wanted in zip(turns, ours, strict=False)
+        ], self.why
 
 
-def compared(at_base: Worker, apart: Worker) -> Base:
+@pytest.fixture(autouse=True)
+def _nobody_was_asked():
+    Served.asked.clear()
+
+
+def compared(at_base: Served, apart: Served) -> Base:
     found = Base.__new__(Base)
     found.commit, found.workers, found.missing = "0" * 40, {BASE: at_base, APART: apart}, ""
     return found
 
 
-def test_only_what_both_commits_have_of_ours_is_measured(served):
-    other = compared(served(["fused", "peft"], ["later"], "over"), served(["fused", "dylora"], ["other"], "over"))
+def test_only_what_both_commits_have_of_ours_is_compared():
+    other = compared(Served(["fused", "peft"], ["later"], "over"), Served(["fused", "dylora"], ["other"], "over"))
     turns = [Turn(["fused", "dylora"]), Turn(["later"])]
     other.measure(SHAPE, "tiny", CPU, turns, seconds=0.0)
     assert set(turns[0].times) == {"fused at base", "fused apart"} and not turns[1].times
     for by_mode in turns[0].times.values():
         assert set(by_mode) == set(MODES)
         assert all(times.ms == [2.0] * base.LEAST_PAIRS for times in by_mode.values())
-    assert {name for what, name, *_ in served.told if what == "measure"} == {"fused"}
     assert other.missing == "apart: over; at base: over", "each lacks something"
 
 
-def test_a_layer_is_not_compared_with_a_step_of_the_same_name(served):
-    layer, step = {"lora": "Layer"}, {"lora": "TrainingStep"}
-    other = compared(served(layer, "over"), served(step, "over"))
+def test_a_layer_is_not_compared_with_a_step_of_the_same_name():
+    other = compared(Served({"lora": "Layer"}, "over"), Served({"lora": "TrainingStep"}, "over"))
     turn = Turn(["lora"])
     other.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
     assert not turn.times and other.missing == "apart: over; at base: over"
 
 
-def test_the_ratio_is_of_this_commit_to_the_other(served, monkeypatch):
+def test_the_ratio_is_of_this_commit_to_the_other(monkeypatch):
     monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
-    slow, fast = (served(["fused", "dylora"], "over", ms=itertools.repeat(ms)) for ms in (3.0, 1.5))
+    slow, fast = (Served(["fused", "dylora"], "over", ms=itertools.repeat(ms)) for ms in (3.0, 1.5))
     rows = list(run.run(CPU, "tiny", op="lowrank", base=compared(slow, fast)))
     assert {row["ratio_to_base"] for row in rows} == {0.5} and {row["base_pairs"] for row in rows} == {base.LEAST_PAIRS}
     assert all((row["ms_median"]["base"], row["ms_median"]["apart"]) == (3.0, 1.5) for row in rows)
+    assert Served.asked[:4] == [slow, fast, fast, slow], "neither always comes first"
 
 
 @pytest.mark.parametrize(
@@ -174,67 +162,63 @@ def test_the_ratio_is_of_this_commit_to_the_other(served, monkeypatch):
         (itertools.cycle([2.0, 1.0, 4.0, 3.0, 2.5]), 60.0, base.MOST_PAIRS),
         (itertools.cycle([2.0, 1.0, 4.0, 3.0, 2.5]), 0.0, base.LEAST_PAIRS),
         # Five ratios of 2 among ones: of 21 they lie beyond the upper quartile.
-        (itertools.chain([1.0, 2.0] * 5, itertools.repeat(2.0)), 60.0, 21),
+        (itertools.chain([1.0] * 5, itertools.repeat(2.0)), 60.0, 21),
     ],
 )
-def test_pairs_are_measured_until_the_ratio_is_known_or_the_time_is_spent(served, monkeypatch, ms, seconds, pairs):
-    monkeypatch.setattr(base, "interleave", lambda variants, clock, **_: interleaved(variants, clock))
-
-    def interleaved(variants, clock):  # a round, which is one entry
-        return {name: {m: base.Times([t]) for m, t in clock.measure(v).items()} for name, v in variants.items()}
-
+def test_pairs_are_measured_until_the_ratio_is_known_or_the_time_is_spent(ms, seconds, pairs):
     turn = Turn(["fused"])
-    other = compared(served(["fused"], "over", ms=ms), served(["fused"], "over"))
-    other.measure(SHAPE, "tiny", CPU, [turn], seconds)
+    compared(Served(["fused"], "over", ms=ms), Served(["fused"], "over")).measure(SHAPE, "tiny", CPU, [turn], seconds)
     assert len(turn.times["fused at base"]["both"].ms) == pairs
 
 
+def test_a_shape_that_it_does_not_have(monkeypatch):
+    monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
+    at_base, apart = Served("has no such shape"), Served(["fused", "dylora"], "over")
+    rows = list(run.run(CPU, "tiny", op="lowrank", base=compared(at_base, apart)))
+    assert rows and all(row["ratio_to_base"] is row["ratio_to_base_error"] is None for row in rows)
+    assert {row["skipped"]["base"] for row in rows} == {"at base: has no such shape"}
+    assert Served.asked == [at_base, apart], "each is asked once, not once per pair"
+
+
+def test_a_process_that_ends_leaves_what_was_measured():
+    """Of the pairs before it."""
+    at_base, apart = Served(["fused"], "over"), Served(["fused"], "over")
+    answers = iter([at_base.measure] * 2)
+    at_base.measure = lambda *request: next(answers, lambda *_: ([], "ended with status -9"))(*request)
+    found, turn = compared(at_base, apart), Turn(["fused"])
+    found.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
+    assert {len(times.ms) for by_mode in turn.times.values() for times in by_mode.values()} == {2}
+    assert found.missing == "at base: ended with status -9"
+
+
+def test_an_interrupt_is_no_failure_of_a_shape():
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    other = compared(Served(["fused"], "over"), Served(["fused"], "over"))
+    other.workers[APART].measure = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run(CPU, "tiny", op="lowrank", base=other, failed=pytest.fail))
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
 def test_all_shapes_are_told_apart():
-    asked = []
-    worker = Worker.__new__(Worker)
-    worker._send = lambda what, wanted, *_: asked.append(wanted)
+    class Pipe:
+        def send(self, request):
+            asked.append(request[0])
+
+        def recv(self):
+            return "end", ""
+
+    worker, asked = Worker.__new__(Worker), []
+    worker.pipe = Pipe()
     for device in ("cpu", "cuda"):
         asked.clear()
         for shape in grid(device, "all"):
-            worker.start(shape, "all", CPU)
+            worker.measure(shape, "all", CPU, [["fused"]], 0.0)
         assert not [wanted for wanted in asked if asked.count(wanted) > 1]
-
-
-def test_an_error_between_two_shapes_leaves_both_ready(served, monkeypatch):
-    other = compared(served(["fused"], ["later"], "over"), served(["fused"], "over"))
-
-    def fails(*_, **__):
-        raise ValueError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(base, "interleave", fails)
-        with pytest.raises(ValueError):
-            other.measure(SHAPE, "tiny", CPU, [Turn(["fused"])], seconds=0.0)
-    turn = Turn(["fused"])
-    other.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
-    assert len(turn.times) == 2
-
-
-def test_an_interrupt_is_not_held_up(served, monkeypatch):
-    """Whoever then closes the workers need not wait for what they have not said."""
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(base, "interleave", interrupted)
-    other = compared(served(["fused"], "over"), served(["fused"], "over"))
-    with pytest.raises(KeyboardInterrupt):
-        list(run.run(CPU, "tiny", op="lowrank", base=other, failed=pytest.fail))
-    assert "finish" not in [what for what, *_ in served.told]
-
-
-def test_a_shape_that_it_does_not_have(served, monkeypatch):
-    monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
-    other = compared(served("has no such shape"), served(["fused", "dylora"], "over"))
-    rows = list(run.run(CPU, "tiny", op="lowrank", base=other))
-    assert rows and all(row["ratio_to_base"] is row["ratio_to_base_error"] is None for row in rows)
-    assert {row["skipped"]["base"] for row in rows} == {"at base: has no such shape"}
-    assert sum(what == "shape" for what, *_ in served.told) == 2, "it is asked once, not once per pair"
 
 
 CHILDREN = "/proc/{pid}/task/{pid}/children"
@@ -242,34 +226,28 @@ CHILDREN = "/proc/{pid}/task/{pid}/children"
 
 @pytest.mark.skipif(not Path(CHILDREN.format(pid=os.getpid())).exists(), reason="this system names no children")
 def test_a_process_that_is_killed_ends_its_shape_alone():
+    """And the one that starts them all shapes."""
     worker = Worker(None, "this commit")
+
+    def kill_its_child():
+        while not (children := Path(CHILDREN.format(pid=worker.process.pid)).read_text().split()):
+            time.sleep(0.01)
+        os.kill(int(children[0]), signal.SIGKILL)
+
+    def measured():
+        return worker.measure(SHAPE, "tiny", CPU, [["fused", "other"]], 0.0)
+
     try:
-        worker.start(SHAPE, "tiny", CPU)
-        assert worker.ready()["fused"] == "Layer"
-        (child,) = Path(CHILDREN.format(pid=worker.process.pid)).read_text().split()
-        os.kill(int(child), signal.SIGKILL)
-        with pytest.raises(EndedError, match="ended with status -9"):
-            worker.measured("fused")
-        worker.start(SHAPE, "tiny", CPU)
-        assert "fused" in worker.ready()
-        assert set(worker.measured("fused")) == set(MODES)
+        killer = threading.Thread(target=kill_its_child)
+        killer.start()
+        assert measured() == ([], "ended with status -9")
+        killer.join()
+        (found,), why = measured()
+        assert why == "has no such variant" and set(found) == {"fused"}
+        kind, by_mode = found["fused"]
+        assert kind == "Layer" and set(by_mode) == set(MODES) and min(by_mode.values()) > 0
+        worker.process.kill()
+        with pytest.raises(BaseError, match="has ended"):
+            measured()
     finally:
         worker.close()
-
-
-def test_a_process_that_ends_leaves_what_was_measured(served):
-    """Of this process, and of the pairs before it."""
-
-    def then_fails():
-        yield from [2.0] * 12
-        worker.missing = "ended with status -9"
-        raise EndedError(worker.missing)
-
-    times = then_fails()
-    worker, other = served(["fused"], "over"), served(["fused"], "over")
-    worker.measured = lambda name: dict.fromkeys(MODES, next(times))
-    found = compared(worker, other)
-    turn = Turn(["fused"])
-    found.measure(SHAPE, "tiny", CPU, [turn], seconds=0.0)
-    assert {len(times.ms) for by_mode in turn.times.values() for times in by_mode.values()} == {3}
-    assert found.missing == "at base: ended with status -9"
