@@ -4,7 +4,8 @@ Both have processes of their own, since what this one has compiled and timed cos
 lie makes a process faster or slower than its twin, by up to a third and for as long as it lives. So a shape is measured
 by one pair of processes after another, with scattered heaps, until their median ratio is known or the time is spent.
 One of a pair starts when the other has ended: two that live at a time slow each other by a quarter and more, even if
-only one is measured at a time.
+only one is measured at a time. Each is forked from a process that has imported the commit, whose own luck it inherits
+(some percent of the smallest layers): so there are several of these.
 
 A commit's own benchmark builds and times its variants; which and for how long is up to this process (base_worker.py).
 """
@@ -32,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILDS = ROOT / "build" / "base"
 # What tells shapes of a grid apart; one that lacks an attribute has None.
 KEYS = ("op", "name", "r", "dtype_name", "dropout")
+# Of each commit, processes that have imported it: 300 MB each.
+IMPORTED = 8
 # Pairs of processes: at least so many, and then until the standard error of each ratio is below SETTLED.
 LEAST_PAIRS, MOST_PAIRS = 8, 60
 SETTLED = 0.01
@@ -144,17 +147,28 @@ BASE, APART = " at base", " apart"
 
 
 class Base:
-    """The other commit and this one, to be compared. `missing`: why some of the last shape could not be."""
+    """The other commit and this one, to be compared. `missing`: why some of the last shape could not be.
+
+    workers: pairs of them; there are more when more are needed.
+    """
 
     def __init__(self, revision: str):
         folder, self.commit = build(revision)
-        self.workers, self.missing = {}, ""
-        try:
-            self.workers[BASE] = Worker(folder, f"--base {revision} ({self.commit[:12]})")
-            self.workers[APART] = Worker(None, "this commit")
-        except BaseException:
-            self.close()
-            raise
+        self.folders = {BASE: (folder, f"--base {revision} ({self.commit[:12]})"), APART: (None, "this commit")}
+        self.workers, self.missing = [], ""
+        self.workers_of(0)
+
+    def workers_of(self, pair: int) -> dict[str, Worker]:
+        """They have imported both commits for this pair, the `pair`th of a shape."""
+        if pair < IMPORTED and pair == len(self.workers):
+            self.workers.append({})
+            try:
+                for which, (folder, what) in self.folders.items():
+                    self.workers[pair][which] = Worker(folder, what)
+            except BaseException:
+                self.close()
+                raise
+        return self.workers[pair % IMPORTED]
 
     def measure(
         self, shape: Shape | StructuredShape, grid: str, device: torch.device, turns: list[Turn], seconds: float
@@ -167,7 +181,7 @@ class Base:
         start, limit = time.perf_counter(), seconds * PAIRS_SHARE * len(turns)
         for pairs in range(1, MOST_PAIRS + 1):
             # Whoever comes first is the other one in every second pair.
-            workers = list(self.workers.items())[:: 1 if pairs % 2 else -1]
+            workers = list(self.workers_of(pairs - 1).items())[:: 1 if pairs % 2 else -1]
             ours = [turn.ours for turn in turns]
             pair = {which: each.measure(shape, grid, device, ours, seconds * PAIR_SHARE) for which, each in workers}
             if not self._add_pair(pair, turns):
@@ -198,8 +212,9 @@ class Base:
         return compared
 
     def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
+        while self.workers:
+            for worker in self.workers.pop().values():
+                worker.close()
 
 
 def _is_settled(turn: Turn) -> bool:

@@ -124,7 +124,8 @@ def _nobody_was_asked():
 
 def compared(at_base: Served, apart: Served) -> Base:
     found = Base.__new__(Base)
-    found.commit, found.workers, found.missing = "0" * 40, {BASE: at_base, APART: apart}, ""
+    found.commit, found.missing = "0" * 40, ""
+    found.workers = [{BASE: at_base, APART: apart}] * base.IMPORTED
     return found
 
 
@@ -191,12 +192,37 @@ def test_a_process_that_ends_leaves_what_was_measured():
     assert found.missing == "at base: ended with status -9"
 
 
+def test_every_pair_has_processes_of_its_own_until_there_are_enough(monkeypatch):
+    """And all of them are closed."""
+    closed, left = [], iter(range(100))
+    monkeypatch.setattr(base, "build", lambda _: (Path("there"), "0" * 40))
+
+    class Counted(Served):
+        def __init__(self, folder, what):
+            super().__init__(["fused"], "over")
+            self.folder, self.number = folder, next(left)
+
+        def close(self):
+            closed.append(self.number)
+
+    monkeypatch.setattr(base, "Worker", Counted)
+    other = Base("HEAD")
+    assert len(other.workers) == 1, "the others wait until they are needed"
+    for _ in range(2):
+        Served.asked.clear()
+        monkeypatch.setattr(base, "LEAST_PAIRS", base.IMPORTED + 1)
+        other.measure(SHAPE, "tiny", CPU, [Turn(["fused"])], seconds=0.0)
+        assert sorted(worker.number for worker in Served.asked) == [0, 0, 1, 1, *range(2, 2 * base.IMPORTED)]
+    other.close()
+    assert sorted(closed) == list(range(2 * base.IMPORTED))
+
+
 def test_an_interrupt_is_no_failure_of_a_shape():
     def interrupted(*_):
         raise KeyboardInterrupt
 
     other = compared(Served(["fused"], "over"), Served(["fused"], "over"))
-    other.workers[APART].measure = interrupted
+    other.workers[0][APART].measure = interrupted
     with pytest.raises(KeyboardInterrupt):
         list(run.run(CPU, "tiny", op="lowrank", base=other, failed=pytest.fail))
 
