@@ -38,7 +38,7 @@ IMPORTED = 8
 # Pairs of processes: at least so many, and then until the standard error of each ratio is below SETTLED.
 LEAST_PAIRS, MOST_PAIRS = 8, 60
 SETTLED = 0.01
-# As multiples of the seconds that this process takes for its rounds: the rounds of a pair, and all pairs.
+# As multiples of the seconds that this process takes for its rounds: those of each process of a pair, and all pairs.
 PAIR_SHARE, PAIRS_SHARE = 0.1, 3.0
 # A variant as a process has measured it: its class, and the median of the rounds by mode.
 Found = tuple[str, dict[str, float]]
@@ -125,14 +125,17 @@ class Worker:
         seconds: of the rounds of each turn.
         """
         wanted = {name: getattr(shape, name, None) for name in KEYS}
-        turns = []
+        turns, why = [], ""
         try:
             self.pipe.send((wanted, grid, str(device), ours, seconds))
             while True:
                 what, value = self.pipe.recv()
                 if what == "end":
-                    return turns, value
-                turns.append(value)
+                    return turns, value or why
+                if what == "why":
+                    why = value
+                else:
+                    turns.append(value)
         except (EOFError, OSError):
             raise BaseError("the process of a commit has ended") from None
 
@@ -149,7 +152,7 @@ BASE, APART = " at base", " apart"
 class Base:
     """The other commit and this one, to be compared. `missing`: why some of the last shape could not be.
 
-    workers: pairs of them; there are more when more are needed.
+    workers: the ith are those of the pairs i, i + IMPORTED and so on of each shape.
     """
 
     def __init__(self, revision: str):
@@ -159,7 +162,7 @@ class Base:
         self.workers_of(0)
 
     def workers_of(self, pair: int) -> dict[str, Worker]:
-        """They have imported both commits for this pair, the `pair`th of a shape."""
+        """Those of the `pair`th pair of a shape, started if they are not yet."""
         if pair < IMPORTED and pair == len(self.workers):
             self.workers.append({})
             try:
@@ -178,16 +181,25 @@ class Base:
         turns: of this shape, all and in order. seconds: that its benchmark takes for each of them.
         """
         self.missing = ""
-        start, limit = time.perf_counter(), seconds * PAIRS_SHARE * len(turns)
-        for pairs in range(1, MOST_PAIRS + 1):
-            # Whoever comes first is the other one in every second pair.
-            workers = list(self.workers_of(pairs - 1).items())[:: 1 if pairs % 2 else -1]
-            ours = [turn.ours for turn in turns]
-            pair = {which: each.measure(shape, grid, device, ours, seconds * PAIR_SHARE) for which, each in workers}
+        request = shape, grid, device, [turn.ours for turn in turns], seconds * PAIR_SHARE
+        try:
+            self._measure_pairs(request, turns, limit=seconds * PAIRS_SHARE * len(turns))
+        except BaseError as error:  # what this process has measured remains; the next shape starts new ones
+            self.missing = str(error)
+            self.close()
+
+    def _measure_pairs(self, request: tuple, turns: list[Turn], limit: float) -> None:
+        spent = 0.0
+        for index in range(MOST_PAIRS):
+            workers = self.workers_of(index)
+            start = time.perf_counter()
+            # Whoever comes first is the other one in every second pair, of each of the workers as well.
+            turned = (index + index // IMPORTED) % 2
+            pair = {which: each.measure(*request) for which, each in list(workers.items())[:: -1 if turned else 1]}
+            spent += time.perf_counter() - start
             if not self._add_pair(pair, turns):
                 break
-            spent = time.perf_counter() - start > limit
-            if pairs >= LEAST_PAIRS and (spent or all(map(_is_settled, turns))):
+            if index + 1 >= LEAST_PAIRS and (spent > limit or all(map(_is_settled, turns))):
                 break
 
     def _add_pair(self, pair: dict[str, tuple[list[dict[str, Found]], str]], turns: list[Turn]) -> bool:
@@ -218,8 +230,9 @@ class Base:
 
 
 def _is_settled(turn: Turn) -> bool:
-    return all(
-        ratio_error(turn.times[name + APART][mode], reference) <= SETTLED
+    errors = [
+        ratio_error(turn.times[name + APART][mode], reference)
         for name in turn.ours
         for mode, reference in turn.times.get(name + BASE, {}).items()
-    )
+    ]
+    return all(error is not None and error <= SETTLED for error in errors)

@@ -2,8 +2,9 @@
 
 A process of its own, forked for each shape that it is asked for, runs that commit's `peft_fused.bench.run.run` on it,
 with `timing.interleave` told which variants to measure and for how long. So of that commit it needs these two
-functions, `run.grid`, `run.COMPILE_SECONDS`, `run.commit` and `roofline.measure`, whatever else has changed. Functions
-named `verify` are left out: of another commit only the time is of interest.
+functions, with `seconds` and `least`, `timing.Times` with its median, `timing.MODES`, `run.grid`, `run.commit`,
+`run.COMPILE_SECONDS` and `roofline.measure`, whatever else has changed. Functions named `verify` are left out: of
+another commit only the time is of interest.
 """
 
 import os
@@ -29,7 +30,7 @@ class Unverified(dict):
         return self
 
 
-class Measured(BaseException):
+class Done(BaseException):
     """All that was asked for; not to be caught by the benchmark of a commit."""
 
 
@@ -47,7 +48,7 @@ class Wanted:
         medians = {name: {mode: found.median for mode, found in by_mode.items()} for name, by_mode in times.items()}
         self.pipe.send(("turn", {name: (type(there[name]).__name__, found) for name, found in medians.items()}))
         if not self.ours:
-            raise Measured
+            raise Done
         return {name: {mode: timing.Times([1.0]) for mode in timing.MODES} for name in variants}
 
 
@@ -79,7 +80,7 @@ def run_shape(wanted: dict, name: str, device: torch.device) -> str:
     try:
         for _ in run.run(device, name):
             pass
-    except Measured:
+    except Done:
         pass
     except Exception as error:  # of that commit: the row says so, and ours is measured all the same
         return f"{type(error).__name__}: {error}"
@@ -106,10 +107,11 @@ def main(descriptor: str, folder: str) -> None:
         if not child:
             kept = scatter_heap()  # noqa: F841
             replace("interleave", Wanted(pipe, interleave, ours, seconds))
-            pipe.send(("end", run_shape(wanted, name, torch.device(device))))
+            pipe.send(("why", run_shape(wanted, name, torch.device(device))))
             os._exit(0)
-        if status := os.waitpid(child, 0)[1]:
-            pipe.send(("end", f"ended with status {os.waitstatus_to_exitcode(status)}"))
+        # The end is told when there is nothing left of it.
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        pipe.send(("end", f"ended with status {status}" if status else ""))
 
 
 if __name__ == "__main__":

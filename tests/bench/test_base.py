@@ -200,7 +200,7 @@ def test_every_pair_has_processes_of_its_own_until_there_are_enough(monkeypatch)
     class Counted(Served):
         def __init__(self, folder, what):
             super().__init__(["fused"], "over")
-            self.folder, self.number = folder, next(left)
+            self.number = next(left)
 
         def close(self):
             closed.append(self.number)
@@ -208,13 +208,51 @@ def test_every_pair_has_processes_of_its_own_until_there_are_enough(monkeypatch)
     monkeypatch.setattr(base, "Worker", Counted)
     other = Base("HEAD")
     assert len(other.workers) == 1, "the others wait until they are needed"
+    monkeypatch.setattr(base, "LEAST_PAIRS", base.IMPORTED + 1)
     for _ in range(2):
         Served.asked.clear()
-        monkeypatch.setattr(base, "LEAST_PAIRS", base.IMPORTED + 1)
         other.measure(SHAPE, "tiny", CPU, [Turn(["fused"])], seconds=0.0)
         assert sorted(worker.number for worker in Served.asked) == [0, 0, 1, 1, *range(2, 2 * base.IMPORTED)]
     other.close()
     assert sorted(closed) == list(range(2 * base.IMPORTED))
+
+
+def test_a_turn_that_one_pair_has_ends_no_others():
+    turns = [Turn(["fused"]), Turn(["step"])]
+    at_base, apart = Served(["fused"], ["step"], "over"), Served(["fused"], ["step"], "over")
+    measure, answers = at_base.measure, iter([True])
+    at_base.measure = lambda *request: (measure(*request)[0][: 2 if next(answers, False) else 1], "killed")
+    other = compared(at_base, apart)
+    other.measure(SHAPE, "tiny", CPU, turns, seconds=0.0)
+    pairs = [{len(times.ms) for by_mode in turn.times.values() for times in by_mode.values()} for turn in turns]
+    assert pairs == [{base.LEAST_PAIRS}, {1}] and other.missing == "at base: killed"
+
+
+def test_the_time_that_an_import_takes_is_not_the_pairs(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(base.time, "perf_counter", lambda: next(now))
+    other = compared(*(Served(["fused"], "over", ms=itertools.cycle([2.0, 1.0, 4.0, 3.0, 2.5])) for _ in range(2)))
+    other.workers[1][APART].ms = itertools.repeat(1.0)
+    workers_of = other.workers_of
+    other.workers_of = lambda pair: (next(itertools.islice(now, 1000, None)), workers_of(pair))[1]
+    turn = Turn(["fused"])
+    other.measure(SHAPE, "tiny", CPU, [turn], seconds=12.5 / base.PAIRS_SHARE)  # a pair takes one
+    assert len(turn.times["fused at base"]["both"].ms) == 13
+
+
+def test_a_worker_that_ends_leaves_ours(monkeypatch):
+    def ended(*_):
+        raise BaseError("the process of a commit has ended")
+
+    closed = []
+    other = compared(Served(["fused"], "over"), Served(["fused"], "over"))
+    other.workers = other.workers[:1]
+    other.workers[0][APART].measure = ended
+    monkeypatch.setattr(Served, "close", lambda worker: closed.append(worker), raising=False)
+    monkeypatch.setattr(run, "grid", lambda *_: [SHAPE])
+    rows = list(run.run(CPU, "tiny", op="lowrank", base=other, failed=pytest.fail))
+    assert {row["skipped"]["base"] for row in rows} == {"the process of a commit has ended"}
+    assert len(closed) == 2 and not other.workers, "the next shape starts new ones"
 
 
 def test_an_interrupt_is_no_failure_of_a_shape():
@@ -269,6 +307,7 @@ def test_a_process_that_is_killed_ends_its_shape_alone():
         assert measured() == ([], "ended with status -9")
         killer.join()
         (found,), why = measured()
+        assert not Path(CHILDREN.format(pid=worker.process.pid)).read_text(), "the next one would run beside it"
         assert why == "has no such variant" and set(found) == {"fused"}
         kind, by_mode = found["fused"]
         assert kind == "Layer" and set(by_mode) == set(MODES) and min(by_mode.values()) > 0
