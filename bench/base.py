@@ -40,6 +40,9 @@ LEAST_PAIRS, MOST_PAIRS = 8, 60
 SETTLED = 0.01
 # As multiples of the seconds that this process takes for its rounds: those of each process of a pair, and all pairs.
 PAIR_SHARE, PAIRS_SHARE = 0.1, 3.0
+# What glibc hands back to the system, and asks for again page by page, costs a process up to a tenth, at random.
+# It takes no higher threshold of mmap.
+KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 # A variant as a process has measured it: its class, and the median of the rounds by mode.
 Found = tuple[str, dict[str, float]]
 
@@ -90,10 +93,6 @@ def build(revision: str) -> tuple[Path, str]:
             raise BaseError(f"--base {revision} ({commit[:12]}) does not build:\n{said}")
         target.rename(folder)
     return folder, commit
-
-
-# What glibc hands back to the system, and asks for again page by page, cost a process up to a tenth, at random.
-KEPT_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
 
 
 class Worker:
@@ -167,7 +166,7 @@ class Base:
 
     def workers_of(self, pair: int) -> dict[str, Worker]:
         """Those of the `pair`th pair of a shape, started if they are not yet."""
-        if pair < IMPORTED and pair == len(self.workers):
+        if pair == len(self.workers) < IMPORTED:
             self.workers.append({})
             try:
                 for which, (folder, what) in self.folders.items():
