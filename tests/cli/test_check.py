@@ -47,6 +47,12 @@ def by_status(rows):
     return found
 
 
+def defects_of(op):
+    """The names of those that its entry makes of its control, and the scale's, which is one of every op."""
+    entry = check.OPS[op]
+    return {"scale x 1.02", *entry.mutations(entry.control(op, torch.float32, torch.float32, "cpu"))}
+
+
 def test_every_combination_is_listed_and_what_ran_is_right(cli, small):
     result = cli.json("check")
     rows = result["rows"]
@@ -58,15 +64,10 @@ def test_every_combination_is_listed_and_what_ran_is_right(cli, small):
     found = by_status(rows)
     assert "wrong" not in found and result["ok"] == len(found["ok"]) and result["wrong"] == 0
     assert {row["path"] for row in found["ok"]} >= {"reference", "torch, Python node"}
+    defects = {op: defects_of(op) for op in check.OPS}
     for row in found["ok"]:
         assert row["cases"] == 2 and row["worst"]["ratio"] <= 1
-        defects = {"scale x 1.02", "one rank dropped" if "lowrank" in row["op"] else "one entry zeroed"}
-        if row["op"] == "bottleneck":
-            defects = {
-                "scale x 1.02", "one unit dropped", "down_bias dropped", "up_bias dropped",
-                "activation derivative missing", "wrong expert of down", "wrong expert of up",
-            }  # fmt: skip
-        assert row["controls"] == dict.fromkeys(defects, True)
+        assert len(defects[row["op"]]) > 1 and row["controls"] == dict.fromkeys(defects[row["op"]], True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -182,8 +183,12 @@ def test_a_verdict_names_its_case(op):
     assert len(set(names)) == len(names) > 1
 
 
-def test_the_bottleneck_cases_reach_every_option():
+def test_the_bottleneck_cases_reach_every_option_and_defect():
     entry = check.OPS["bottleneck"]
+    assert defects_of("bottleneck") == {
+        "scale x 1.02", "one unit dropped", "down_bias dropped", "up_bias dropped", "activation derivative missing",
+        "wrong expert of down", "wrong expert of up",
+    }  # fmt: skip
     cases = list(entry.cases("bottleneck", torch.float32, torch.float32, "cpu"))
     assert {case.options.get("activation", "gelu") for case in cases} == set(BOTTLENECK_ACTIVATIONS)
     assert {entry.problem(case).groups for case in cases} == {1, 2, 5, 6}
@@ -194,9 +199,15 @@ def test_the_bottleneck_cases_reach_every_option():
         assert case.call(entry.reference).shape == (case.input.shape[0], case.outputs)
 
 
+@pytest.mark.parametrize("op", ["lowrank_linear", "lowrank"])
+def test_a_rank_is_dropped_of_the_lowrank_ops(op):
+    assert defects_of(op) == {"scale x 1.02", "one rank dropped"}
+
+
 @pytest.mark.parametrize("op", STRUCTURES)
 def test_the_structured_cases_reach_every_method_and_option(op):
     entry = check.OPS[op]
+    assert defects_of(op) == {"scale x 1.02", "one entry zeroed"}
     cases = list(entry.cases(op, torch.float32, torch.float32, "cpu"))
     problems = [entry.problem(case) for case in cases]
     methods = {"kronecker": {"gemm"}, "toeplitz_product": {"fft"}, "ldr": {"fft"}}.get(op, {"dense", "fft"})

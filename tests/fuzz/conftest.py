@@ -1,6 +1,7 @@
-"""The modules beside this one, for the tests to import."""
+"""The modules beside this one and beside its folder, for the tests to import."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path += [str(HERE), str(HERE.parent)]

@@ -4,7 +4,6 @@ PEFT_FUSED_FUZZ multiplies the number of random cases; -s shows what became of t
 """
 
 import collections
-import functools
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ import shutil
 import traceback
 from pathlib import Path
 
+import contract
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -21,7 +21,6 @@ from torch import nn
 from unchanged import MULTIPLIER, differences, state
 
 import peft_fused
-from peft_fused import AdaMixConfig, AfLoraConfig, DyLoraConfig, RosaConfig, SurmConfig, on_step
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 CASES = int(15 * MULTIPLIER)
@@ -34,26 +33,22 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8), "out": nn.Linear(8, 8)}) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": nn.Linear(8, 8), "out": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2)
+        )
         self.head = nn.Linear(8, 3)
         self.head.register_buffer("seen", torch.tensor(3))
         self.head.register_buffer("mask", torch.tensor([0.0, 0.0, -torch.inf]))
 
     def forward(self, x):
         for block in self.blocks:
-            x = x + block["out"](torch.tanh(block["q"](x)))
+            x = block["norm"](x + block["out"](torch.tanh(block["q"](x))))
         return self.head(x)
 
 
-METHODS = {
-    "adamix": functools.partial(AdaMixConfig, kind="lora", r=2),
-    "adamix adapter": functools.partial(AdaMixConfig, r=2, share_up=False),
-    "aflora": functools.partial(AfLoraConfig, r=2, t_i=0, t_f=2, window=1),
-    "dylora": functools.partial(DyLoraConfig, r=3, rank_pattern={"0.q": 2}),
-    "rosa": functools.partial(RosaConfig, r=2, resample_every=2),
-    "surm": functools.partial(SurmConfig, structure="kronecker"),
-    "surm adapter": functools.partial(SurmConfig, kind="adapter"),
-}  # fmt: skip
+# Every variant that a registration names, with more options where there is then more to damage.
+VARIANTS = {variant.name: variant for variant in contract.VARIANTS}
+MORE = {"aflora": {"t_i": 0, "t_f": 2}, "dylora": {"rank_pattern": {"0.q": 2}}}
 
 
 def base():
@@ -63,19 +58,20 @@ def base():
 
 def trained(method, bias=True):
     """A model with an adapter after a few steps, so that every state has something in it."""
-    config = METHODS[method](target_modules=["q", "out"], modules_to_save=["head"])
-    config.bias = f"{method.split()[0]}_only" if bias else "none"
-    model = get_peft_model(base(), config)
+    variant = VARIANTS[method]
+    options = {"target_modules": ["q", "out"], **variant.options, **MORE.get(method, {})}
+    bias = f"{variant.method.name}_only" if bias else "none"
+    model = get_peft_model(base(), variant.config(**options, bias=bias, modules_to_save=["head"]))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     for step in range(4):
-        on_step(model, step=step, total_steps=6, epoch=0, optimizer=optimizer)
+        peft_fused.on_step(model, step=step, total_steps=6, epoch=0, optimizer=optimizer)
         model(torch.randn(5, 8))[:, 0].square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     return model
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def saved(request, tmp_path_factory):
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("saved")
@@ -365,7 +361,7 @@ NAMED = (
     "must",
     "bias",
     "_modules",
-    "arget modules",
+    "arget module",
     " is an option of ",
     "task type",
 )

@@ -7,7 +7,7 @@ import collections
 import inspect
 import math
 import random
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ ROSA = peft_fused.RosaConfig(r=4, target_modules=["q"])
 CLASSIFIER = get_peft_model(Classifier(), ADAMIX).train()
 CONFIGS = [method.config.__name__ for method in REGISTERED.values()]
 LAYERS = ["LoraLinear", *(layer.__name__ for method in REGISTERED.values() for layer in method.layers)]
-POLICIES = ("FreezingPolicy", "MapSpec", "RankPolicy", "RoutePolicy", "SubspacePolicy")
+POLICIES = [name for name in layers.__all__ if is_dataclass(getattr(layers, name))]
 MAPS = ("CirculantMap", "KroneckerMap", "LdrMap", "SymmetricToeplitzMap", "ToeplitzMap")
 
 TARGETS = {

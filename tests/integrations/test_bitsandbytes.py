@@ -3,7 +3,9 @@ inference, in which bitsandbytes packs 4-bit weights where the CPU multiplies in
 """
 
 import contextlib
+from functools import partial
 
+import contract
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,18 +16,13 @@ from peft_fused.integrations.peft.quantised import is_packed
 
 bnb = pytest.importorskip("bitsandbytes").nn
 TARGETS = dict(target_modules=["0", "2"])
+WRITES_BASE = contract.only(lambda v: v.method.writes_base)
+# Every variant that a registration names for linear layers.
 METHODS = {
     "lora": lambda **o: LoraConfig(r=4, init_lora_weights=o.pop("init_weights", False), **TARGETS, **o),
-    "dylora": lambda **o: peft_fused.DyLoraConfig(r=4, **TARGETS, **o),
-    "surm": lambda **o: peft_fused.SurmConfig(**TARGETS, **o),
-    "kronecker": lambda **o: peft_fused.SurmConfig(structure="kronecker", **TARGETS, **o),
-    "adamix": lambda **o: peft_fused.AdaMixConfig(kind="lora", r=4, **TARGETS, **o),
-    "aflora": lambda **o: peft_fused.AfLoraConfig(r=4, frozen_modules=[], **TARGETS, **o),
-}
-ADAPTERS = {
-    "surm adapter": lambda **o: peft_fused.SurmConfig(kind="adapter", **TARGETS, **o),
-    "adamix adapter": lambda **o: peft_fused.AdaMixConfig(r=4, **TARGETS, **o),
-}
+    "circulant": partial(peft_fused.SurmConfig, **TARGETS),
+} | {v.name: partial(v.config, **TARGETS) for v in contract.ADDITIVE if v not in WRITES_BASE}
+ADAPTERS = {v.name: partial(v.config, **TARGETS) for v in contract.ON_OUTPUT if "target_modules" not in v.options}
 KINDS = ("4bit", "4bit nested", "8bit")
 
 
@@ -140,10 +137,11 @@ def test_merging_an_untrained_adapter_after_inference_changes_next_to_nothing(me
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rosa_is_refused_by_name(kind):
+@pytest.mark.parametrize("variant", WRITES_BASE, ids=str)
+def test_what_writes_to_the_weights_is_refused_by_name(variant, kind):
     model = base(kind)
     with pytest.raises(TypeError, match=r"target module '0': the weight of this Linear.* is quantised"):
-        get_peft_model(model, peft_fused.RosaConfig(r=4, **TARGETS))
+        get_peft_model(model, variant.config(**TARGETS))
     assert type(model[0]).__module__.startswith("bitsandbytes")
 
 

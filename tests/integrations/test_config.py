@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_fused import AdaMixConfig, AfLoraConfig, DyLoraConfig, RosaConfig, SurmConfig, export_lora
+from peft_fused import DyLoraConfig, SurmConfig, export_lora
 from peft_fused.integrations.peft.config import FusedConfig
 from peft_fused.integrations.peft.registration import REGISTERED
 
@@ -121,31 +121,35 @@ class Nested(torch.nn.Module):
         return self.a(self.inner["a"](x))
 
 
-@pytest.mark.parametrize(
-    ("config", "options", "rank"),
-    [
-        (AdaMixConfig, dict(kind="lora", r=3), None),
-        (AfLoraConfig, dict(r=4, rank_pattern={"inner.a": 3, "a": 2}, alpha_pattern={"inner.a": 5, "a": 3}), None),
-        (DyLoraConfig, dict(r=4, rank_pattern={"inner.a": 3, "a": 2}, alpha_pattern={"inner.a": 5, "a": 3}), None),
-        (RosaConfig, dict(r=2, rank_pattern={"inner.a": 1}), None),
-        (SurmConfig, dict(structure="toeplitz"), 6),
-    ],
-)
-def test_exports_of_names_that_end_alike(tmp_path, config, options, rank):
-    model = get_peft_model(Nested(), config(target_modules=["a"], init_weights=False, **options)).eval()
+# What the layers differ in, where a configuration has such an option.
+PATTERNS = {"rank_pattern": {"inner.a": 2, "a": 1}, "alpha_pattern": {"inner.a": 5, "a": 7}}
+# To approximate a method by that has no rank of its own: exact for the smaller layer, of rank 4.
+RANK = 6
+
+
+def test_exports_of_names_that_end_alike(tmp_path, additive):
+    patterns = {name: value for name, value in PATTERNS.items() if name in additive.method.config.__dataclass_fields__}
+    config = additive.config(target_modules=["a"], init_weights=False, **patterns)
+    model = get_peft_model(Nested(), config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter) / 4
-    export_lora(model, tmp_path, rank=rank)
+    exact, differ = "", "rank_pattern" in patterns
+    try:
+        export_lora(model, tmp_path)
+    except ValueError as error:
+        assert "rank must be given" in str(error)
+        export_lora(model, tmp_path, rank=RANK)
+        exact, differ = "a", True
     loaded = PeftModel.from_pretrained(Nested(), tmp_path).eval()
     x = torch.randn(5, 8)
-    if rank is None:
-        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=1e-5)
-    else:  # exact where rank is not less than the layer's
-        torch.testing.assert_close(loaded.base_model.model.a(x), model.base_model.model.a(x), rtol=0, atol=1e-5)
-    patterns = json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
-    assert len(patterns) == {AfLoraConfig: 2, DyLoraConfig: 1, RosaConfig: 1, SurmConfig: 1}.get(config, 0)
+    found, expected = (each.base_model.model.get_submodule(exact) for each in (loaded, model))
+    torch.testing.assert_close(found(x), expected(x), rtol=0, atol=1e-5)
+    stored = json.loads((tmp_path / "adapter_config.json").read_text())
+    ranks = {loaded.base_model.model.get_submodule(name).r["default"] for name in ("inner.a", "a")}
+    assert len(ranks) == 1 + differ
+    assert sorted(stored["rank_pattern"].values()) == sorted(ranks - {stored["r"]})
 
 
 def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

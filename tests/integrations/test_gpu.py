@@ -4,6 +4,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import contract
 import pytest
 import torch
 from peft import get_peft_model
@@ -26,17 +27,14 @@ DEVICE = "cuda"
 # None is the automatic choice.
 every_backend = pytest.mark.parametrize("backend", [None, "triton"], ids=["automatic", "triton"])
 every_method = pytest.mark.parametrize("method", cases.METHODS)
-# Methods with options that take other paths, or that have dropout.
+# Every variant that a registration names, with dropout if it has that, and options that take other paths.
 VARIANTS = {
     "lora": {"lora_dropout": 0.1},
-    "dylora": {"lora_dropout": 0.1},
+    **{variant.name: variant.dropout for variant in contract.VARIANTS},
     "dylora, strict": {"frozen": True, "strict_frozen": True},
-    "surm": {"surm_dropout": 0.1},
     "surm, kronecker": {"structure": "kronecker"},
     "surm, adapter": {"kind": "adapter", "structure": "circulant"},
-    "adamix": {"adamix_dropout": 0.1},
     "adamix, strict": {"strict_experts": True},
-    "adamix_lora": {"adamix_dropout": 0.1},
     "adamix_sequence": {},
     "aflora": {"lora_dropout": 0.1, "t_i": 6, "t_f": 2, "window": 2},
     "rosa": {"resample_every": 4},

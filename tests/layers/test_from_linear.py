@@ -1,5 +1,7 @@
 """What every layer class refuses to be made from, or with: by name, and with the base as it was."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -90,45 +92,53 @@ def test_fake_weights_are_for_all_but_rosa():
             assert cls.from_linear(base).weight is base.weight and not base.weight.requires_grad
 
 
-SHARED = [dict(dtype="float32"), dict(dtype=torch.float16), dict(dtype=torch.int8)]
-DROPPED = [dict(dropout=1.0), dict(dropout=-0.1), dict(dropout="0"), dict(dropout=float("nan")), dict(dropout=HUGE)]
-SCALED = [dict(alpha=HUGE), dict(alpha=-HUGE), dict(alpha=1e39), dict(alpha=float("nan")), dict(alpha="1")]
-RANKED = [dict(r=0), dict(r=257), dict(r=HUGE), dict(r=2.5), dict(r=True), dict(r="4")]
-SURM = [*SHARED, *DROPPED, *SCALED]
-WRONG = {
-    LoraLinear: [*SHARED, *DROPPED, *SCALED, *RANKED, dict(use_rslora=1), dict(alpha=None)],
-    DyLoraLinear: [
-        *SHARED, *DROPPED, *SCALED, *RANKED, dict(r=2, r_min=4), dict(r_min=0), dict(r_min="1"), dict(resample="never"),
-        dict(rank_distribution=3), dict(geometric_p=1.0), dict(geometric_p=HUGE), dict(frozen=None),
-        dict(strict_frozen="yes"), dict(seed=1.5),
-    ],
+# Wrong values of an argument: of any, by the type that a signature gives it, and by a name that means the same in all.
+ANY = (object(), [])
+TYPED = {
+    bool: (1, None, "yes"),
+    int: (-1, 2.5, "4", None),
+    float: ("1", float("nan"), HUGE, None),
+    str: (3, None, "nothing"),
+}
+NAMED = {
+    "dtype": ("float32", torch.float16, torch.int8),
+    "dropout": (1.0, -0.1, "0", float("nan"), HUGE),
+    "alpha": (HUGE, -HUGE, 1e39, float("nan"), "1"),
+    "r": (0, 257, HUGE, True, "4"),
+}
+# Mistakes that a signature does not tell.
+OWN = {
+    DyLoraLinear: [dict(r=2, r_min=4), dict(r_min=0), dict(geometric_p=1.0)],
     AfLoraLinear: [
-        *SHARED, *DROPPED, *SCALED, *RANKED, dict(d_initial=HUGE), dict(d_initial=1e39), dict(d_initial="0"),
-        dict(frozen=1), dict(t_i=-1), dict(t_i=HUGE), dict(t_i=0.6, t_f=0.6), dict(ramp="linear"), dict(rule=None),
-        dict(beta1=1.0), dict(beta2="0.9"), dict(window=0),
+        dict(d_initial=1e39), dict(t_i=-1), dict(t_i=HUGE), dict(t_i=0.6, t_f=0.6), dict(beta1=1.0), dict(window=0),
     ],
     AdaMixLinear: [
-        *SHARED, *DROPPED, *RANKED, dict(kind="loha"), dict(kind="lora", alpha=HUGE), dict(activation="step"),
-        dict(num_experts=0), dict(num_experts=HUGE), dict(share_down=True), dict(share_up=1), dict(routing=["batch"]),
-        dict(expert_init=None), dict(strict_experts=True, routing="sequence"), dict(seed="1"),
+        dict(kind="lora", alpha=HUGE), dict(num_experts=0), dict(num_experts=HUGE), dict(share_down=True),
+        dict(routing=["batch"]), dict(strict_experts=True, routing="sequence"),
     ],
     RosaLinear: [
-        *SHARED, *RANKED[:3], *RANKED[4:], dict(r=9), dict(r=1.0), dict(r=float("nan")), dict(split="qr"),
-        dict(sample=None), dict(resample_every="never"), dict(resample_every=0), dict(seed=None), dict(layer=None),
-        dict(layer=1.5),
+        dict(r=9), dict(r=1.0), dict(r=float("nan")), dict(resample_every="never"), dict(resample_every=0),
+        dict(layer=None), dict(layer=1.5),
     ],
-    CirculantLinear: [
-        *SURM, dict(product=1), dict(rectangular="crop"), dict(block_size=2), dict(rectangular="block", block_size=3),
-    ],
-    ToeplitzLinear: [*SURM, dict(structure="toeplitz"), dict(structure=None)],
-    KroneckerLinear: [*SURM, dict(r=3), dict(r=0), dict(r=2.0)],
-    LdrLinear: [*SURM, dict(q=0), dict(q=None)],
+    CirculantLinear: [dict(block_size=2), dict(rectangular="block", block_size=3)],
+    ToeplitzLinear: [dict(structure="toeplitz")],
+    KroneckerLinear: [dict(r=3), dict(r=2.0)],
+    LdrLinear: [dict(q=0)],
     SurmAdapterLinear: [
-        *SURM, dict(structure="dense"), dict(q=2), dict(activation="step"), dict(activation=3),
-        dict(activation=nn.ReLU()), dict(activation="sigmoid"), dict(allow_nonidentity=1),
+        *({name: value} for name in ("dropout", "alpha") for value in NAMED[name]), dict(q=2), dict(activation="step"),
+        dict(activation=3), dict(activation=nn.ReLU()), dict(activation="sigmoid"), dict(allow_nonidentity=1),
         dict(activation=nn.Linear(8, 4)),
     ],
 }  # fmt: skip
+
+
+def mistakes(cls):
+    """What `from_linear` has to refuse."""
+    for name, argument in list(inspect.signature(cls.from_linear).parameters.items())[1:]:
+        if argument.kind is not inspect.Parameter.VAR_KEYWORD:
+            for value in (*ANY, *TYPED.get(argument.annotation, ()), *NAMED.get(name, ())):
+                yield {name: value}
+    yield from OWN.get(cls, ())
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: Conv1D(8, 8)], ids=["Linear", "Conv1D"])
@@ -137,7 +147,7 @@ def test_refused_arguments_leave_the_base_as_it_was(cls, make):
     base = make()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     dictionary = dict(vars(base))
-    for wrong in WRONG[cls]:
+    for wrong in mistakes(cls):
         with pytest.raises((TypeError, ValueError)) as refused:
             cls.from_linear(base, **wrong)
         # One that depends on others may be explained by those.

@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-import peft_fused
+from peft_fused.integrations.peft.registration import REGISTERED
 from peft_fused.layers import AdaMixLinear, DyLoraLinear
 from peft_fused.methods import check_sync, on_step
 from peft_fused.methods.schedule import SCHEDULES, Schedule
@@ -116,13 +116,9 @@ def test_zero3_is_refused_and_the_model_left_alone():
         on_step(layer, step=0)
     model = partitioned(nn.Sequential(nn.Linear(4, 4)))
     before = copy.deepcopy(model)
-    configs = (
-        peft_fused.DyLoraConfig, peft_fused.SurmConfig, peft_fused.AdaMixConfig, peft_fused.AfLoraConfig,
-        peft_fused.RosaConfig,
-    )  # fmt: skip
-    for config in configs:
+    for method in REGISTERED.values():
         with pytest.raises(NotImplementedError, match="ZeRO-3"):
-            get_peft_model(model, config(target_modules=["0"]))
+            get_peft_model(model, method.config(target_modules=["0"]))
         assert str(model) == str(before)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
