@@ -1,4 +1,4 @@
-"""LoRA and DyLoRA layers beside the frozen layer, PEFT, the obvious lines of plain PyTorch, and torch.compile of PEFT:
+"""LoRA and DyLoRA layers beside the frozen layer, PEFT, the baseline in plain PyTorch, and torch.compile of PEFT:
 same weights, same input, same incoming gradient.
 """
 
@@ -123,7 +123,7 @@ def _fill_b(layer, shape: Shape) -> None:
 
 
 def addmm(base, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float) -> Callable:
-    """The three lines anyone can write: base, down product, and the up product added in place."""
+    """The baseline that anyone can write: base, down product, and the up product added in place."""
 
     def call(x):
         y = base(x)
@@ -134,7 +134,7 @@ def addmm(base, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float) 
 
 
 def addmm_at_rank(base, A: torch.Tensor, B: torch.Tensor, rank: int, scale: float, dropout: float) -> Callable:
-    """DyLoRA in three lines: the first `rank` rows of A and columns of B."""
+    """The same for DyLoRA: the first `rank` rows of A and columns of B."""
 
     def call(x):
         return addmm(base, A[:rank], B[:, :rank], scale, dropout)(x)
@@ -165,7 +165,7 @@ def build(shape: Shape, device: torch.device) -> Variants:
 
 
 def _add_dylora(found: Variants, base, A, B) -> None:
-    """DyLoRA at half its rank, where its cost is meant to be lower, and the same thing in three lines."""
+    """DyLoRA at half its rank, where its cost is meant to be lower, and its baseline in plain PyTorch."""
     shape, x, dy = found.shape, found.layers["frozen"].x, found.layers["frozen"].dy
     rank = found.dylora_rank = max(1, shape.r // 2)
     model = _wrap(base, _config(peft_fused.DyLoraConfig, shape, lora_dropout=shape.dropout), shape)

@@ -240,14 +240,14 @@ def _linear(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     x, W, A, B, base = t.x, t.weight, t.A, t.B, "base alone"
 
-    def lines():
+    def baseline():
         y = x @ W.t()
         return y.addmm_(x @ A.to(x.dtype).t(), B.to(x.dtype).t(), alpha=ALPHA_OVER_R)
 
     work = Work(_bytes(x, W, A, B, t.S, t.dy), shape.flops("forward"), shape.dtype)
     entries = {
         base: _kernel(lambda: x @ W.t(), Work(_bytes(x, W, t.dy), 2 * shape.m * shape.n * shape.k, shape.dtype)),
-        "addmm_ lines": _kernel(lines, work, against=base),
+        "addmm_ baseline": _kernel(baseline, work, against=base),
     }
     plan, call = plans.plan_lowrank(t.problem), LowRankCall(x, W, None, None, A, B, scale=ALPHA_OVER_R)
     launch = plan.linear or plans.plan_lowrank(replace(t.problem, n=plans.NARROW)).linear
@@ -257,7 +257,7 @@ def _linear(shape: Shape, device: torch.device) -> dict:
     ):
         entries[name] = _triton(
             t.problem, lambda op, plan=chosen: lambda: op.lowrank_fwd(call, plan=plan)[0],
-            work, against=base, equals="addmm_ lines", note=note,
+            work, against=base, equals="addmm_ baseline", note=note,
         )  # fmt: skip
     return entries
 
@@ -305,7 +305,7 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
     work = Work(_bytes(dy, B, S, S, B), 4 * shape.m * shape.n * shape.r, shape.dtype)
     needs = dict(scale=1.0, need_dS=True, need_dB=True, need_dv=False, need_dbias=False)
 
-    def lines():
+    def baseline():
         wide = dy.to(B.dtype)
         return wide @ B, wide.t() @ S
 
@@ -315,7 +315,7 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
 
     two = passes(replace(plan, grad_b=None), "torch", f"{_tile(plan.dsu)}; {_tile(plan.db)}")
     one = passes(plan, "two passes", _tile(plan.grad_b)) if plan.grad_b else _NO_SUCH_PASS
-    return {"torch": _kernel(lines, work), "two passes": two, "one pass": one}
+    return {"torch": _kernel(baseline, work), "two passes": two, "one pass": one}
 
 
 def _grad_a(shape: Shape, device: torch.device) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 # What rows are compared with, by the key of the ratio: in this order, each with its marker and colour in every figure.
 REFERENCES = {
     "ratio_to_peft": "PEFT", "ratio_to_compiled": "compiled PEFT", "ratio_to_c3a": "PEFT's C3A",
-    "ratio_to_lora": "LoRA of the same rank", "ratio_to_one": "one expert", "ratio_to_addmm": "addmm_ lines",
+    "ratio_to_lora": "LoRA of the same rank", "ratio_to_one": "one expert", "ratio_to_addmm": "addmm_ baseline",
     "ratio_to_baseline": "plain PyTorch", "ratio_to_dense": "dense matrix", "ratio_to_frozen": "frozen layer",
     "ratio_to_base": "base commit",
 }  # fmt: skip

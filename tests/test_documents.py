@@ -1,5 +1,5 @@
-"""README and docs: their Python runs as it is printed, page by page; their commands, links, names, options, figures and
-the files that they name exist and are as they say. Files named in comments and docstrings exist as well.
+"""README and docs: their Python runs as it is printed, page by page; their commands, links, images, names, options,
+figures and the files that they name exist and are as they say. Files named in comments and docstrings exist as well.
 """
 
 import ast
@@ -273,6 +273,7 @@ def test_links_lead_somewhere():
                 reached.add(to)
     assert not broken, broken
     assert not set(DOCS) - reached, "pages that the README does not link to"
+    assert any(to.suffix == ".png" for to in reached), "no figure in the README"
 
 
 def test_names_of_the_package_exist():

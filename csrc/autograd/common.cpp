@@ -146,7 +146,8 @@ Tensor Blocks::of(const Tensor& t, int64_t i) const {
   return whole() || !t.defined() ? t : t.narrow(0, i * step, std::min(step, rows - i * step));
 }
 
-Tensor Blocks::load(const Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold, const Tensor& seed) const {
+Tensor Blocks::cast_and_drop(const Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold,
+                             const Tensor& seed) const {
   const Tensor rows = of(x2, i), block = rows.to(type);
   if (threshold == 0) return block;
   // What the conversion has made is the block's own.
@@ -182,12 +183,12 @@ Tensor product(const Tensor& a, const Tensor& b, double alpha) {
 }
 
 // MKL on Intel's CPUs adds up 384 terms in one chain, with more error than an FFT, or a sum of short products, has.
-Tensor product_in_parts(const Tensor& a, const Tensor& b, int64_t terms) {
+Tensor split_k_product(const Tensor& a, const Tensor& b, int64_t terms) {
   if (a.scalar_type() != at::kFloat || !a.is_cpu()) return a.mm(b);
-  constexpr int64_t kParts = 32;  // a long sum is in so many at most
-  const int64_t k = a.size(1), parts = std::clamp<int64_t>((k + terms - 1) / terms, 1, kParts);
-  if (parts == 1) return product(a, b, 1);
-  const int64_t step = (k + parts - 1) / parts;
+  constexpr int64_t kMostSplits = 32;  // of K: they are longer where there are more terms
+  const int64_t k = a.size(1), splits = std::clamp<int64_t>((k + terms - 1) / terms, 1, kMostSplits);
+  if (splits == 1) return product(a, b, 1);
+  const int64_t step = (k + splits - 1) / splits;
   Tensor out = product(a.narrow(1, 0, step), b.narrow(0, 0, step), 1);
   for (int64_t i = step; i < k; i += step) {
     const int64_t n = std::min(step, k - i);

@@ -120,7 +120,8 @@ struct Blocks {
   bool whole() const { return count == 1; }
   at::Tensor of(const at::Tensor& t, int64_t i) const;
   // Row block i of x2, converted and, with a threshold, dropped out.
-  at::Tensor load(const at::Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold, const at::Tensor& seed) const;
+  at::Tensor cast_and_drop(const at::Tensor& x2, int64_t i, at::ScalarType type, int64_t threshold,
+                           const at::Tensor& seed) const;
 };
 
 // Whether a b, with b [k, n], goes to oneDNN.
@@ -132,8 +133,8 @@ at::Tensor onednn_linear(const at::Tensor& x2, const at::Tensor& weight, const a
 // alpha * a b, a product of the adapter.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b, double alpha);
 
-// a b in fp32 on a CPU with sums in even parts of `terms` at most, unless that were too many; elsewhere as it comes.
-at::Tensor product_in_parts(const at::Tensor& a, const at::Tensor& b, int64_t terms);
+// a b. In fp32 on a CPU K is split evenly, into splits of `terms` at most unless those were too many; elsewhere not.
+at::Tensor split_k_product(const at::Tensor& a, const at::Tensor& b, int64_t terms);
 
 // sum += part, begun by the first part.
 void accumulate(at::Tensor& sum, const at::Tensor& part);

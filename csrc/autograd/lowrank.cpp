@@ -123,7 +123,8 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
   const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor P = have_S ? blocks.of(S, i) : product(blocks.load(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
+    Tensor P = have_S ? blocks.of(S, i)
+                      : product(blocks.cast_and_drop(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
     if (!have_S) {
       P = ad.mask(P);
       if (blocks.whole()) {
@@ -248,7 +249,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
       }
       if (!need_dS) continue;
       const Tensor dS = product(dyi, outer, c.scale);
-      if (need(kA)) accumulate(dA, product(dS.t(), blocks.load(x2, i, type, c.threshold, d.seed), 1));
+      if (need(kA)) accumulate(dA, product(dS.t(), blocks.cast_and_drop(x2, i, type, c.threshold, d.seed), 1));
       if (need(kX)) {
         Tensor out_rows = blocks.of(dx, i);
         if (!base_first && !c.mixed) {

@@ -171,7 +171,7 @@ void convolve_cpu(const StructuredCall& c, const Tensor& x2, const Tensor& spect
                   at::ScalarType type, const Tensor& seed) {
   const Blocks blocks(x2, c.length, true, kFftElementsCpu);
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor X = transform(blocks.load(x2, i, type, c.threshold, seed), c.length);
+    Tensor X = transform(blocks.cast_and_drop(x2, i, type, c.threshold, seed), c.length);
     X.mul_(spectrum);
     store(blocks, i, at::fft_irfft(X, c.length).narrow(1, 0, y2.size(1)), add2, y2);
   }
@@ -188,7 +188,7 @@ Tensor correlate_cpu(const StructuredCall& c, const Tensor& dy2, const Tensor& x
   for (int64_t i = 0; i < blocks.count; ++i) {
     Tensor Y = transform(blocks.of(dy2, i).to(type), c.length);
     if (x2.defined()) {
-      const Tensor X = transform(blocks.load(x2, i, type, c.threshold, seed), c.length);
+      const Tensor X = transform(blocks.cast_and_drop(x2, i, type, c.threshold, seed), c.length);
       type == at::kDouble ? correlate_rows<double>(X, Y, sum) : correlate_rows<float>(X, Y, sum);
     }
     if (!need_dx) continue;
@@ -343,11 +343,11 @@ struct Structured : torch::autograd::Function<Structured> {
 #endif
       convolve_cpu(c, x2, transform(scaled(kernel, c, device_scale), c.length), add2, y, type, seed);
     } else {
-      const Tensor xd = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed);
+      const Tensor xd = Blocks(x2, 1, false).cast_and_drop(x2, 0, type, c.threshold, seed);
       // The dense matrix and half-precision factors stay as they are: scaled, they may leave the range of their type.
       const bool late = c.method == Method::dense || p.element_size() == 2;
       Tensor delta = c.method == Method::dense
-                         ? product_in_parts(xd, matrix.t(), kDenseTerms)
+                         ? split_k_product(xd, matrix.t(), kDenseTerms)
                          : kronecker_apply(xd, (late ? p : scaled(p, c, device_scale)).detach(), q.detach());
       if (late) delta = scaled(delta, c, device_scale);
       if (add2.defined()) delta.add_(add2);
@@ -386,10 +386,10 @@ struct Structured : torch::autograd::Function<Structured> {
         dk = correlate(c, dy2, x2, kernel_of(c, p, q), dx, work_type(c, p), scale, seed);
       } else {
         const Tensor gd = scaled(dy2.to(work_type(c, p)), c, scale);
-        if (need_x) dx = drop_back(c, product_in_parts(gd, matrix, kDenseTerms), seed).to(dy2.scalar_type());
+        if (need_x) dx = drop_back(c, split_k_product(gd, matrix, kDenseTerms), seed).to(dy2.scalar_type());
         if (params) {
-          const Tensor xd = Blocks(x2, 1, false).load(x2, 0, gd.scalar_type(), c.threshold, seed);
-          dk = diagonal_sums(c, product_in_parts(gd.t(), xd, kDenseTerms), p);
+          const Tensor xd = Blocks(x2, 1, false).cast_and_drop(x2, 0, gd.scalar_type(), c.threshold, seed);
+          dk = diagonal_sums(c, split_k_product(gd.t(), xd, kDenseTerms), p);
         }
       }
       if (params) std::tie(dp, dq) = fold(c, dk, p.to(dk.scalar_type()), q.defined() ? q.to(dk.scalar_type()) : q);
@@ -434,11 +434,11 @@ struct Structured : torch::autograd::Function<Structured> {
     Tensor dx, dA, dB, E, x3;
     if (need_x || need_B) E = Y.mm(A).view({m, b1, a2});
     if (need_x) dx = drop_back(c, at::matmul(B.t(), E).view({m, b2 * a2}), seed).to(dy2.scalar_type());
-    if (need_A || need_B) x3 = Blocks(x2, 1, false).load(x2, 0, type, c.threshold, seed).reshape({m, b2, a2});
+    if (need_A || need_B) x3 = Blocks(x2, 1, false).cast_and_drop(x2, 0, type, c.threshold, seed).reshape({m, b2, a2});
     if (need_B)
-      dB = product_in_parts(E.transpose(0, 1).reshape({b1, m * a2}),
-                            x3.transpose(0, 1).reshape({b2, m * a2}).t(), kFactorTerms);
-    if (need_A) dA = product_in_parts(Y.t(), at::matmul(B, x3).view({m * b1, a2}), kFactorTerms);
+      dB = split_k_product(E.transpose(0, 1).reshape({b1, m * a2}),
+                           x3.transpose(0, 1).reshape({b2, m * a2}).t(), kFactorTerms);
+    if (need_A) dA = split_k_product(Y.t(), at::matmul(B, x3).view({m * b1, a2}), kFactorTerms);
     return {dx, dA, dB};
   }
 };

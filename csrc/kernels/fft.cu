@@ -1,5 +1,5 @@
-// The kernels around butterfly.h: one block per pair of rows, or per stripe of pairs. Types are read at run time, since
-// they matter on the way in and out only; so there is one kernel for all lengths and types.
+// The kernels around butterfly.h: one block per pair of rows, or per split of the pairs. Types are read at run time,
+// since they matter on the way in and out only; so there is one kernel for all lengths and types.
 #include "fft.h"
 
 #include <algorithm>
@@ -10,8 +10,9 @@ namespace peft_fused {
 namespace {
 
 constexpr int kMaxThreads = kFftLongest / kFftPoints;
-// Pairs that a block adds up one after the other: no more, so that the sum's rounding stays below the transforms'.
-constexpr int64_t kLongestStripe = 64;
+// Pairs that a block adds up one after the other: no more, so that the partial sum's rounding stays below the
+// transforms'.
+constexpr int64_t kMostPairs = 64;
 
 template <typename F>
 PEFT_FUSED_DEVICE void with_type(Type type, const F& f) {
@@ -51,12 +52,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) convolve_kernel(const FftConvo
 
 __global__ void __launch_bounds__(kMaxThreads, 1) correlate_kernel(const FftCorrelateParams p,
                                                                    const __grid_constant__ FftPlan plan,
-                                                                   int64_t stripe) {
+                                                                   int64_t block_rows) {
   extern __shared__ Complex row_buffer[];
   Team team;
   const FftTables tables{plan, static_cast<const Complex*>(p.twiddles), static_cast<const Complex*>(p.khat)};
   const Keep keep{p.seed, p.threshold, p.keep_scale};
-  const int64_t begin = min(blockIdx.x * stripe, p.m), end = min(begin + stripe, p.m);
+  const int64_t begin = min(blockIdx.x * block_rows, p.m), end = min(begin + block_rows, p.m);
   const auto load_x = [&](int64_t row, int column, PairBlock& block) {
     with_type(p.x_type, [&](auto tag) {
       using X = decltype(tag);
@@ -115,7 +116,7 @@ cudaError_t fft_correlate(const FftCorrelateParams& p, cudaStream_t stream) {
   FftPlan plan;
   if (!fits(p.n_in, p.n_out, p.length, &plan) || p.blocks < 1) return cudaErrorInvalidValue;
   return launch(correlate_kernel, p.blocks, fft_correlate_shared(p.length), plan, stream, p, plan,
-                fft_stripe(p.m, p.blocks));
+                fft_block_rows(p.m, p.blocks));
 }
 
 cudaError_t fft_correlate_blocks(int64_t m, int length, int* blocks) {
@@ -129,7 +130,7 @@ cudaError_t fft_correlate_blocks(int64_t m, int length, int* blocks) {
   // The registers that a full-sized block may take let an SM hold kMaxThreads threads, in blocks of any size.
   const int64_t resident = multiprocessors * static_cast<int64_t>(kMaxThreads / fft_threads(length));
   const int64_t pairs = std::max<int64_t>(pairs_of(m), 1);
-  const int64_t per_block = std::min((pairs + resident - 1) / resident, kLongestStripe);
+  const int64_t per_block = std::min((pairs + resident - 1) / resident, kMostPairs);
   *blocks = static_cast<int>((pairs + per_block - 1) / per_block);
   return cudaSuccess;
 }

@@ -45,7 +45,8 @@ cudaError_t fft_convolve(const FftConvolveParams& params, cudaStream_t stream);
 //   partial [blocks, fft_half(length)]: its sum over blocks is points 0 .. length / 2 of the sum over rows of
 //     conj(FFT(drop(x))) . FFT(dy), conjugated where `conjugate` is set, without scale. That is what an irfft of
 //     `length` points takes: scale * irfft(sum, length) is the gradient of all `length` elements of the kernel.
-// Block b takes the b-th of `blocks` equal stripes of row pairs, in order: sums depend on m, length and blocks alone.
+// Block b takes the b-th of `blocks` equal splits of the row pairs, in order: the order of every sum depends on m,
+// length and blocks alone.
 struct FftCorrelateParams {
   const void* x;         // [m, n_in], row stride x_row, unit column stride
   const void* dy;        // [m, n_out], row stride dy_row
@@ -65,8 +66,8 @@ struct FftCorrelateParams {
 };
 cudaError_t fft_correlate(const FftCorrelateParams& params, cudaStream_t stream);
 
-// As many blocks as the current device runs at once, fewer where there are not as many pairs, more where stripes would
-// get too long for the accuracy of their sums; at least 1.
+// As many blocks as the current device runs at once, fewer where there are not as many pairs, more where splits would
+// get too long for the accuracy of their partial sums; at least 1.
 cudaError_t fft_correlate_blocks(int64_t m, int length, int* blocks);
 
 }  // namespace peft_fused

@@ -64,7 +64,7 @@ constexpr int fft_correlate_shared(int length) {
 }
 
 // Rows, and so whole pairs of them, that each of `blocks` blocks of fft_correlate takes; the last ones may get fewer.
-constexpr int64_t fft_stripe(int64_t m, int64_t blocks) { return 2 * (((m + 1) / 2 + blocks - 1) / blocks); }
+constexpr int64_t fft_block_rows(int64_t m, int64_t blocks) { return 2 * (((m + 1) / 2 + blocks - 1) / blocks); }
 
 // Twiddles of all passes, `length` complex numbers (re, im) in the order in which neighbouring threads want
 // neighbouring ones: entry span * r + k is exp(-2 pi i r k / (span * radix)), 1 <= r < radix, 0 <= k < span. The passes

@@ -42,8 +42,8 @@ def bench(
     op: Annotated[
         str,
         typer.Option(
-            help="lowrank (LoRA and DyLoRA layers), circulant, skew_circulant, toeplitz, toeplitz_product, kronecker, "
-            "ldr, adamix, aflora, or all. One op alone is written with --out only."
+            help="One op, or all; a wrong name is answered with the names there are. One op alone is written with "
+            "--out only."
         ),
     ] = "all",
     everything: Annotated[bool, typer.Option("--all", help="More shapes, and torch.compile for each layer.")] = False,
@@ -63,7 +63,7 @@ def bench(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time adapted layers against the frozen layer, PEFT, three plain lines, and compiled PEFT; and structured maps
+    """Time adapted layers against the frozen layer, PEFT, plain PyTorch, and compiled PEFT; and structured maps
     against plain PyTorch, PEFT's C3A, the dense matrix, and themselves by each method."""
     from . import bench as command
 

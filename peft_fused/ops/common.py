@@ -70,19 +70,19 @@ def product(a, b):
     return a @ b if out is None else out
 
 
-# A long sum is in so many parts at most: longer ones, where there are more terms.
-PARTS = 32
+# Splits of K at most: they are longer where there are more terms.
+MOST_SPLITS = 32
 
 
-def product_in_parts(a, b, terms):
-    """a b in fp32 on a CPU with sums in even parts of `terms` at most, as long as PARTS suffice; elsewhere as it comes.
+def split_k_product(a, b, terms):
+    """a b. In fp32 on a CPU K is split evenly, into splits of `terms` at most while MOST_SPLITS suffice; elsewhere not.
 
     MKL on Intel's CPUs adds up 384 terms in one chain, with more error than an FFT, or a sum of short products, has.
     """
     if a.dtype != torch.float32 or a.device.type != "cpu":
         return a @ b
-    parts = min(PARTS, max(1, math.ceil(a.shape[1] / terms)))
-    step = max(1, math.ceil(a.shape[1] / parts))
+    splits = min(MOST_SPLITS, max(1, math.ceil(a.shape[1] / terms)))
+    step = max(1, math.ceil(a.shape[1] / splits))
     out = product(a[:, :step], b[:step])
     for i in range(step, a.shape[1], step):
         out.addmm_(a[:, i : i + step], b[i : i + step])

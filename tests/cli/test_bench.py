@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft_fused.bench import lowrank
 from peft_fused.bench import run as runner
-from peft_fused.bench.benchmarks import BENCHMARKS, benchmark_of
+from peft_fused.bench.benchmarks import BENCHMARKS, OPS, benchmark_of
 from peft_fused.bench.timing import MODES, Times
 from peft_fused.bench.verify import WrongResult
 
@@ -153,7 +153,7 @@ def test_no_shape_is_started_after_its_time(cli, one_shape, monkeypatch):
     [
         (("--device", "tpu"), "must be cpu or cuda, got 'tpu'"),
         (("--all", "--tiny"), "exclude each other"),
-        (("--op", "hadamard"), "--op must be all or one of lowrank, "),
+        (("--op", "hadamard"), f"--op must be all or one of {', '.join(OPS)}, got 'hadamard'"),
     ],
 )
 def test_bad_options(cli, arguments, message):

@@ -83,14 +83,14 @@ def check_types_and_layouts(library):
         assert torch.equal(got[0], dx.bfloat16()) and torch.equal(bits(got[1]), bits(partial)), (where, there)
 
 
-def check_stripes(library):
-    """A block's sum is that of its rows alone, whoever else is there and whether dx is wanted."""
+def check_partials(library):
+    """A block's partial sum is that of its rows alone, whoever else is there and whether dx is wanted."""
     length = 96
     x, dy, k = torch.randn(11, 90), torch.randn(11, 96), torch.randn(length)
-    for blocks, stripe in ((1, 12), (2, 6), (3, 4), (6, 2), (8, 2)):
+    for blocks, block_rows in ((1, 12), (2, 6), (3, 4), (6, 2), (8, 2)):
         (partial,) = correlate(library, x, dy, k, blocks=blocks, want_dx=False)
         for i in range(blocks):
-            rows = slice(i * stripe, (i + 1) * stripe)
+            rows = slice(i * block_rows, (i + 1) * block_rows)
             alone = correlate(library, x[rows], dy[rows], k, blocks=1)[1] if len(x[rows]) else torch.zeros_like(partial)
             assert torch.equal(partial[i], alone[0])
 
@@ -160,8 +160,8 @@ def test_types_and_layouts(sound):
     check_types_and_layouts(sound)
 
 
-def test_stripes(sound):
-    check_stripes(sound)
+def test_partials(sound):
+    check_partials(sound)
 
 
 def test_rows_of_any_magnitude(sound):
@@ -278,8 +278,12 @@ DEFECTS = {
         "static_cast<int64_t>(blockIdx.x) * fft_half",
         "!DEFECT * int64_t{blockIdx.x} * fft_half",
     ),
-    "stripes that overlap": (check_stripes, "min(begin + stripe, p.m)", "min(begin + stripe + 2 * DEFECT, p.m)"),
-    "dx that nobody wants": (check_stripes, "p.dx != nullptr", "DEFECT || p.dx != nullptr"),
+    "splits that overlap": (
+        check_partials,
+        "min(begin + block_rows, p.m)",
+        "min(begin + block_rows + 2 * DEFECT, p.m)",
+    ),
+    "dx that nobody wants": (check_partials, "p.dx != nullptr", "DEFECT || p.dx != nullptr"),
     "masks on both sides": (check_both, "if (!p.mask_output)", "if (DEFECT || !p.mask_output)"),
     "x's type for y": (check_types_and_layouts, "with_type(p.y_type", "with_type(DEFECT ? p.x_type : p.y_type"),
     "x's type for dy": (check_types_and_layouts, "with_type(p.dy_type", "with_type(DEFECT ? p.x_type : p.dy_type"),

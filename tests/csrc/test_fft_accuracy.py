@@ -100,15 +100,15 @@ def test_padding_cropping_conjugate(sound, length, n_in, n_out, conjugate):
     assert all(v.ok for v in found), found
 
 
-def test_full_stripes(sound):
-    """A block adds up its stripe one pair after the other: 64 of them, as many as fft_correlate_blocks gives it."""
+def test_full_splits(sound):
+    """A block adds up its split one pair after the other: 64 of them, as many as fft_correlate_blocks gives it."""
     found = check_correlation(sound, 1000, 1000, 1000, rows=640, blocks=5)
     assert all(v.ok for v in found), found
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7])
-def test_row_counts_and_stripes(sound, rows, blocks):
+def test_row_counts_and_splits(sound, rows, blocks):
     length = 48
     x, dy, k = torch.randn(rows, 40), torch.randn(rows, 48), torch.randn(length)
     y = convolution(sound, x, k, length)

@@ -25,7 +25,7 @@ def skip_unless(backend, case):
     "kind, sizes", [("circulant", (3072,)), ("toeplitz", (768, 3072)), ("kronecker", (32, 24) * 2)]
 )
 def test_many_rows_of_a_real_layer(kind, sizes, backend):
-    """Enough rows for several tiles or stripes per program, where a partial sum could be lost."""
+    """Enough rows for several tiles per program and several partial sums, of which one could be lost."""
     case = make_structured(kind, 4097, *sizes, dtype=torch.bfloat16, device=DEVICE)
     skip_unless(backend, case)
     with peft_fused.use_backend(backend):

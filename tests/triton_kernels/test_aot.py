@@ -14,7 +14,7 @@ from peft_fused.triton_kernels.lowrank_plan import configurations
 
 pytestmark = pytest.mark.aot
 
-ACTIVATIONS = {"x_ptr", "w_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr", "dbias_ptr"}
+ACTIVATION_POINTERS = {"x_ptr", "w_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr", "dbias_ptr"}
 ADAPTER = {"a_ptr", "b_ptr", "u_ptr", "v_ptr", "s_ptr", "dsu_ptr", "dv_ptr", "du_ptr"}
 PARTIAL_SUMS = {"partials_ptr", "sums_ptr", "dots_ptr"}
 INTEGERS = {"rank_ptr", "expert_ptr", "expert_a_ptr", "expert_b_ptr", "seed_ptr"}
@@ -80,7 +80,7 @@ def source(config, aligned_rank):
     types = {}
     for parameter in kernel.params:
         name = parameter.name
-        if name in ACTIVATIONS or (name == "out_ptr" and config.kernel == "expand_kernel"):
+        if name in ACTIVATION_POINTERS or (name == "out_ptr" and config.kernel == "expand_kernel"):
             types[name] = "*" + TRITON_TYPES[config.dtype]
         elif name in ADAPTER or name == "out_ptr":
             types[name] = "*" + TRITON_TYPES[config.adapter_dtype]

@@ -9,7 +9,7 @@ from peft_fused.triton_kernels.kronecker_plan import configurations
 
 pytestmark = pytest.mark.aot
 
-ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
+ACTIVATION_POINTERS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
 FACTORS = {"a_ptr", "b_ptr", "out_ptr"}
 SUMS = {"partials_ptr", "partials_a_ptr", "partials_b_ptr", "scale_ptr"}
 
@@ -72,7 +72,7 @@ def source(config):
         name = parameter.name
         if strides.get(name) == 1:
             constants[name] = 1
-        if name in ACTIVATIONS:
+        if name in ACTIVATION_POINTERS:
             types[name] = "*" + TRITON_TYPES[config.dtype]
         elif name in FACTORS:
             types[name] = "*" + TRITON_TYPES[config.adapter_dtype]

@@ -12,7 +12,7 @@ from peft_fused.triton_kernels.fft_plan import configurations
 
 pytestmark = pytest.mark.aot
 
-ACTIVATIONS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
+ACTIVATION_POINTERS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
 FLOATS = {"spectrum_ptr", "then_ptr", "partials_ptr", "scratch_ptr", "twiddle_ptr", "scale_ptr"}
 UNIT_STRIDES = {"stride_xk", "stride_yn", "stride_an"}
 
@@ -81,7 +81,7 @@ def source(config):
     types = {"dft_ptr": "*fp16", "seed_ptr": "*i64", "scale": "fp32"}
     names = {parameter.name for parameter in kernel.params}
     for name in names - types.keys():
-        if name in ACTIVATIONS:
+        if name in ACTIVATION_POINTERS:
             types[name] = "*" + TRITON_TYPES[config.dtype]
         else:
             types[name] = "*fp32" if name in FLOATS else "i32"

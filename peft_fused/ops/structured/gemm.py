@@ -7,7 +7,7 @@ With X [b2, a2] a row of x and Y [b1, a1] one of dy: y = B X A^T and, summed ove
 
 import torch
 
-from ..common import cast_and_drop, product_in_parts, scaled, unview
+from ..common import cast_and_drop, scaled, split_k_product, unview
 
 # Of the sum in a factor's gradient, that are added up in one chain.
 TERMS = 64
@@ -51,7 +51,7 @@ def backward(dy2, x2, A, B, *, scale, threshold, seed, needs):
     x3 = cast_and_drop(x2, A.dtype, seed, threshold).view(m, b2, a2) if need_A or need_B else None
     if need_B:
         left, right = (t.transpose(0, 1).reshape(-1, m * a2) for t in (E, x3))
-        dB = product_in_parts(left, right.t(), TERMS)
+        dB = split_k_product(left, right.t(), TERMS)
     if need_A:
-        dA = product_in_parts(Y.t(), torch.matmul(B, x3).view(m * b1, a2), TERMS)
+        dA = split_k_product(Y.t(), torch.matmul(B, x3).view(m * b1, a2), TERMS)
     return dx, dA, dB

@@ -8,7 +8,7 @@ version counters (through `.data`, outside of training) has to call `forget`; on
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..common import cast_and_drop, product_in_parts, scaled
+from ..common import cast_and_drop, scaled, split_k_product
 from . import maps
 
 # Of a sum, that are added up in one chain: few enough for the error of an FFT, enough to cost little beside it.
@@ -74,7 +74,7 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> t
     right = M if transposed else M.t()
     if add2 is not None and add2.dtype == dtype and isinstance(scale, float) and x2.is_cuda:
         return torch.addmm(add2, xd, right, alpha=scale)
-    delta = scaled(product_in_parts(xd, right, TERMS), scale)
+    delta = scaled(split_k_product(xd, right, TERMS), scale)
     if add2 is not None:
         delta = delta.add_(add2)
     return delta.to(x2.dtype)
@@ -91,14 +91,14 @@ def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, correlate
     gd = scaled(dy2.to(dtype), scale)
     dx = dp = dq = None
     if need_x:
-        dx = cast_and_drop(product_in_parts(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(
+        dx = cast_and_drop(split_k_product(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(
             dy2.dtype
         )
     if need_p or need_q:
         forget(p)  # an optimizer that bypasses version counters is about to change it
         if dtype.itemsize < 4:
             return dx, *correlate()[1:]
-        gradient = product_in_parts(gd.t(), cast_and_drop(x2, dtype, seed, threshold), TERMS)
+        gradient = split_k_product(gd.t(), cast_and_drop(x2, dtype, seed, threshold), TERMS)
         wide = [None if t is None else t.to(dtype) for t in (p, q)]
         dp, dq = maps.fold_dense(kind, gradient, *wide)
         dp, dq = dp.to(p.dtype) if need_p else None, dq.to(q.dtype) if need_q else None
