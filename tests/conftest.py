@@ -171,3 +171,26 @@ def compilations():
     for kernel in kernels:  # what another test has compiled would hide what this one does
         kernel.device_caches.clear()
     return lambda: sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+
+@pytest.fixture
+def decided(monkeypatch):
+    """run() -> the problems that the ops decide on while it runs, in order."""
+    from peft_fused.ops import dispatch
+
+    decide = dispatch.decide
+
+    def problems(run):
+        found = []
+
+        def recorded(problem, **options):
+            found.append(problem)
+            return decide(problem, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "decide", recorded)
+            dispatch.forget()
+            run()
+        return found
+
+    return problems

@@ -45,7 +45,7 @@ class BottleneckProblem(Problem):
     def launch_plan(self, backend: str):
         return plan_bottleneck(self) if backend == "triton" else None
 
-    def words(self, backend: str, onednn: bool) -> str:
+    def words(self, backend: str) -> str:
         if backend != "triton":
             return ", two GEMMs"
         return ", one kernel" if plan_bottleneck(self).fused else ", two kernels"

@@ -59,12 +59,12 @@ class LowRankProblem(Problem):
     def launch_plan(self, backend: str):
         return plan_lowrank(self) if backend == "triton" else None
 
-    def words(self, backend: str, onednn: bool) -> str:
+    def words(self, backend: str) -> str:
         if backend == "triton":
             return f", {plan_lowrank(self).forward}"
         if backend == "cuda":
             return ", CUDA shrink kernel" + (", adapter first, base GEMM last with beta=1" if self.has_weight else "")
-        return f", {'oneDNN' if onednn else 'BLAS'} base GEMM" if self.has_weight else ""
+        return f", {'three' if self.has_weight else 'two'} GEMMs"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A call as dispatch and the launch plans know it, which need neither torch nor triton."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -8,7 +8,8 @@ class Problem:
     """A call as far as decisions depend on it: equal for calls that run alike. An op's own has what else matters.
 
     m rows of k features to n. Types, of the rows and of the parameters, are names such as "bfloat16"; device is "cuda"
-    or "cpu". By itself it is that of an op without kernels of its own.
+    or "cpu". huge_scale: whether the scale is beyond the range of the parameters' type; the C++ node has no such
+    factor of a product, because ATen takes none. By itself it is that of an op without kernels of its own.
     """
 
     m: int
@@ -19,6 +20,7 @@ class Problem:
     device: str
     gpu: str
     sm_count: int
+    huge_scale: bool = field(default=False, kw_only=True)
 
     def describe(self) -> str:
         """The op, its sizes and types, for messages: a `sentence`."""
@@ -40,8 +42,8 @@ class Problem:
         """What the implementation is given to run by."""
         return None
 
-    def words(self, backend: str, onednn: bool) -> str:
-        """What the backend runs, as the end of a sentence. onednn: whether it has the dense products."""
+    def words(self, backend: str) -> str:
+        """What the backend runs, as the end of a sentence."""
         return ""
 
     def sentence(self, op: str, options: str, rows: str = "x", parameters: str = "parameters", more: str = "") -> str:

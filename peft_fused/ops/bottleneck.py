@@ -34,7 +34,7 @@ from .arguments import (
     resolved,
 )
 from .common import rows, unflatten
-from .operation import Control, Input, Operation, on_host
+from .operation import Control, Input, Operation, is_huge, on_host, taken_dtype
 
 
 def bottleneck_adapter_reference(
@@ -81,17 +81,18 @@ def bottleneck_adapter(h, down, down_bias, up, up_bias, activation="gelu", *, re
     return _call(h, down, down_bias, up, up_bias, residual, activation, scale, expert)
 
 
-def bottleneck_problem(h, down, up, activation: str, expert=None) -> BottleneckProblem:
-    """Description of `bottleneck_adapter` on these tensors."""
+def bottleneck_problem(h, down, up, activation: str, expert=None, scale=1.0) -> BottleneckProblem:
+    """Description of `bottleneck_adapter`, called now on these tensors."""
     groups = _groups(pair_of("expert", expert), down.dim() == 3, up.dim() == 3)
-    return _problem(h.shape, h.dtype, down.shape, down.dtype, up.shape, h.device, activation, groups)
+    types = taken_dtype(h), taken_dtype(down, parameter=True)
+    return _problem(h.shape, types, down.shape, up.shape, h.device, activation, groups, scale)
 
 
-def _problem(h, dtype, down, parameter_dtype, up, device, activation, groups) -> BottleneckProblem:
+def _problem(h, types, down, up, device, activation, groups, scale) -> BottleneckProblem:
     """The same of the shapes h, down and up."""
-    names = name_of(dtype), name_of(parameter_dtype)
     return BottleneckProblem(
-        math.prod(h[:-1]), up[-2], down[-1], *names, device.type, *gpu_of(device), down[-2], groups, activation
+        math.prod(h[:-1]), up[-2], down[-1], *map(name_of, types), device.type, *gpu_of(device), down[-2], groups,
+        activation, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 
 
@@ -193,7 +194,7 @@ class Bottleneck(Operation):
     def problem(self, like, call, device) -> BottleneckProblem:
         (h, dtype), (down, parameter_dtype), (up, _) = (like[name] for name in ("h", "down", "up"))
         groups = _groups((call.expert_d, call.expert_u), len(down) == 3, len(up) == 3)
-        return _problem(h, dtype, down, parameter_dtype, up, device, call.activation, groups)
+        return _problem(h, (dtype, parameter_dtype), down, up, device, call.activation, groups, call.scale)
 
     def output(self, like, call):
         down, parameter_dtype = like["down"]

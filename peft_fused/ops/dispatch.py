@@ -163,6 +163,8 @@ def _why_not(backend: str, problem, interpret: bool, native_wanted: bool) -> tup
     if problem.dtype not in NATIVE_DTYPES:
         reasons.append(f"x is {problem.dtype}; the kernels take {', '.join(NATIVE_DTYPES)}")
     reasons.extend(problem.limits(backend))
+    if backend == "cuda" and problem.huge_scale:
+        reasons.append("the scale is beyond its types' range")
     if problem.device != "cuda" and not (backend == "triton" and interpret):
         reasons.append(f"x is on {problem.device}; {_NEEDS[backend]}")
     if backend == "triton" and interpret and problem.dtype == "bfloat16":
@@ -219,7 +221,7 @@ def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpr
         raise RuntimeError(NO_CUDA_IN_GRAPH)
     if backend == "triton" and problem.m * problem.n * problem.k == 0:
         backend = "torch"  # there is nothing to launch a kernel on
-    hosted = node and native_wanted and backend != "reference" and problem.native(backend)
+    hosted = native_wanted and node and not problem.huge_scale and backend != "reference" and problem.native(backend)
     return Decision(backend, hosted, problem, None if backend == "reference" else problem.launch_plan(backend))
 
 
@@ -257,8 +259,7 @@ def path_of(problem) -> str:
     if decision.backend == "reference":
         return "reference: plain PyTorch, autograd by torch"
     node = "C++ autograd node" if decision.native else "Python autograd node"
-    onednn = problem.device == "cpu" and uses_onednn(problem.dtype, problem.m * problem.n * problem.k)
-    return f"{decision.backend}: {node}{problem.words(decision.backend, onednn)}"
+    return f"{decision.backend}: {node}{problem.words(decision.backend)}"
 
 
 @lru_cache(maxsize=1)
@@ -284,9 +285,10 @@ ONEDNN_LEAST = 1 << 22
 
 
 def uses_onednn(dtype, multiply_adds: int) -> bool:
-    """Whether a dense product of so many multiply-adds on a CPU goes to oneDNN. dtype: or its name."""
+    """Whether a dense product of so many multiply-adds on a CPU goes to oneDNN, as `uses_onednn` of csrc's common.cpp
+    says."""
     return (
-        dtype in (torch.float32, "float32")
+        dtype == torch.float32
         and multiply_adds >= ONEDNN_LEAST
         and torch.backends.mkldnn.enabled
         and _onednn_beats_blas()
@@ -345,10 +347,11 @@ explainers: list[Callable] = []
 def explain(target, *, rows: int = 2048) -> Explanation:
     """Path of a problem, or of every adapter layer of a model, with the reasons against the other backends.
 
-    rows: of x, tokens times batch size, on which the choice for a model's layers depends. Layers answer through
-    `explain_route(rows) -> (path, reasons, problem)`, which names the ops that they call and what they give the first
-    of them, or None: see layers/route.py. TypeError for anything else, ValueError for a number of rows outside
-    1..2^31 - 1.
+    It tells of a call made now with x alone: of the mode, the active adapters and the autocast that it finds. A batch
+    with adapter_names takes PEFT's own forward. rows: of x, tokens times batch size, on which the choice for a model's
+    layers depends. Layers answer through `explain_route(rows) -> (path, reasons, problem)`, which names the ops that
+    they call and what they give the first of them, or None: see layers/route.py. TypeError for anything else,
+    ValueError for a number of rows outside 1..2^31 - 1.
     """
     if isinstance(rows, bool) or not isinstance(rows, int):
         raise TypeError(f"explain: rows must be an int, got {type(rows).__name__}")

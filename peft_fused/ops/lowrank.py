@@ -35,7 +35,7 @@ from .arguments import (
 )
 from .common import rows, unflatten
 from .dropout import dropout_threshold, keep_mask, keep_scale
-from .operation import Control, Input, Operation, on_host
+from .operation import Control, Input, Operation, is_huge, on_host, taken_dtype
 
 
 def lowrank_linear_reference(
@@ -116,20 +116,23 @@ def lowrank_adapter(
     return _call(x, None, add, None, A, B, u, v, scale, rank, expert, dropout_p, seed, frozen)
 
 
-def lowrank_problem(x, A, B, *, has_weight: bool, dropout: bool = False, uv: bool = False) -> LowRankProblem:
-    """Description of `lowrank_linear` (has_weight) or `lowrank_adapter` on these tensors. uv: whether it has u or v."""
+def lowrank_problem(
+    x, A, B, *, has_weight: bool, dropout: bool = False, uv: bool = False, scale: float | torch.Tensor = 1.0
+) -> LowRankProblem:
+    """Description of `lowrank_linear` (has_weight) or `lowrank_adapter`, called now on these tensors. uv: whether it
+    has u or v."""
     return _problem(
-        x.shape, x.dtype, A.shape, A.dtype, B.shape, x.device, has_weight=has_weight, dropout=dropout, uv=uv
+        x.shape, (taken_dtype(x), taken_dtype(A, parameter=True)), A.shape, B.shape, x.device, scale,
+        has_weight=has_weight, dropout=dropout, uv=uv,
     )  # fmt: skip
 
 
-def _problem(x, dtype, A, adapter_dtype, B, device, *, has_weight, dropout, uv) -> LowRankProblem:
+def _problem(x, types, A, B, device, scale, *, has_weight, dropout, uv) -> LowRankProblem:
     """The same of the shapes x, A and B."""
-    names = name_of(dtype), name_of(adapter_dtype)
     m = math.prod(x[:-1]) if x[-1] else 0
     return LowRankProblem(
-        m, B[-2], x[-1], *names, device.type, *gpu_of(device), A[-2], dropout, has_weight, uv,
-        stacked=len(A) == 3 or len(B) == 3,
+        m, B[-2], x[-1], *map(name_of, types), device.type, *gpu_of(device), A[-2], dropout, has_weight, uv,
+        stacked=len(A) == 3 or len(B) == 3, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 
 
@@ -234,7 +237,9 @@ class LowRank(Operation):
         (x, dtype), (A, adapter_dtype), (B, _) = (like[name] for name in ("x", "A", "B"))
         dropout = (call.threshold or dropout_threshold(call.dropout_p)) > 0
         has_weight, uv = like["weight"] is not None, (like["u"], like["v"]) != (None, None)
-        return _problem(x, dtype, A, adapter_dtype, B, device, has_weight=has_weight, dropout=dropout, uv=uv)
+        return _problem(
+            x, (dtype, adapter_dtype), A, B, device, call.scale, has_weight=has_weight, dropout=dropout, uv=uv
+        )  # fmt: skip
 
     def output(self, like, call):
         A, adapter_dtype = like["A"]

@@ -5,10 +5,11 @@ reference, what backward reads, and its implementations; everything else is made
 op's `Call`), which the checks, the reference, the implementations and backward take.
 
 A call is decided once: `dispatch.decide` says of its problem which backend runs it, in which autograd node and by which
-plan, and whatever runs gets that `Decision`. The C++ extension makes of a usual call a key, on which its checks and its
-decision depend alone: both are made once per key, and where the decision is for the C++ node, the extension runs the
-call. What is unusual (autocast, tensor subclasses, dispatch modes, lazy values) is checked in full and decided without
-that node.
+plan, and whatever runs gets that `Decision`. (On Triton a structured op is one convolution or several, and the launcher
+plans each by its sizes: triton_kernels/fft_plan.py.) The C++ extension makes of a usual call a key, on which its checks
+and its decision depend alone: both are made once per key, and where the decision is for the C++ node, the extension
+runs the call. Autocast casts a call, which then begins anew. What else is unusual (tensor subclasses, dispatch modes,
+lazy values) is checked in full and decided without that node.
 """
 
 from dataclasses import dataclass, replace
@@ -68,6 +69,20 @@ class Control:
     @property
     def schema(self) -> str:
         return f"{self.kind} {self.name}" + (f", Tensor? {self.name}_t" if self.tensor else "")
+
+
+def taken_dtype(tensor: torch.Tensor, parameter: bool = False) -> torch.dtype:
+    """The type in which an op takes a tensor: its own, or what autocast makes of it. parameter: see `Input`."""
+    dtype, device = tensor.dtype, tensor.device.type
+    if not dtype.is_floating_point or dtype == torch.float64 or (parameter and dtype == torch.float32):
+        return dtype
+    return torch.get_autocast_dtype(device) if autocasts(device) else dtype
+
+
+def is_huge(scale, dtype: torch.dtype) -> bool:
+    """Whether a scale is beyond the range of a type. A tensor's on a device is not read, and taken to be in it."""
+    scale = on_host(scale)
+    return not isinstance(scale, torch.Tensor) and not abs(scale) <= torch.finfo(dtype).max
 
 
 def on_host(value):
@@ -134,12 +149,6 @@ class Operation:
             call.seed = seed_tensor(call.seed, getattr(call, self.names[0]).device) if call.threshold else None
         return call
 
-    def fits(self, call) -> bool:
-        """Whether the C++ node takes the values of a call: ATen takes no scale beyond the range of the parameters' type
-        as a factor of a product."""
-        scale, dtype = on_host(call.scale), next(getattr(call, i.name).dtype for i in self.inputs if i.parameter)
-        return isinstance(scale, torch.Tensor) or abs(scale) <= torch.finfo(dtype).max
-
     def label(self, call, name: str) -> str:
         """What the caller calls an input."""
         return name
@@ -174,14 +183,7 @@ class Operation:
     def _decide(self, key: bytes, call) -> None:
         """Checks a call and remembers how calls of its key run."""
         self.check(call)
-        problem = self.problem(self.likeness(call), call, getattr(call, self.names[0]).device)
-        decision = dispatch.decide(problem)
-        if decision.native and not self.fits(call):
-            if decision.backend == "cuda" and dispatch.forced():
-                raise RuntimeError(
-                    f"backend 'cuda' cannot run {problem.describe()}: the scale is beyond its types' range"
-                )
-            decision = dispatch.decide(problem, node=False)
+        decision = dispatch.decide(self.problem(self.likeness(call), call, getattr(call, self.names[0]).device))
         if len(self.decisions) >= MOST_KEYS:
             self.decisions.clear()
         self.decisions[key] = decision
@@ -190,8 +192,10 @@ class Operation:
         tensors = arguments[: len(self.inputs)]
         x = tensors[0]
         if isinstance(x, torch.Tensor) and autocasts(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            cast = (_autocast(t, dtype, i.parameter) for t, i in zip(tensors, self.inputs, strict=True))
+            cast = [
+                t.to(taken_dtype(t, i.parameter)) if isinstance(t, torch.Tensor) else t
+                for t, i in zip(tensors, self.inputs, strict=True)
+            ]
             with torch.autocast(x.device.type, enabled=False):
                 return self(*cast, *arguments[len(tensors) :])
         call = self.read(*arguments)
@@ -476,12 +480,6 @@ class _Node(torch.autograd.Function):
             return op._gradients(dy, call, hidden, ctx.like, ctx.needs, ctx.decision)
 
         return None, None, None, *op.differentiate(ctx, dy, gradients)
-
-
-def _autocast(tensor, dtype: torch.dtype, parameter: bool):
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor if parameter and tensor.dtype == torch.float32 else tensor.to(dtype)
 
 
 def _flat(arguments):

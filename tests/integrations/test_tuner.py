@@ -411,6 +411,19 @@ def test_unloading_keeps_the_trained_head(variant):
         torch.testing.assert_close(logits(unloaded), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("situation", ["as it is", "training with dropout", "half base", "autocast"])
+def test_explain_describes_the_very_call_that_forward_makes(variant, situation, decided):
+    dropout = variant.dropout if situation == "training with dropout" else {}
+    base = net(torch.float16 if situation == "half base" else torch.float32)
+    model = get_peft_model(base, variant.config(**dropout, init_weights=False)).train(bool(dropout))
+    for layer in layers(model).values():
+        x = layer.typical_input(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=situation == "autocast"):
+            first, *_ = decided(lambda layer=layer, x=x: layer(x))
+            assert layer.explain_route(4)[-1] == first
+        assert first.dtype == {"half base": "float16", "autocast": "bfloat16"}.get(situation, "float32")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_an_adapter_is_explained_on_the_input_that_it_runs_on(dtype):
     """An input of a type that the ops do not combine with the adapter's is cast, and told of as cast."""

@@ -205,7 +205,7 @@ class AdaMixDelta(RoutedBlock):
     def problem(self, x: torch.Tensor) -> BottleneckProblem:
         """What a forward pass on x gives the op."""
         A, _, B, _, expert = self._operands(x)
-        return bottleneck_problem(x, A, B, "identity", expert)
+        return bottleneck_problem(x, A, B, "identity", expert, self.scale)
 
     def delta(self) -> torch.Tensor:
         """The dense change of the weight by the averaged experts, [N, K], in fp32 (fp64 for fp64)."""

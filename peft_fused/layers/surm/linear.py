@@ -53,7 +53,7 @@ class StructuredDelta(nn.Module):
 
     def problem(self, x: torch.Tensor) -> StructuredProblem:
         """What the op is given with x [..., K]."""
-        return self.map.problem(x, dropout=self.dropout_p > 0)
+        return self.map.problem(x, scale=self.scale, dropout=self.dropout_p > 0)
 
     def factor(self) -> nn.Parameter:
         """One of the map's parameters, whose dtype and device all share."""

@@ -104,9 +104,9 @@ class StructuredMap(nn.Module):
         """M as a dense matrix [N, K], in fp32 (fp64 for fp64 parameters)."""
         return dense(self.op, self.in_features, *(t for t in self.operands() if t is not None))
 
-    def problem(self, x: torch.Tensor, *, dropout: bool = False) -> StructuredProblem:
+    def problem(self, x: torch.Tensor, *, scale=1.0, dropout: bool = False) -> StructuredProblem:
         """What the op is given with x [..., K]; see `peft_fused.explain`."""
-        return structured_problem(self.op_name, x, *self.operands(), self.out_features, dropout)
+        return structured_problem(self.op_name, x, *self.operands(), self.out_features, dropout, scale=scale)
 
     def scale(self, alpha: float | None) -> float:
         """The scale that alpha stands for: alpha itself, 1 for None."""

@@ -26,7 +26,7 @@ from ..arguments import (
 )
 from ..common import cast_and_drop, rows, unflatten
 from ..dropout import drop, dropout_threshold, keep_mask, keep_scale
-from ..operation import Control, Input, Operation, on_host
+from ..operation import Control, Input, Operation, is_huge, on_host, taken_dtype
 from . import fft, gemm, kernels, maps, materialized
 from .plan import StructuredProblem
 
@@ -86,18 +86,19 @@ def reference(
     return (delta if add is None else add + delta).to(x.dtype)
 
 
-def structured_problem(kind, x, p, q, n: int, dropout: bool, transposed: bool = False) -> StructuredProblem:
-    """Description of a structured op on these tensors."""
-    shapes = p.shape, None if q is None else q.shape
-    return _problem(kind, x.shape, x.dtype, shapes, p.dtype, x.device, n, dropout, transposed)
+def structured_problem(
+    kind, x, p, q, n: int, dropout: bool, transposed: bool = False, scale=1.0
+) -> StructuredProblem:  # fmt: skip
+    """Description of a structured op, called now on these tensors."""
+    types, shapes = (taken_dtype(x), taken_dtype(p, parameter=True)), (p.shape, None if q is None else q.shape)
+    return _problem(kind, x.shape, types, shapes, x.device, n, dropout, transposed, scale)
 
 
-def _problem(kind, x, dtype, shapes, parameter_dtype, device, n, dropout, transposed) -> StructuredProblem:
+def _problem(kind, x, types, shapes, device, n, dropout, transposed, scale) -> StructuredProblem:
     """The same of the shape x, and those of p and q."""
-    names = name_of(dtype), name_of(parameter_dtype)
     return StructuredProblem(
-        math.prod(x[:-1]), n, x[-1], *names, device.type, *gpu_of(device), kind, maps.sizes_of(kind, *shapes), dropout,
-        transposed,
+        math.prod(x[:-1]), n, x[-1], *map(name_of, types), device.type, *gpu_of(device), kind,
+        maps.sizes_of(kind, *shapes), dropout, transposed, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 
 
@@ -192,9 +193,8 @@ class Structured(Operation):
         (x, dtype), (p, parameter_dtype), q = like["x"], like["p"], like["q"]
         dropout = (call.threshold or dropout_threshold(call.dropout_p)) > 0
         shapes = p, q and q[0]
-        return _problem(
-            call.kind, x, dtype, shapes, parameter_dtype, device, call.n, dropout, call.transposed
-        )  # fmt: skip
+        types = dtype, parameter_dtype
+        return _problem(call.kind, x, types, shapes, device, call.n, dropout, call.transposed, call.scale)
 
     def output(self, like, call):
         return call.n, None

@@ -128,7 +128,7 @@ class StructuredProblem(Problem):
         matrix = partial(materialized.matrix_of, self) if self.plan.method == "dense" else None
         return self.plan.method, self.plan.length, self.n, matrix
 
-    def words(self, backend: str, onednn: bool) -> str:
+    def words(self, backend: str) -> str:
         if self.kind == "kronecker":
             return ", one kernel" if backend == "triton" else ", two GEMMs"
         if backend == "triton":
@@ -136,7 +136,7 @@ class StructuredProblem(Problem):
         if backend == "cuda":
             return f", shared-memory FFT of {self.lengths.cuda}"
         if self.plan.method == "dense":
-            return f", dense matrix by {'oneDNN' if onednn else 'BLAS'}"
+            return ", dense matrix by GEMM"
         return f", torch.fft of {self.plan.length}"
 
 

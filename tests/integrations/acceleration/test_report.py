@@ -3,6 +3,7 @@
 import warnings
 
 import pytest
+import torch
 from accelerate.hooks import add_hook_to_module
 from accelerated import CountCalls, Net, first, known, names, pair
 from peft import LoraConfig, get_peft_model
@@ -124,6 +125,22 @@ def test_explain_asks_for_the_number_of_rows():
     layer = first(pair()[1])
     path, reasons, problem = layer.explain_route(rows=77)
     assert (path, reasons) == ("lowrank_linear", []) and (problem.m, problem.k, problem.n) == (77, 24, 40)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("alpha", [8, 1e6])
+def test_explain_describes_the_very_call_that_forward_makes(alpha, autocast, decided):
+    """A scale beyond the range of fp16 keeps it off the C++ node, as it keeps the call."""
+    _, fused = pair(Net(torch.float16), autocast_adapter_dtype=False, lora_alpha=alpha)
+    layer = first(fused)
+    x = layer.typical_input(4)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (run,) = decided(lambda: layer(x))
+        _, _, told = layer.explain_route(4)
+        assert told == run and run.huge_scale == (alpha > 8 and not autocast)
+        in_python = type(layer(x).grad_fn).__name__ == "_NodeBackward"
+        assert in_python == (run.huge_scale or native.module is None)
+        assert f"torch: {'Python' if in_python else 'C++'} autograd node" in dispatch.path_of(told)
 
 
 def test_explain_names_the_layers_that_are_not_accelerated():

@@ -53,7 +53,8 @@ class LoraStep(AdapterStep):
         return out.to(y.dtype)
 
     def problem(self, x: torch.Tensor) -> LowRankProblem:
-        return lowrank_problem(x, self.A, self.B, has_weight=self.weight is not None, dropout=self.p > 0)
+        has_weight, dropout = self.weight is not None, self.p > 0
+        return lowrank_problem(x, self.A, self.B, has_weight=has_weight, dropout=dropout, scale=self.scale)
 
 
 class AcceleratedLora(AcceleratedLayer):
