@@ -121,9 +121,9 @@ def lowrank_problem(
 ) -> LowRankProblem:
     """Description of `lowrank_linear` (has_weight) or `lowrank_adapter`, called now on these tensors. uv: whether it
     has u or v."""
+    types = taken_dtype(x, x.device), taken_dtype(A, x.device, parameter=True)
     return _problem(
-        x.shape, (taken_dtype(x), taken_dtype(A, parameter=True)), A.shape, B.shape, x.device, scale,
-        has_weight=has_weight, dropout=dropout, uv=uv,
+        x.shape, types, A.shape, B.shape, x.device, scale, has_weight=has_weight, dropout=dropout, uv=uv
     )  # fmt: skip
 
 

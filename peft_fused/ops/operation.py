@@ -71,12 +71,13 @@ class Control:
         return f"{self.kind} {self.name}" + (f", Tensor? {self.name}_t" if self.tensor else "")
 
 
-def taken_dtype(tensor: torch.Tensor, parameter: bool = False) -> torch.dtype:
-    """The type in which an op takes a tensor: its own, or what autocast makes of it. parameter: see `Input`."""
-    dtype, device = tensor.dtype, tensor.device.type
+def taken_dtype(tensor: torch.Tensor, device: torch.device, parameter: bool = False) -> torch.dtype:
+    """The type in which an op takes a tensor: its own, or what autocast makes of it. device: x's. parameter: see
+    `Input`."""
+    dtype = tensor.dtype
     if not dtype.is_floating_point or dtype == torch.float64 or (parameter and dtype == torch.float32):
         return dtype
-    return torch.get_autocast_dtype(device) if autocasts(device) else dtype
+    return torch.get_autocast_dtype(device.type) if autocasts(device.type) else dtype
 
 
 def is_huge(scale, dtype: torch.dtype) -> bool:
@@ -193,7 +194,7 @@ class Operation:
         x = tensors[0]
         if isinstance(x, torch.Tensor) and autocasts(x.device.type):
             cast = [
-                t.to(taken_dtype(t, i.parameter)) if isinstance(t, torch.Tensor) else t
+                t.to(taken_dtype(t, x.device, i.parameter)) if isinstance(t, torch.Tensor) else t
                 for t, i in zip(tensors, self.inputs, strict=True)
             ]
             with torch.autocast(x.device.type, enabled=False):

@@ -32,10 +32,8 @@ VARIANTS = {
     "lora": {"lora_dropout": 0.1},
     **{variant.name: variant.dropout for variant in contract.VARIANTS},
     "dylora, strict": {"frozen": True, "strict_frozen": True},
-    "surm, kronecker": {"structure": "kronecker"},
     "surm, adapter": {"kind": "adapter", "structure": "circulant"},
     "adamix, strict": {"strict_experts": True},
-    "adamix_sequence": {},
     "aflora": {"lora_dropout": 0.1, "t_i": 6, "t_f": 2, "window": 2},
     "rosa": {"resample_every": 4},
 }

@@ -411,17 +411,22 @@ def test_unloading_keeps_the_trained_head(variant):
         torch.testing.assert_close(logits(unloaded), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("situation", ["as it is", "training with dropout", "half base", "autocast"])
+@pytest.mark.parametrize("situation", ["as it is", "training with dropout", "half", "half of a huge scale", "autocast"])
 def test_explain_describes_the_very_call_that_forward_makes(variant, situation, decided):
-    dropout = variant.dropout if situation == "training with dropout" else {}
-    base = net(torch.float16 if situation == "half base" else torch.float32)
-    model = get_peft_model(base, variant.config(**dropout, init_weights=False)).train(bool(dropout))
+    half, autocast = situation.startswith("half"), situation == "autocast"
+    options = variant.dropout if situation == "training with dropout" else {}
+    if situation == "half of a huge scale" and variant.additive:
+        options = {field: 1e6 for field in vars(variant.config()) if field.endswith("_alpha")}
+    base = net(torch.float16 if half else torch.float32)
+    model = get_peft_model(base, variant.config(init_weights=False, **options), autocast_adapter_dtype=not half)
+    model.train(situation == "training with dropout")
     for layer in layers(model).values():
         x = layer.typical_input(4)
-        with torch.autocast("cpu", torch.bfloat16, enabled=situation == "autocast"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             first, *_ = decided(lambda layer=layer, x=x: layer(x))
             assert layer.explain_route(4)[-1] == first
-        assert first.dtype == {"half base": "float16", "autocast": "bfloat16"}.get(situation, "float32")
+        assert first.dtype == ("float16" if half else "bfloat16" if autocast else "float32")
+        assert first.huge_scale == (1e6 in options.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

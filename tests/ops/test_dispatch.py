@@ -19,11 +19,12 @@ from peft_fused.ops import (
     lowrank,
     lowrank_adapter,
     lowrank_adapter_reference,
+    lowrank_linear,
     lowrank_torch,
     native,
 )
 from peft_fused.ops.cases import OPS
-from peft_fused.ops.lowrank import LOWRANK
+from peft_fused.ops.lowrank import LOWRANK, lowrank_problem
 from peft_fused.ops.operation import Operation
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
 from peft_fused.ops.structured.plan import StructuredProblem
@@ -159,6 +160,22 @@ def test_a_call_is_checked_and_decided_once(monkeypatch):
         lowrank_adapter(x, A, B, rank=1)
     lowrank_adapter(x, A, B, rank=1)
     assert len(checked) == 6
+
+
+def test_a_scale_beyond_the_range_of_the_parameters_is_not_for_the_extension():
+    x, A, B = (torch.zeros(4, 4, dtype=torch.float16) for _ in range(3))
+    fitting, huge = (lowrank_problem(x, A, B, has_weight=False, scale=torch.tensor(s)) for s in (65504.0, 1e6))
+    told = "the scale is beyond its types' range"
+    assert told in dispatch.why_not("cuda", huge) and told not in dispatch.why_not("cuda", fitting)
+    assert dispatch.decide(huge).native is False and dispatch.decide(fitting).native is (native.module is not None)
+    with pytest.raises(RuntimeError, match=told):
+        dispatch.decide(huge, backend="cuda")
+
+
+def test_a_weight_left_on_another_device_is_named_so_under_autocast():
+    x, A, B = (torch.zeros(4, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="weight must be on x's device"):
+        lowrank_linear(x, torch.zeros(4, 4, device="meta"), None, A, B)
 
 
 def test_equal_layers_are_explained_in_one_line():

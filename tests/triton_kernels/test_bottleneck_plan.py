@@ -26,9 +26,9 @@ def test_limits_and_words():
     rank, activation = replace(PROBLEM, r=257, activation="mish").limits("triton")
     assert "257" in rank and "256" in rank and "mish" in activation and "gelu_tanh" in activation
     assert PROBLEM.preference() == ("triton", "torch")
-    assert PROBLEM.words("triton", False) == ", one kernel"
-    assert replace(PROBLEM, r=256).words("triton", False) == ", two kernels"
-    assert PROBLEM.words("torch", True) == ", two GEMMs"
+    assert PROBLEM.words("triton") == ", one kernel"
+    assert replace(PROBLEM, r=256).words("triton") == ", two kernels"
+    assert PROBLEM.words("torch") == ", two GEMMs"
     text = replace(PROBLEM, groups=32, adapter_dtype="float32").describe()
     assert "32 groups" in text and "r=16" in text and "bfloat16 h, float32 parameters" in text
 

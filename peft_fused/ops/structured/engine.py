@@ -90,7 +90,8 @@ def structured_problem(
     kind, x, p, q, n: int, dropout: bool, transposed: bool = False, scale=1.0
 ) -> StructuredProblem:  # fmt: skip
     """Description of a structured op, called now on these tensors."""
-    types, shapes = (taken_dtype(x), taken_dtype(p, parameter=True)), (p.shape, None if q is None else q.shape)
+    types = taken_dtype(x, x.device), taken_dtype(p, x.device, parameter=True)
+    shapes = p.shape, None if q is None else q.shape
     return _problem(kind, x.shape, types, shapes, x.device, n, dropout, transposed, scale)
 
 
