@@ -38,10 +38,8 @@ class LowRankStep(Step):
 
     def problem(self, x: torch.Tensor) -> LowRankProblem:
         dropout, uv = self.options.get("dropout_p", 0.0) > 0, not self.options.keys().isdisjoint(("u", "v"))
-        return lowrank_problem(
-            x, self.A, self.B, has_weight=self.weight is not None, dropout=dropout, uv=uv,
-            scale=self.options.get("scale", 1.0),
-        )  # fmt: skip
+        has_weight, scale = self.weight is not None, self.options.get("scale", 1.0)
+        return lowrank_problem(x, self.A, self.B, has_weight=has_weight, dropout=dropout, uv=uv, scale=scale)
 
 
 class LowRankLinear(AdaptedLinear):

@@ -34,7 +34,7 @@ from .arguments import (
     resolved,
 )
 from .common import rows, unflatten
-from .operation import Control, Input, Operation, is_huge, on_host, taken_dtype
+from .operation import Control, Input, Operation, is_huge, on_host, taken_types
 
 
 def bottleneck_adapter_reference(
@@ -84,8 +84,7 @@ def bottleneck_adapter(h, down, down_bias, up, up_bias, activation="gelu", *, re
 def bottleneck_problem(h, down, up, activation: str, expert=None, scale=1.0) -> BottleneckProblem:
     """Description of `bottleneck_adapter`, called now on these tensors."""
     groups = _groups(pair_of("expert", expert), down.dim() == 3, up.dim() == 3)
-    types = taken_dtype(h, h.device), taken_dtype(down, h.device, parameter=True)
-    return _problem(h.shape, types, down.shape, up.shape, h.device, activation, groups, scale)
+    return _problem(h.shape, taken_types(h, down), down.shape, up.shape, h.device, activation, groups, scale)
 
 
 def _problem(h, types, down, up, device, activation, groups, scale) -> BottleneckProblem:

@@ -221,7 +221,7 @@ def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpr
         raise RuntimeError(NO_CUDA_IN_GRAPH)
     if backend == "triton" and problem.m * problem.n * problem.k == 0:
         backend = "torch"  # there is nothing to launch a kernel on
-    hosted = native_wanted and node and not problem.huge_scale and backend != "reference" and problem.native(backend)
+    hosted = node and native_wanted and not problem.huge_scale and backend != "reference" and problem.native(backend)
     return Decision(backend, hosted, problem, None if backend == "reference" else problem.launch_plan(backend))
 
 

@@ -35,7 +35,7 @@ from .arguments import (
 )
 from .common import rows, unflatten
 from .dropout import dropout_threshold, keep_mask, keep_scale
-from .operation import Control, Input, Operation, is_huge, on_host, taken_dtype
+from .operation import Control, Input, Operation, is_huge, on_host, taken_types
 
 
 def lowrank_linear_reference(
@@ -121,10 +121,9 @@ def lowrank_problem(
 ) -> LowRankProblem:
     """Description of `lowrank_linear` (has_weight) or `lowrank_adapter`, called now on these tensors. uv: whether it
     has u or v."""
-    types = taken_dtype(x, x.device), taken_dtype(A, x.device, parameter=True)
     return _problem(
-        x.shape, types, A.shape, B.shape, x.device, scale, has_weight=has_weight, dropout=dropout, uv=uv
-    )  # fmt: skip
+        x.shape, taken_types(x, A), A.shape, B.shape, x.device, scale, has_weight=has_weight, dropout=dropout, uv=uv
+    )
 
 
 def _problem(x, types, A, B, device, scale, *, has_weight, dropout, uv) -> LowRankProblem:

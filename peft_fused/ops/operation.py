@@ -80,6 +80,11 @@ def taken_dtype(tensor: torch.Tensor, device: torch.device, parameter: bool = Fa
     return torch.get_autocast_dtype(device.type) if autocasts(device.type) else dtype
 
 
+def taken_types(x: torch.Tensor, parameter: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Those of x and of a parameter."""
+    return taken_dtype(x, x.device), taken_dtype(parameter, x.device, parameter=True)
+
+
 def is_huge(scale, dtype: torch.dtype) -> bool:
     """Whether a scale is beyond the range of a type. A tensor's on a device is not read, and taken to be in it."""
     scale = on_host(scale)

@@ -361,7 +361,8 @@ NAMED = (
     "must",
     "bias",
     "_modules",
-    "arget module",
+    "arget modules",
+    "target module '",
     " is an option of ",
     "task type",
 )

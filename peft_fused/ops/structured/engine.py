@@ -26,7 +26,7 @@ from ..arguments import (
 )
 from ..common import cast_and_drop, rows, unflatten
 from ..dropout import drop, dropout_threshold, keep_mask, keep_scale
-from ..operation import Control, Input, Operation, is_huge, on_host, taken_dtype
+from ..operation import Control, Input, Operation, is_huge, on_host, taken_types
 from . import fft, gemm, kernels, maps, materialized
 from .plan import StructuredProblem
 
@@ -90,9 +90,8 @@ def structured_problem(
     kind, x, p, q, n: int, dropout: bool, transposed: bool = False, scale=1.0
 ) -> StructuredProblem:  # fmt: skip
     """Description of a structured op, called now on these tensors."""
-    types = taken_dtype(x, x.device), taken_dtype(p, x.device, parameter=True)
     shapes = p.shape, None if q is None else q.shape
-    return _problem(kind, x.shape, types, shapes, x.device, n, dropout, transposed, scale)
+    return _problem(kind, x.shape, taken_types(x, p), shapes, x.device, n, dropout, transposed, scale)
 
 
 def _problem(kind, x, types, shapes, device, n, dropout, transposed, scale) -> StructuredProblem:
