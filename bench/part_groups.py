@@ -524,13 +524,13 @@ def _triton_flops(problem: maps.StructuredProblem) -> tuple[int, int]:
     p, length = problem, problem.lengths.triton
     forward = _convolution_flops(p, p.k, p.n, length, "half" if p.dtype == "bfloat16" else "split")
     # Gradients of fp32 vectors keep their digits.
-    plan = fft_plan.plan_convolution(p.m, p.k, p.n, length, "split", backward=True, sm_count=p.sm_count)
+    plan = fft_plan.plan_convolution(p.m, p.k, p.n, length, "split", backward=True, gpu=p.gpu)
     backward = _dft_flops(plan, p.m, [plan.rows_in, plan.rows_out, *([plan.rows_in] if plan.fused else [])])
     return forward, backward + (0 if plan.fused else _convolution_flops(p, p.n, p.k, length, "split"))
 
 
 def _convolution_flops(problem, n_in: int, n_out: int, length: int, precision: str) -> int:
-    plan = fft_plan.plan_convolution(problem.m, n_in, n_out, length, precision, sm_count=problem.sm_count)
+    plan = fft_plan.plan_convolution(problem.m, n_in, n_out, length, precision, gpu=problem.gpu)
     return _dft_flops(plan, problem.m, [plan.rows_in, plan.rows_out] * plan.blocks_out)
 
 

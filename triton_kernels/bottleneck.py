@@ -116,7 +116,7 @@ class _Route:
 def _plan(rows, n, k, r, adapter_dtype, groups, activation) -> BottleneckPlan:
     types = name_of(rows.dtype), name_of(adapter_dtype)
     return plan_bottleneck(
-        BottleneckProblem(rows.shape[0], n, k, *types, rows.device.type, *gpu_of(rows.device), r, groups, activation)
+        BottleneckProblem(rows.shape[0], n, k, *types, rows.device.type, gpu_of(rows.device), r, groups, activation)
     )
 
 

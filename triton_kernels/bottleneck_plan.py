@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from .problem import Problem
+from .problem import H200, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
@@ -154,14 +154,14 @@ def _block_r(table: dict, r: int) -> int:
 
 def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[RowsLaunch, ...]:
     rows = cdiv(p.m, p.groups)
-    enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= p.sm_count and rows >= b), ROWS[-1])
+    enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= p.gpu.sm_count and rows >= b), ROWS[-1])
 
     def launch(table, shrink, expand):
         block_r = _block_r(table, p.r)
         most_rows, block_k, block_n, num_warps, num_stages = table[block_r]
         block_m = min(enough, most_rows)
         blocks = p.groups * cdiv(rows, block_m)
-        splits = max(1, min(cdiv(p.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
+        splits = max(1, min(cdiv(p.gpu.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
         return RowsLaunch(shrink, expand, block_m, block_k, block_n, block_r, num_warps, num_stages, splits)
 
     if p.r <= max(FUSED[kind]):
@@ -175,7 +175,7 @@ def _grad(p: BottleneckProblem, kind: str, columns: int) -> GradLaunch:
     rows = cdiv(p.m, p.groups)
     block_m = max(16, min(block_m, next_power_of_2(rows)))
     # Two programs per multiprocessor, but at least four blocks of rows each: every split costs a partial sum.
-    row_splits = cdiv(2 * p.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
+    row_splits = cdiv(2 * p.gpu.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
     splits = max(1, min(row_splits, p.groups * cdiv(rows, block_m) // 4))
     return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, splits)
 
@@ -227,9 +227,9 @@ def configurations() -> list[KernelConfig]:
     found = {}
     types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
     for (dtype, adapter), r, m in product(types, (16, 32, 64, 128, 256), (1, 32, 64, 4096, 6144, 32768)):
-        problem = BottleneckProblem(m, 1024, 1024, dtype, adapter, "cpu", "", 132, r, 1, "gelu")
+        problem = BottleneckProblem(m, 1024, 1024, dtype, adapter, "cpu", H200, r, 1, "gelu")
         found |= dict.fromkeys(kernel_configs(problem))
     for (dtype, adapter), activation in product(types, BOTTLENECK_ACTIVATIONS):
-        problem = BottleneckProblem(4096, 1024, 1024, dtype, adapter, "cpu", "", 132, 16, 1, activation)
+        problem = BottleneckProblem(4096, 1024, 1024, dtype, adapter, "cpu", H200, 16, 1, activation)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from .problem import H200, Gpu
 from .tiles import DTYPES, cdiv, next_power_of_2
 
 MAX_SINGLE = 64
@@ -128,18 +129,18 @@ def plan_convolution(
     *,
     n_mid: int = 0,
     backward: bool = False,
-    sm_count: int = 132,
+    gpu: Gpu = H200,
 ) -> ConvolutionPlan:
     """Plan of m rows through a matrix [n_out, n_in] cut from the cyclic one of `length`.
 
     n_mid: columns between two convolutions, 0 for one. backward: the pass that makes dx and the gradient of the kernel.
     Raises ValueError for a length without factors or one shorter than the columns.
     """
-    return _plan(next_power_of_2(m), n_in, n_out, length, precision, n_mid, backward, sm_count)
+    return _plan(next_power_of_2(m), n_in, n_out, length, precision, n_mid, backward, gpu)
 
 
 @lru_cache(maxsize=4096)
-def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
+def _plan(m, n_in, n_out, length, precision, n_mid, backward, gpu):
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
     if not max(n_in, n_out, n_mid) <= length <= MAX_LENGTH or not direct(length):
@@ -171,7 +172,7 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, sm_count):
         split=split,
         num_warps=num_warps,
         num_stages=1,
-        programs=min(2 * sm_count, cdiv(m, 2 * pairs)) if backward else 0,
+        programs=min(2 * gpu.sm_count, cdiv(m, 2 * pairs)) if backward else 0,
         fused=backward and fused,
         chained=n_mid > 0 and chained,
     )

@@ -91,5 +91,5 @@ def _reduce(partials, dtype, scale):
 
 def _problem(rows, A, B) -> KroneckerProblem:
     return KroneckerProblem(
-        rows.shape[0], *A.shape, *B.shape, name_of(rows.dtype), name_of(A.dtype), gpu_of(rows.device)[1]
+        rows.shape[0], *A.shape, *B.shape, name_of(rows.dtype), name_of(A.dtype), gpu_of(rows.device)
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
+from .problem import H200, Gpu
 from .tiles import DTYPES, KernelConfig, cdiv, next_power_of_2, operand_class
 
 
@@ -22,7 +23,7 @@ class KroneckerProblem:
     b2: int
     dtype: str
     factor_dtype: str
-    sm_count: int
+    gpu: Gpu
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _launch(p: KroneckerProblem, direction: str) -> KroneckerLaunch:
     block_a2, block_b1, block_b2 = padded(p.a2), padded(p.b1), padded(p.b2)
     block_m = max(1, tile.elements // (max(block_a1, block_a2) * max(block_b1, block_b2)))
     blocks, columns = cdiv(p.m, block_m), cdiv(p.a1, block_a1)
-    m_blocks = max(1, cdiv(blocks, cdiv(PROGRAMS_PER_SM[direction] * p.sm_count, columns)))
+    m_blocks = max(1, cdiv(blocks, cdiv(PROGRAMS_PER_SM[direction] * p.gpu.sm_count, columns)))
     grid = (cdiv(blocks, m_blocks), columns)
     return KroneckerLaunch(
         block_m, block_a1, block_a2, block_b1, block_b2, tile.num_warps, tile.num_stages, m_blocks, grid
@@ -189,5 +190,5 @@ def configurations(shapes=SHAPES) -> list[KernelConfig]:
         for factor_dtype in dict.fromkeys((dtype, "float32")):
             for shape in shapes:
                 if not limits(*shape, dtype, factor_dtype):
-                    found |= dict.fromkeys(kernel_configs(KroneckerProblem(4096, *shape, dtype, factor_dtype, 132)))
+                    found |= dict.fromkeys(kernel_configs(KroneckerProblem(4096, *shape, dtype, factor_dtype, H200)))
     return list(found)

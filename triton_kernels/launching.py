@@ -4,13 +4,15 @@ from functools import cache
 
 import torch
 
+from .problem import Gpu
+
 
 @cache
-def gpu_of(device: torch.device) -> tuple[str, int]:
+def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
-        return "", 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+        return Gpu()
+    p = torch.cuda.get_device_properties(device)
+    return Gpu(p.name, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 @cache

@@ -273,7 +273,7 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
 def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
     m, k = x.shape
     types = name_of(x.dtype), name_of(adapter_dtype)
-    return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, *gpu_of(x.device), r, threshold > 0, has_weight))
+    return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, gpu_of(x.device), r, threshold > 0, has_weight))
 
 
 def _row_splits(M: int, launch: LowRankLaunch) -> tuple[int, int]:

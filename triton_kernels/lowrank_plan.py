@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from .problem import Problem
+from .problem import H200, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
@@ -165,7 +165,7 @@ def _plan(problem: LowRankProblem) -> LowRankPlan:
     if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
         raise ValueError(f"unsupported types: activations {problem.dtype}, adapter {problem.adapter_dtype}")
     chosen = _default_plan(problem)
-    changes = tuned_table(problem.gpu).get(table_key(problem)) if problem.device == "cuda" else None
+    changes = tuned_table(problem.gpu.name).get(table_key(problem)) if problem.device == "cuda" else None
     return _merge(chosen, changes) if changes else chosen
 
 
@@ -206,18 +206,18 @@ def _default_plan(p: LowRankProblem) -> LowRankPlan:
         if kind == "half" and block_r == 16 and p.m >= 16384:
             # Half the partial partials, once there are row_splits enough to fill the GPU without short ones.
             grad_b = replace(grad_b, block_m=256)
-        grad_b = _split_columns(grad_b, p.m, p.n, p.sm_count, least=256)
+        grad_b = _split_columns(grad_b, p.m, p.n, p.gpu.sm_count, least=256)
     fused_a = block_r in GRAD_A_FUSED[kind]
     return LowRankPlan(
         forward=forward,
-        shrink=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.k, p.sm_count),
+        shrink=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.k, p.gpu.sm_count),
         expand=_launch(EXPAND[kind], block_r),
         linear=linear,
         grad_b=grad_b,
-        dsu=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.n, p.sm_count),
-        db=_split_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.sm_count),
+        dsu=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.n, p.gpu.sm_count),
+        db=_split_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.gpu.sm_count),
         fused_a=fused_a,
-        grad_a=_split_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.sm_count),
+        grad_a=_split_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.gpu.sm_count),
     )
 
 
@@ -235,7 +235,7 @@ def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
         shape = (max(16, min(shape[0], next_power_of_2(p.m))), *shape[1:])
     elif p.n <= NARROW and p.r <= NARROW_MAX_RANK:
         shape = LINEAR_LARGE[kind]
-        if cdiv(p.m, shape[0]) * cdiv(p.n, shape[1]) < p.sm_count:
+        if cdiv(p.m, shape[0]) * cdiv(p.n, shape[1]) < p.gpu.sm_count:
             shape = LINEAR_SMALL[kind]
     else:
         return None
@@ -297,6 +297,6 @@ def configurations() -> list[KernelConfig]:
     rows = [1 << i for i in range(0, 18)]
     ranks = [16, 32, 64, 128, 256]
     for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096), ranks, (False, True)):
-        problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", "", 132, r, dropout, True)
+        problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", H200, r, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

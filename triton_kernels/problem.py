@@ -4,6 +4,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A GPU as far as plans depend on it; by itself, one of which nothing is known. shared_memory: bytes that a block
+    may have: 99 KB of sm_86, 89 and 120, 163 of sm_80, 227 of sm_90 and 100."""
+
+    name: str = ""
+    sm_count: int = 1
+    shared_memory: int = 227 * 1024
+
+
+# What default plans are chosen for, where none is at hand.
+H200 = Gpu("NVIDIA H200", 132)
+
+
+@dataclass(frozen=True)
 class Problem:
     """A call as far as decisions depend on it: equal for calls that run alike. An op's own has what else matters.
 
@@ -18,8 +32,7 @@ class Problem:
     dtype: str
     adapter_dtype: str
     device: str
-    gpu: str
-    sm_count: int
+    gpu: Gpu
     huge_scale: bool = field(default=False, kw_only=True)
 
     def describe(self) -> str:

@@ -153,7 +153,7 @@ def _spectrum(kernel, plan: ConvolutionPlan, transposed=False):
 
 
 def _plan(x, n_in, n_out, length, precision, **kind) -> ConvolutionPlan:
-    return plan_convolution(x.shape[0], n_in, n_out, length, precision, sm_count=gpu_of(x.device)[1], **kind)
+    return plan_convolution(x.shape[0], n_in, n_out, length, precision, gpu=gpu_of(x.device), **kind)
 
 
 def _precision(dtype: torch.dtype) -> str:

@@ -66,12 +66,9 @@ def _paths(device: str) -> list[tuple[str, str, dict[str, list[str]]]]:
 
     from peft_fused.ops import dispatch
     from peft_fused.ops.cases import OPS
+    from peft_fused.triton_kernels.launching import gpu_of
 
-    gpu, sm_count = "", 1
-    if device == "cuda":
-        found = torch.cuda.get_device_properties(0)
-        gpu, sm_count = found.name, found.multi_processor_count
-    where = dict(m=ROWS, device=device, gpu=gpu, sm_count=sm_count)
+    where = dict(m=ROWS, device=device, gpu=gpu_of(torch.device(device)))
     problems = [
         replace(op.problem(op.layer(op.name, dtype, torch.float32, "meta")), **where)
         for op in OPS.values()

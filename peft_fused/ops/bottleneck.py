@@ -90,7 +90,7 @@ def bottleneck_problem(h, down, up, activation: str, expert=None, scale=1.0) -> 
 def _problem(h, types, down, up, device, activation, groups, scale) -> BottleneckProblem:
     """The same of the shapes h, down and up."""
     return BottleneckProblem(
-        math.prod(h[:-1]), up[-2], down[-1], *map(name_of, types), device.type, *gpu_of(device), down[-2], groups,
+        math.prod(h[:-1]), up[-2], down[-1], *map(name_of, types), device.type, gpu_of(device), down[-2], groups,
         activation, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 

@@ -130,7 +130,7 @@ def _problem(x, types, A, B, device, scale, *, has_weight, dropout, uv) -> LowRa
     """The same of the shapes x, A and B."""
     m = math.prod(x[:-1]) if x[-1] else 0
     return LowRankProblem(
-        m, B[-2], x[-1], *map(name_of, types), device.type, *gpu_of(device), A[-2], dropout, has_weight, uv,
+        m, B[-2], x[-1], *map(name_of, types), device.type, gpu_of(device), A[-2], dropout, has_weight, uv,
         stacked=len(A) == 3 or len(B) == 3, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 

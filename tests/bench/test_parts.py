@@ -16,6 +16,7 @@ from peft_fused.bench import part_groups, parts, roofline
 from peft_fused.bench.part_groups import CUDA, PARTS, TINY, Call, Entry, Work, groups
 from peft_fused.bench.shapes import BF16, Shape
 from peft_fused.bench.timing import CudaClock, Times
+from peft_fused.triton_kernels.problem import Gpu
 
 from peft_fused.ops import structured
 
@@ -155,7 +156,7 @@ def test_no_prediction_of_host_time():
 
 def problem(kind: str, *sizes: int, m: int = 2, dtype: str = "bfloat16") -> structured.StructuredProblem:
     k, n = part_groups.cases.structured_features(kind, sizes)
-    return structured.StructuredProblem(m, n, k, dtype, "float32", "cuda", "", 132, kind, sizes, False)
+    return structured.StructuredProblem(m, n, k, dtype, "float32", "cuda", Gpu(), kind, sizes, False)
 
 
 def test_arithmetic_of_transforms():

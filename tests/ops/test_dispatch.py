@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
+from peft_fused.triton_kernels.problem import Gpu
 
 import peft_fused
 from peft_fused.layers import AfLoraLinear, LoraLinear
@@ -49,7 +50,7 @@ def problems():
         (1, 4096), (64, 4096), (8, 128), types, (False, True), (False, True)
     ):
         for uv in (False, True):
-            yield LowRankProblem(m, n, n, dtype, adapter, "cuda", "a GPU", 132, r, dropout, weight, uv)
+            yield LowRankProblem(m, n, n, dtype, adapter, "cuda", Gpu("a GPU", 132), r, dropout, weight, uv)
 
 
 def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
@@ -82,9 +83,9 @@ def test_explain_tells_the_same_choice_and_the_node_that_hosts_it(gpu):
 
 
 def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
-    small = LowRankProblem(16, 64, 64, "bfloat16", "bfloat16", "cuda", "a GPU", 132, 8, False, True)
+    small = LowRankProblem(16, 64, 64, "bfloat16", "bfloat16", "cuda", Gpu("a GPU", 132), 8, False, True)
     circulant = StructuredProblem(
-        4096, 3072, 3072, "float32", "float32", "cuda", "a GPU", 132, "circulant", (3072,), False
+        4096, 3072, 3072, "float32", "float32", "cuda", Gpu("a GPU", 132), "circulant", (3072,), False
     )
     for problem in (small, circulant):
         assert dispatch.decide(problem).backend == "cuda"

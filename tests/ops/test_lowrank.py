@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from peft_fused.triton_kernels.lowrank_plan import LowRankProblem
+from peft_fused.triton_kernels.problem import Gpu
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -200,7 +201,7 @@ def test_use_backend_is_undone():
 
 
 def test_explain_names_path_and_reasons():
-    problem = LowRankProblem(64, 32, 32, "float32", "float32", "cpu", "", 1, 8, False, True)
+    problem = LowRankProblem(64, 32, 32, "float32", "float32", "cpu", Gpu(), 8, False, True)
     text = str(peft_fused.explain(problem))
     assert "torch: " in text and "not triton: x is on cpu" in text and "not reference: torch comes first" in text
     with peft_fused.use_backend("reference"):

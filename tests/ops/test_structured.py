@@ -5,6 +5,7 @@ The oracles are dense matrices written down entry by entry, in float64, apart fr
 
 import pytest
 import torch
+from peft_fused.triton_kernels.problem import Gpu
 
 import peft_fused
 from peft_fused.ops import native, structured
@@ -276,7 +277,7 @@ def test_only_what_is_needed_is_computed_and_saved(kind, rows, node):
 
 
 def problem(kind, m, n, k, sizes, dtype="float32", device="cpu", **more):
-    return StructuredProblem(m, n, k, dtype, dtype, device, "", 132, kind, sizes, False, **more)
+    return StructuredProblem(m, n, k, dtype, dtype, device, Gpu(), kind, sizes, False, **more)
 
 
 def test_plan_chooses_the_method():

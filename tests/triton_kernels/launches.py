@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 from peft_fused.triton_kernels import bottleneck, kronecker, lowrank, structured
+from peft_fused.triton_kernels.problem import H200
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton._C.libtriton import ir
@@ -27,7 +28,6 @@ from peft_fused import ops
 from peft_fused.ops import dispatch
 from peft_fused.ops.structured import engine
 
-GPU = ("NVIDIA H200", 132)
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -123,7 +123,7 @@ def recording():
     patch.setattr(triton.runtime.driver, "_active", driver)
     patch.setattr(JITFunction, "_do_compile", lambda kernel, *arguments: recorder.compile(kernel, *arguments))
     for module in (lowrank, bottleneck, structured, kronecker, ops.lowrank, ops.bottleneck, engine):
-        patch.setattr(module, "gpu_of", lambda device: GPU)
+        patch.setattr(module, "gpu_of", lambda device: H200)
     for module, name in (
         (lowrank, "LowRankProblem"), (ops.lowrank, "LowRankProblem"), (bottleneck, "BottleneckProblem"),
         (ops.bottleneck, "BottleneckProblem"), (engine, "StructuredProblem"),

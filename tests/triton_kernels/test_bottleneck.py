@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from peft_fused.triton_kernels import bottleneck as launchers
 from peft_fused.triton_kernels.bottleneck import bottleneck_bwd, bottleneck_fwd
 from peft_fused.triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS
+from peft_fused.triton_kernels.problem import Gpu
 from rule import TYPES, check_draws, violations
 
 import peft_fused
@@ -81,7 +82,7 @@ def multiprocessors(request, monkeypatch):
     """In the interpreter a case says how many there are, on which the size and number of blocks depends."""
     if INTERPRETED:
         case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
-        monkeypatch.setattr(launchers, "gpu_of", lambda _: ("", case.sm_count if case else 1))
+        monkeypatch.setattr(launchers, "gpu_of", lambda _: Gpu("", case.sm_count if case else 1))
 
 
 def make(case, device, draw=0):

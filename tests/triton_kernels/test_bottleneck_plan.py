@@ -14,9 +14,10 @@ from peft_fused.triton_kernels.bottleneck_plan import (
     plan_bottleneck,
     shrink_only,
 )
+from peft_fused.triton_kernels.problem import H200, Gpu
 from peft_fused.triton_kernels.tiles import DTYPES, cdiv
 
-PROBLEM = BottleneckProblem(4096, 1024, 1024, "bfloat16", "bfloat16", "cuda", "Some GPU", 132, 16, 1, "gelu")
+PROBLEM = BottleneckProblem(4096, 1024, 1024, "bfloat16", "bfloat16", "cuda", Gpu("Some GPU", 132), 16, 1, "gelu")
 TYPES = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
 
 
@@ -54,7 +55,7 @@ def test_any_problem_has_a_plan():
             for dtype, adapter in TYPES:
                 for groups in (1, 5):
                     chosen = plan_bottleneck(
-                        BottleneckProblem(m, n, k, dtype, adapter, "cuda", "", sm_count, r, groups, "relu")
+                        BottleneckProblem(m, n, k, dtype, adapter, "cuda", Gpu("", sm_count), r, groups, "relu")
                     )
                     for launches in (chosen.forward, chosen.backward):
                         assert all(launch.block_m in (16, 32, 64) and launch.splits >= 1 for launch in launches)
@@ -76,7 +77,7 @@ def test_blocks_fill_the_gpu():
 
 def test_partial_sums_do_not_grow_with_the_groups():
     splits = [plan_bottleneck(replace(PROBLEM, m=2**20, groups=groups)).grad_down.splits for groups in (1, 64, 2**20)]
-    assert max(splits) <= 2 * PROBLEM.sm_count // (PROBLEM.k // 64) + 1
+    assert max(splits) <= 2 * PROBLEM.gpu.sm_count // (PROBLEM.k // 64) + 1
 
 
 def test_shrink_only_leaves_the_second_product_out():
@@ -92,7 +93,7 @@ def test_compiled_configurations_are_all_that_plans_give():
         for r in (1, 8, 24, 100, 129):
             for n, k in ((768, 3072), (4096, 4096)):
                 for dtype, adapter in TYPES:
-                    problem = BottleneckProblem(m, n, k, dtype, adapter, "cuda", "", 132, r, groups, "gelu")
+                    problem = BottleneckProblem(m, n, k, dtype, adapter, "cuda", H200, r, groups, "gelu")
                     assert set(kernel_configs(problem)) <= known, problem
     for dtype, adapter in TYPES:
         for activation in BOTTLENECK_ACTIVATIONS:

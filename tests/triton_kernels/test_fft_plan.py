@@ -16,6 +16,7 @@ from peft_fused.triton_kernels.fft_plan import (
     padded_factors,
     plan_convolution,
 )
+from peft_fused.triton_kernels.problem import Gpu
 from peft_fused.triton_kernels.tiles import cdiv
 
 
@@ -74,7 +75,7 @@ def test_rows_are_bucketed_by_powers_of_two():
 def test_no_more_programs_than_tiles():
     for m in (1, 3, 64, 10**6):
         for n in (7, 768, 4096):
-            plan = plan_convolution(m, n, n, n, "split", backward=True, sm_count=7)
+            plan = plan_convolution(m, n, n, n, "split", backward=True, gpu=Gpu("", 7))
             assert 1 <= plan.programs <= min(14, cdiv(m, plan.pairs) + 1)
 
 

@@ -13,6 +13,7 @@ import torch
 from peft_fused.triton_kernels import kronecker as launchers
 from peft_fused.triton_kernels.kronecker import kronecker_bwd, kronecker_fwd
 from peft_fused.triton_kernels.kronecker_plan import limits
+from peft_fused.triton_kernels.problem import Gpu
 from rule import FP32, TYPES, check_draws, repeated, violations
 
 from peft_fused.ops.dropout import dropout_threshold, keep_mask, keep_scale
@@ -140,7 +141,7 @@ def test_many_rows_for_each_program(types, device, monkeypatch):
     for programs in (1, 3):
         plans = {"forward": programs, "backward": programs}
         monkeypatch.setattr("peft_fused.triton_kernels.kronecker_plan.PROGRAMS_PER_SM", plans)
-        monkeypatch.setattr(launchers, "gpu_of", lambda _: ("", 1))
+        monkeypatch.setattr(launchers, "gpu_of", lambda _: Gpu())
         case = Case(M=20 + programs, types=types, sizes=(16, 24, 7, 20), p=0.1)
         t = make(case, device)
         truth = reference(case, t, (torch.float64, torch.float64))

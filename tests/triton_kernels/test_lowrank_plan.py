@@ -15,8 +15,9 @@ from peft_fused.triton_kernels.lowrank_plan import (
     plan_lowrank,
     table_key,
 )
+from peft_fused.triton_kernels.problem import Gpu
 
-PROBLEM = LowRankProblem(4096, 4096, 4096, "bfloat16", "bfloat16", "cuda", "Some GPU 80GB", 132, 16, False, True)
+PROBLEM = LowRankProblem(4096, 4096, 4096, "bfloat16", "bfloat16", "cuda", Gpu("Some GPU 80GB", 132), 16, False, True)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_any_problem_has_a_plan():
             for dtype in ("float16", "bfloat16", "float32"):
                 for adapter in {dtype, "float32"}:
                     chosen = plan_lowrank(
-                        LowRankProblem(m, n, k, dtype, adapter, "cuda", "unheard of", sm_count, r, True, False)
+                        LowRankProblem(m, n, k, dtype, adapter, "cuda", Gpu("unheard of", sm_count), r, True, False)
                     )
                     assert min(chosen.shrink.splits, chosen.db.splits, chosen.grad_a.splits) >= 1
 
@@ -97,7 +98,7 @@ def test_tuned_file_replaces_fields(tuned):
     assert chosen.forward == "single_kernel" and chosen.linear == LowRankLaunch(**linear) and chosen.grad_b is None
     assert chosen.shrink == replace(default.shrink, block_m=32) and chosen.expand == default.expand
     assert plan_lowrank(other) == other_default
-    assert plan_lowrank(replace(PROBLEM, gpu="Another")) == default
+    assert plan_lowrank(replace(PROBLEM, gpu=Gpu("Another", 132))) == default
 
 
 def test_tuned_file_with_an_unknown_field_raises(tuned):

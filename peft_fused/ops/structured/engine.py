@@ -97,7 +97,7 @@ def structured_problem(
 def _problem(kind, x, types, shapes, device, n, dropout, transposed, scale) -> StructuredProblem:
     """The same of the shape x, and those of p and q."""
     return StructuredProblem(
-        math.prod(x[:-1]), n, x[-1], *map(name_of, types), device.type, *gpu_of(device), kind,
+        math.prod(x[:-1]), n, x[-1], *map(name_of, types), device.type, gpu_of(device), kind,
         maps.sizes_of(kind, *shapes), dropout, transposed, huge_scale=is_huge(scale, types[1]),
     )  # fmt: skip
 
