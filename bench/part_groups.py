@@ -8,8 +8,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from peft_fused.triton_kernels import fft_plan
 from peft_fused.triton_kernels import lowrank_plan as plans
+from peft_fused.triton_kernels.tiles import padded_rank
 
 from peft_fused.ops import bottleneck_adapter, bottleneck_torch, cases, dispatch, lowrank_adapter, lowrank_linear
 from peft_fused.ops import structured as maps
@@ -188,6 +190,9 @@ def _inputs(shape: Shape, device: torch.device) -> SimpleNamespace:
         weight=normal(n, k, std=k**-0.5, dtype=shape.dtype), A=normal(r, k, std=k**-0.5), B=normal(n, r, std=r**-0.5),
         S=normal(m, r), dS=normal(m, r), normal=normal,
     )  # fmt: skip
+    # As the kernels have them: with zeros for ranks that are not there.
+    t.padded_S, t.padded_dS = (F.pad(rows, (0, padded_rank(r) - r)) if r else rows for rows in (t.S, t.dS))
+    t.call = LowRankCall(t.x, None, None, None, t.A, t.B, rank=r, expert_a=0, expert_b=0)
     t.problem = lowrank_problem(t.x, t.A, t.B, has_weight=True, dropout=False)
     return t
 
@@ -250,12 +255,12 @@ def _linear(shape: Shape, device: torch.device) -> dict:
         "addmm_ baseline": _kernel(baseline, work, against=base),
     }
     plan, call = plans.plan_lowrank(t.problem), LowRankCall(x, W, None, None, A, B, scale=ALPHA_OVER_R)
-    launch = plan.linear or plans.plan_lowrank(replace(t.problem, n=plans.NARROW)).linear
+    launch = plan.linear or plans.plan_lowrank(replace(t.problem, n=plans.NARROW, k=plans.NARROW)).linear
     for name, chosen, note in (
-        ("single kernel", replace(plan, forward="single_kernel", linear=launch), _tile(launch)),
+        ("single kernel", replace(plan, forward="single_kernel", linear=launch), launch and _tile(launch)),
         ("adapter first", replace(plan, forward="shrink_expand_gemm", linear=None), None),
     ):
-        entries[name] = _triton(
+        entries[name] = "the plan has none for these types" if name == "single kernel" and not launch else _triton(
             t.problem, lambda op, plan=chosen: lambda: op.lowrank_fwd(call, plan=plan)[0],
             work, against=base, equals="addmm_ baseline", note=note,
         )  # fmt: skip
@@ -271,10 +276,15 @@ def _shrink(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     x, A, narrow = t.x, t.A, t.normal(8, shape.r)
     work = Work(_bytes(x, A, t.S), 2 * shape.m * shape.k * shape.r, shape.dtype)
-    same = dict(against="torch", equals="torch", note=_tile(plans.plan_lowrank(t.problem).shrink))
+    launch = replace(plans.plan_lowrank(t.problem).shrink, splits=1)
+    same = dict(against="torch", equals="torch", note=_tile(launch))
+
+    def shrink(op):
+        return lambda: op.shrink(t.call, torch.empty_like(t.padded_S), launch)[:, : shape.r]
+
     entries = {
         "torch": _kernel(lambda: x.to(A.dtype) @ A.t(), work),
-        "triton": _triton(t.problem, lambda op: partial(op.shrink, x, A), work, **same),
+        "triton": _triton(t.problem, shrink, work, **same),
     }
     for backend in ("torch", "triton", "cuda"):
         against = None if backend == "torch" else "thin op, torch"
@@ -288,10 +298,19 @@ def _expand(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     S, B, dtype = t.S, t.B, t.x.dtype
     work = Work(_bytes(S, B, t.dy), 2 * shape.m * shape.n * shape.r, shape.dtype)
-    same = dict(against="torch", equals="torch", note=_tile(plans.plan_lowrank(t.problem).expand))
+    launch = plans.plan_lowrank(t.problem).expand
+
+    def expand(op):
+        def run():
+            y = torch.empty_like(t.dy)
+            op.expand(t.call, t.padded_S, y, t.padded_S, launch)
+            return y
+
+        return run
+
     return {
         "torch": _kernel(lambda: (S @ B.t()).to(dtype), work),
-        "triton": _triton(t.problem, lambda op: partial(op.expand, S, B, out_dtype=dtype), work, **same),
+        "triton": _triton(t.problem, expand, work, against="torch", equals="torch", note=_tile(launch)),
     }
 
 
@@ -303,14 +322,22 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
     t = _inputs(shape, device)
     dy, B, S, plan = t.dy, t.B, t.S, plans.plan_lowrank(t.problem)
     work = Work(_bytes(dy, B, S, S, B), 4 * shape.m * shape.n * shape.r, shape.dtype)
-    needs = dict(scale=1.0, need_dS=True, need_dB=True, need_dv=False, need_dbias=False)
 
     def baseline():
         wide = dy.to(B.dtype)
-        return wide @ B, wide.t() @ S
+        wide @ B  # dSu, which the kernels may leave in planes: dB is compared
+        return wide.t() @ S
 
     def passes(chosen: plans.LowRankPlan, against: str, note: str) -> Entry | str:
-        call = lambda op: partial(op.grad_b, dy, B, S, plan=chosen, **needs)  # noqa: E731
+        def call(op):
+            def run():
+                found = {"B": torch.empty_like(B)}
+                _, sums = op.grad_b(dy, t.call, t.padded_S, {"A", "B"}, chosen, None)
+                op.reduce(t.call, shape.n, shape.k, sums, (None, None), found)
+                return found["B"]
+
+            return run
+
         return _triton(t.problem, call, work, against=against, equals="torch", note=note)
 
     two = passes(replace(plan, grad_b=None), "torch", f"{_tile(plan.dsu)}; {_tile(plan.db)}")
@@ -318,15 +345,22 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
     return {"torch": _kernel(baseline, work), "two passes": two, "one pass": one}
 
 
+def _grads_of_a(op, t: SimpleNamespace, call: LowRankCall, plan: plans.LowRankPlan) -> tuple:
+    """(dA, dx) by the kernels, from dSu."""
+    found = {"A": torch.empty_like(t.A), "x": torch.empty_like(t.x)}
+    sums = op.grad_a(t.padded_dS, t.x.shape[1], call, None, {"A", "x"}, plan, found["x"])
+    op.reduce(call, t.B.shape[0], t.x.shape[1], (None, None), sums, found)
+    return found["A"], found["x"]
+
+
 def _grad_a(shape: Shape, device: torch.device) -> dict:
     """dx and dA from dSu, in one kernel or apart."""
     t = _inputs(shape, device)
     x, A, dS, plan = t.x, t.A, t.dS, plans.plan_lowrank(t.problem)
     work = Work(_bytes(x, dS, A, A, x), 4 * shape.m * shape.k * shape.r, shape.dtype)
-    needs = dict(need_dA=True, need_dx=True, need_du=False)
 
     def kernels(chosen: plans.LowRankPlan, against: str) -> Entry | str:
-        call = lambda op: partial(op.grad_a, x, dS, A, None, plan=chosen, **needs)  # noqa: E731
+        call = lambda op: partial(_grads_of_a, op, t, t.call, chosen)  # noqa: E731
         return _triton(t.problem, call, work, against=against, equals="torch", note=_tile(chosen.grad_a))
 
     return {
@@ -377,7 +411,8 @@ def _dropout(shape: Shape, device: torch.device) -> dict:
     x, A, dS, narrow = t.x, t.A, t.dS, t.normal(8, shape.r)
     threshold, seed = dropout_threshold(0.1), torch.tensor(0x1234_5678_9ABC_DEF1, device=device)
     wide, dropped = A.float(), cast_and_drop(x, FP32, seed, threshold)
-    mask, needs = dict(threshold=threshold, seed=seed), dict(need_dA=True, need_dx=True, need_du=False)
+    plan, dropped_call = plans.plan_lowrank(t.problem), replace(t.call, threshold=threshold, seed=seed)
+    hidden, launch = torch.empty_like(t.padded_S), replace(plan.shrink, splits=1)
     one = Work(_bytes(x, A, t.S), 2 * shape.m * shape.k * shape.r, shape.dtype)
     two = Work(_bytes(x, dS, A, A, x), 2 * one.flops, shape.dtype)
     entries = {
@@ -385,13 +420,13 @@ def _dropout(shape: Shape, device: torch.device) -> dict:
         "y": Entry(Call(lambda: dropped @ wide.t() @ narrow.float().t()), {}),
         "dA, dx": Entry(Call(lambda: (dS.float().t() @ dropped, drop(dS.float() @ wide, seed, threshold))), {}),
     }
-    for name, work, equals, call in (
-        ("shrink", one, "S", lambda op, more: partial(op.shrink, x, A, **more)),
-        ("grad_a", two, "dA, dx", lambda op, more: partial(op.grad_a, x, dS, A, None, **needs, **more)),
+    for name, work, equals, step in (
+        ("shrink", one, "S", lambda op, call: lambda: op.shrink(call, hidden, launch)[:, : shape.r]),
+        ("grad_a", two, "dA, dx", lambda op, call: partial(_grads_of_a, op, t, call, plan)),
     ):
-        entries[name] = _triton(t.problem, partial(call, more={}), work)
+        entries[name] = _triton(t.problem, partial(step, call=t.call), work)
         entries[f"{name}, dropout"] = _triton(
-            t.problem, partial(call, more=mask), work, against=name, equals=equals
+            t.problem, partial(step, call=dropped_call), work, against=name, equals=equals
         )  # fmt: skip
     why, plain = _why_not("cuda", t.problem), "thin op, cuda"
     for name, more, other in (
@@ -417,10 +452,10 @@ def _layer_op(shape: Shape, device: torch.device) -> tuple[SimpleNamespace, Call
 def _host(shape: Shape, device: torch.device) -> dict:
     """A problem that takes the device no time: one call of PyTorch's, one of a launcher, the op by backend and node."""
     t, op, parameters = _layer_op(shape, device)
-    x, W, A = t.x.detach(), t.weight.t(), t.A.detach()
+    x, W, launch = t.x.detach(), t.weight.t(), plans.plan_lowrank(t.problem).shrink
     entries = {
         "at::addmm": _kernel(lambda: torch.addmm(t.dy, x, W), None),
-        "Triton launcher": _triton(t.problem, lambda op: partial(op.shrink, x, A), None),
+        "Triton launcher": _triton(t.problem, lambda op: partial(op.shrink, t.call, t.padded_S, launch), None),
     }
     plain = "torch, Python node"
     entries[plain] = Entry(Layer(op, t.x, t.dy, parameters), {}, settings=_on("torch", native=False))
@@ -536,10 +571,11 @@ def _convolution_flops(problem, n_in: int, n_out: int, length: int, precision: s
 
 def _dft_flops(plan: fft_plan.ConvolutionPlan, m: int, leading: list[int]) -> int:
     """Of one transform of m rows, in pairs, for each entry of `leading`: how many rows of a tile its leading product
-    reads or makes; the others take the whole tile. A complex multiply-add is 8, and split operands take 3."""
+    reads or makes; the others take the whole tile. A complex multiply-add is 8, and split operands take 3. A small
+    leading factor has a sum of rows in place of a product."""
     p1, p2, p3 = plan.padded
     inner = plan.points * (p3 + (p2 if p2 > 1 else 0))
-    outer = p1 * p2 * p3 if p1 > 1 else 0
+    outer = p1 * p2 * p3 if p1 >= 16 else 0
     return 8 * plans.cdiv(m, 2) * sum(rows * outer + inner for rows in leading) * (3 if plan.split else 1)
 
 

@@ -12,7 +12,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu()
     p = torch.cuda.get_device_properties(device)
-    return Gpu(p.name, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return Gpu(p.name, p.multi_processor_count, p.shared_memory_per_block_optin, 10 * p.major + p.minor)
 
 
 @cache

@@ -5,235 +5,50 @@
 x [M, K], W [N, K], A [r, K] or [E, r, K], B [N, r] or [E, N, r], u [r], v [N], bias [N]; 1 <= r <= 256. x and W share
 one of fp16, bf16, fp32; A, B, u, v are of that type or all fp32. x, dY and `add` may have any strides. `scale`, `rank`
 and `expert` are Python numbers or 0-d tensors on the device, and the dropout seed is a 0-d int64 tensor: no value of
-theirs synchronises or recompiles. S = keep_rank(A drop(x)) is what the forward saves, without u and in A's type.
+theirs synchronises or recompiles. S = keep_rank(A drop(x)) is what the forward saves, without u, in A's type and padded
+with zeros to R ranks (see lowrank_kernels.py).
 
 Backward, with t = dY^T S:   dSu = scale dY (v . B)     dB = scale v . u . t     dv = scale rowsum(B . u . t)
                              dA  = u . dSu^T drop(x)    du = colsum(dSu . S)     dX = drop^T((u . dSu) A) + dY W
 
 These functions launch what `lowrank_plan` says and check little: types, shapes and index ranges are up to the caller.
+The base product comes last, accumulated onto the adapter: one rounding less of the larger term. Beside it a forward is
+one kernel or two, and a backward three (dSu and sums for dB; dX and sums for dA; the sums) up to rank 32.
 """
 
 import torch
+import triton.language as tl
 
 from . import lowrank_kernels as kernels
-from .dropout import keep_scale
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
 from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank
-from .tiles import cdiv, reduce_launch
+from .tiles import cdiv, padded_rank, reduce_launch
 
 GROUP_M = 8
-
-
-def shrink(x, A, *, rank=None, expert=None, threshold=0, seed=None, plan=None):
-    """S [M, r] = keep_rank(A[expert] drop(x)) in A's type. threshold: see dropout_threshold; it needs the seed."""
-    S = x.new_empty(x.shape[0], A.shape[-2], dtype=A.dtype)
-    if x.shape[0]:
-        plan = plan or _plan(x, A.dtype, x.shape[1], A.shape[-2], threshold)
-        with torch.cuda.device_of(x):
-            _shrink(x, A, stack_strides(A), None, S, 1.0, rank, expert, threshold, seed, plan.shrink)
-    return S
-
-
-def expand(S, B, *, out_dtype, add=None, bias=None, u=None, v=None, scale=1.0, expert=None, plan=None):
-    """T [M, N] = scale * v . (B[expert] (u . S)) + bias + add in out_dtype. add [M, N] may have any strides."""
-    M, N = S.shape[0], B.shape[-2]
-    bias, u, v = dense(bias), dense(u), dense(v)
-    T = S.new_empty(M, N, dtype=out_dtype)
-    if M:
-        plan = plan or _plan(T, B.dtype, N, B.shape[-1], 0)
-        with torch.cuda.device_of(S):
-            _expand(S, B, stack_strides(B), u, v, bias, add, T, scale, expert, 0, None, plan.expand)
-    return T
-
-
-def linear(x, weight, bias, A, B, *, scale, rank=None, expert_a=None, expert_b=None, u=None, v=None, plan=None):
-    """(y [M, N] in x's type, S [M, r]) from the single kernel, without dropout."""
-    (M, K), N, r = x.shape, weight.shape[0], A.shape[-2]
-    bias, u, v = dense(bias), dense(u), dense(v)
-    y = x.new_empty(M, N)
-    S = x.new_empty(M, r, dtype=A.dtype)
-    if M == 0:
-        return y, S
-    launch = (plan or _plan(x, A.dtype, N, r, 0)).linear
-    if launch is None:
-        raise ValueError("the plan has no single kernel for this problem")
-    scale_ptr, scale = control(scale, 1.0)
-    rank_ptr, rank = control(rank, r)
-    expert_a_ptr, expert_a = control(expert_a, 0)
-    expert_b_ptr, expert_b = control(expert_b, 0)
-    with torch.cuda.device_of(x):
-        kernels.linear_kernel[(cdiv(M, launch.block_m) * cdiv(N, launch.block_n),)](
-            x, weight, bias, A, B, u, v, y, S, scale_ptr, rank_ptr, expert_a_ptr, expert_b_ptr,
-            M, N, K, r, scale, rank, expert_a, expert_b,
-            *x.stride(), *weight.stride(), *stack_strides(A), *stack_strides(B),
-            PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_K=launch.block_k,
-            BLOCK_R=launch.block_r, GROUP_M=GROUP_M, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
-    return y, S
-
-
-def grad_b(
-    dy,
-    B,
-    S,
-    *,
-    scale,
-    rank=None,
-    expert=None,
-    u=None,
-    v=None,
-    frozen=False,
-    need_dS,
-    need_dB,
-    need_dv,
-    need_dbias,
-    plan=None,
-):
-    """(dSu [M, r] in B's type, dB like B, dv [N], dbias [N] in dy's type); None for what is not needed.
-
-    frozen: dB is zero but for column rank - 1. A stacked B gets a gradient that is zero outside its expert.
-    """
-    (M, N), r = dy.shape, B.shape[-1]
-    u, v = dense(u), dense(v)
-    dSu = dy.new_empty(M, r, dtype=B.dtype) if need_dS else None
-    dB = _gradient(B, B.shape, M) if need_dB else None
-    dv = _gradient(v, v.shape, M) if need_dv else None
-    dbias = _gradient(dy, (N,), M) if need_dbias else None
-    if M == 0:
-        return dSu, dB, dv, dbias
-
-    plan = plan or _plan(dy, B.dtype, N, r, 0)
-    strides = stack_strides(B)
-    over_rows = need_dB or need_dv
-    partials = sums = None
-    with torch.cuda.device_of(dy):
-        if need_dS and (over_rows or need_dbias) and plan.grad_b is not None:
-            row_splits = cdiv(M, plan.grad_b.block_m)
-            partials, sums = _workspace(dy, row_splits, N, r, over_rows, need_dbias)
-            _one_pass_b(dy, B, strides, S, v, dSu, partials, sums, scale, rank, expert, plan.grad_b)
-        else:
-            if need_dS:
-                transposed = (strides[0], strides[2], strides[1])
-                _shrink(dy, B, transposed, v, dSu, scale, rank, expert, 0, None, plan.dsu)
-            if over_rows:
-                m_blocks, row_splits = _row_splits(M, plan.db)
-                partials, sums = _workspace(dy, row_splits, N, r, over_rows, need_dbias)
-                _over_rows(dy, S, m_blocks, plan.db, partials=partials, sums=sums)
-            elif need_dbias:  # no other sum over the rows to share the pass with
-                torch.sum(dy, 0, out=dbias)
-        if partials is not None or sums is not None:
-            _reduce(
-                row_splits,
-                N,
-                r,
-                partials=partials,
-                sums=sums,
-                B=B,
-                u=u,
-                v=v,
-                out=dB,
-                dv=dv,
-                dbias=dbias,
-                scale=scale,
-                rank=rank,
-                expert=expert,
-                frozen=frozen,
-            )
-    return dSu, dB, dv, dbias
-
-
-def grad_a(
-    x,
-    dSu,
-    A,
-    S,
-    *,
-    rank=None,
-    expert=None,
-    u=None,
-    threshold=0,
-    seed=None,
-    frozen=False,
-    need_dA,
-    need_dx,
-    need_du,
-    plan=None,
-):
-    """(dA like A, U [M, K] = drop^T((u . dSu) A[expert]) in x's type, du [r] like u); None for what is not needed.
-
-    frozen: dA is zero but for row rank - 1. A stacked A gets a gradient that is zero outside its expert.
-    """
-    (M, K), r = x.shape, dSu.shape[1]
-    u = dense(u)
-    U = x.new_empty(M, K) if need_dx else None
-    dA = _gradient(A, A.shape, M) if need_dA else None
-    du = _gradient(u, u.shape, M) if need_du else None
-    if M == 0:
-        return dA, U, du
-
-    plan = plan or _plan(x, dSu.dtype, K, r, threshold)
-    with torch.cuda.device_of(x):
-        fused = need_dx and plan.fused_a and (need_dA or need_du)
-        if need_dx and not fused:
-            strides = stack_strides(A)
-            transposed = (strides[0], strides[2], strides[1])
-            _expand(dSu, A, transposed, u, None, None, None, U, 1.0, expert, threshold, seed, plan.expand)
-        if need_dA or need_du:
-            m_blocks, row_splits = _row_splits(M, plan.grad_a)
-            partials = x.new_empty(row_splits, K, r, dtype=torch.float32) if need_dA else None
-            dots = x.new_empty(row_splits, r, dtype=torch.float32) if need_du else None
-            _over_rows(
-                x,
-                dSu,
-                m_blocks,
-                plan.grad_a,
-                A=A,
-                S=S,
-                u=u,
-                dx=U if fused else None,
-                partials=partials,
-                dots=dots,
-                expert=expert,
-                threshold=threshold,
-                seed=seed,
-            )
-            _reduce(
-                row_splits,
-                K,
-                r,
-                partials=partials,
-                dots=dots,
-                u=u,
-                out=dA.mT if need_dA else None,
-                du=du,
-                scale=keep_scale(threshold),
-                rank=rank,
-                expert=expert,
-                frozen=frozen,
-            )
-    return dA, U, du
+_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 def lowrank_fwd(call, *, plan=None):
-    """(y [M, N], S [M, r]) of a call on rows x [M, K]. With a weight, y = x weight^T + bias + delta; without, y = add +
+    """(y [M, N], S [M, R]) of a call on rows x [M, K]. With a weight, y = x weight^T + bias + delta; without, y = add +
     bias + delta. A rank or an expert of None is all ranks, and the first expert.
-
-    The adapter comes first and the base product last, accumulated onto it: one rounding less of the larger term.
     """
     x, weight, A, B = call.x, call.weight, call.A, call.B
-    r = A.shape[-2]
-    plan = plan or _plan(x, A.dtype, B.shape[-2], r, call.threshold, has_weight=weight is not None)
-    outer = dict(u=call.u, v=call.v, scale=call.scale)
+    M, N, r = x.shape[0], *B.shape[-2:]
+    plan = plan or _plan(x, A.dtype, N, r, call.threshold, has_weight=weight is not None)
+    y, S = x.new_empty(M, N), x.new_empty(M, padded_rank(r), dtype=A.dtype)
     if plan.forward == "single_kernel":
         if call.threshold or weight is None:
             raise ValueError("the single kernel needs a weight and no dropout")
-        return linear(
-            x, weight, call.bias, A, B, rank=call.rank, expert_a=call.expert_a, expert_b=call.expert_b, **outer,
-            plan=plan,
-        )  # fmt: skip
-    S = shrink(x, A, rank=call.rank, expert=call.expert_a, threshold=call.threshold, seed=call.seed, plan=plan)
-    add = call.add if weight is None else None
-    y = expand(S, B, out_dtype=x.dtype, add=add, bias=call.bias, expert=call.expert_b, **outer, plan=plan)
+        if plan.linear is None:
+            raise ValueError("the plan has no single kernel for this problem")
+        if M:
+            with torch.cuda.device_of(x):
+                linear(call, y, S, plan.linear)
+        return y, S
+    if M:
+        with torch.cuda.device_of(x):
+            planes = shrink(call, S, plan.shrink)
+            expand(call, planes, y, S, plan.expand)
     if weight is not None:
         y.addmm_(x, weight.t())
     return y, S
@@ -243,31 +58,142 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
     """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v; each in its parameter's type.
 
     Without a weight, the gradient of x is that of the delta alone. Of the call any input but B may be None where
-    nothing reads it.
+    nothing reads it. frozen: dA and dB are zero but for the rank `rank` - 1. A stacked factor gets a gradient that is
+    zero outside its expert.
     """
-    x, weight, A, B = call.x, call.weight, call.A, call.B
-    (m, n), r = dy.shape, B.shape[-1]
-    if x is None:  # its shape and type are read, not its values
-        x = dy.new_empty(1).expand(m, n if A is None else A.shape[-1])
-    plan = plan or _plan(x, B.dtype, n, r, call.threshold, has_weight=weight is not None)
-    need_dS = not needs.isdisjoint(("x", "A", "u"))
-    runtime = dict(rank=call.rank, u=call.u, frozen=call.frozen, plan=plan)
-    dSu, dB, dv, dbias = grad_b(
-        dy, B, S, scale=call.scale, expert=call.expert_b, v=call.v, need_dS=need_dS, need_dB="B" in needs,
-        need_dv="v" in needs, need_dbias="bias" in needs, **runtime,
-    )  # fmt: skip
-    dA = dx = du = None
-    if need_dS:
-        dA, dx, du = grad_a(
-            x, dSu, A, S, expert=call.expert_a, threshold=call.threshold, seed=call.seed, need_dA="A" in needs,
-            need_dx="x" in needs, need_du="u" in needs, **runtime,
-        )  # fmt: skip
-    if dx is not None and weight is not None:
-        dx.addmm_(dy, weight)
-    grads = {"x": dx, "bias": dbias, "A": dA, "B": dB, "u": du, "v": dv}
+    x, A, B = call.x, call.A, call.B
+    (M, N), r = dy.shape, B.shape[-1]
+    K = next((t.shape[-1] for t in (A, x) if t is not None), N)
+    if plan is None:
+        plan = _plan(dy.new_empty(1).expand(M, K), B.dtype, N, r, call.threshold, has_weight=call.weight is not None)
+    found = {name: _gradient(getattr(call, name), M) for name in ("A", "B", "u", "v") if name in needs}
+    if "x" in needs:
+        found["x"] = dy.new_empty(M, K)
+    if "bias" in needs:
+        found["bias"] = dy.new_zeros(N) if M == 0 else dy.new_empty(N)
+    if M:
+        with torch.cuda.device_of(dy):
+            dSu, of_b = grad_b(dy, call, S, needs, plan, found.get("bias"))
+            of_a = grad_a(dSu, K, call, S, needs, plan, found.get("x"))
+            reduce(call, N, K, of_b, of_a, found)
+    if "x" in needs and call.weight is not None:
+        found["x"].addmm_(dy, call.weight)
     if "weight" in needs:
-        grads["weight"] = dy.t() @ x
-    return {name: grads[name] for name in needs}
+        found["weight"] = dy.t() @ x
+    return {name: found[name] for name in needs}
+
+
+# ---------------------------------------------------------------------------------------------------------------- steps
+
+
+def shrink(call, S, launch):
+    """S [M, R] of a call, or its planes in fp32."""
+    planes = _planes(S, launch.splits)
+    strides, r = stack_strides(call.A), call.A.shape[-2]
+    controls = 1.0, call.rank, call.expert_a, call.threshold, call.seed
+    _shrink(call.x, call.A, strides, r, None, planes, *controls, launch)
+    return planes
+
+
+def expand(call, planes, y, S, launch):
+    """y [M, N] of a call without its base product, and S of its planes."""
+    add = call.add if call.weight is None else None
+    _expand(planes, call.B, stack_strides(call.B), call.B.shape[-1], y, launch, u=call.u, v=call.v, bias=call.bias,
+            add=add, S=None if planes is S else S, scale=call.scale, expert=call.expert_b)  # fmt: skip
+
+
+def linear(call, y, S, launch):
+    """y [M, N] of a call with a weight and without dropout, and S, by the single kernel."""
+    x, weight, A, B = call.x, call.weight, call.A, call.B
+    (M, K), N, r = x.shape, weight.shape[0], A.shape[-2]
+    scale_ptr, scale = control(call.scale, 1.0)
+    rank_ptr, rank = control(call.rank, r)
+    expert_a_ptr, expert_a = control(call.expert_a, 0)
+    expert_b_ptr, expert_b = control(call.expert_b, 0)
+    kernels.linear_kernel[(cdiv(M, launch.block_m) * cdiv(N, launch.block_n),)](
+        x, weight, dense(call.bias), A, B, dense(call.u), dense(call.v), y, S,
+        scale_ptr, rank_ptr, expert_a_ptr, expert_b_ptr,
+        M, N, K, r, scale, rank, expert_a, expert_b,
+        *x.stride(), *weight.stride(), *stack_strides(A), *stack_strides(B),
+        RAGGED=K % launch.block_k != 0, PREC=precision(), R=S.shape[1], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        BLOCK_K=launch.block_k, GROUP_M=GROUP_M, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+
+
+def grad_b(dy, call, S, needs, plan, dbias):
+    """(dSu [M, R] or its planes, (partials of dB, partials of dbias)); None for what is not needed. dbias: where it
+    goes if nothing else is summed over the rows."""
+    (M, N), B = dy.shape, call.B
+    R = padded_rank(B.shape[-1])
+    over_rows, need_dS = not needs.isdisjoint(("B", "v")), not needs.isdisjoint(("x", "A", "u"))
+    one_pass = plan.grad_b is not None and need_dS and (over_rows or dbias is not None)
+    row_blocks = cdiv(M, plan.grad_b.block_m) if one_pass else _row_splits(M, plan.db)[1]
+    partials = dy.new_empty(row_blocks, N, R, dtype=torch.float32) if over_rows else None
+    sums = dy.new_empty(row_blocks, N, dtype=torch.float32) if dbias is not None and (one_pass or over_rows) else None
+    dSu = None
+    if need_dS:
+        launch = plan.grad_b if one_pass else plan.dsu
+        dSu = _planes(dy.new_empty(M, R, dtype=B.dtype), launch.splits)
+        controls = call.scale, call.rank, call.expert_b
+        if one_pass:
+            _one_pass_b(dy, B, S, dense(call.v), dSu, partials, sums, *controls, launch)
+        else:
+            expert, n, ranks = stack_strides(B)
+            _shrink(dy, B, (expert, ranks, n), B.shape[-1], dense(call.v), dSu, *controls, 0, None, launch)
+    if over_rows and not one_pass:
+        _over_rows(dy, N, S, B.shape[-1], B.dtype, plan.db, partials=partials, sums=sums)
+    elif dbias is not None and sums is None:
+        torch.sum(dy, 0, out=dbias)
+    return dSu, (partials, sums)
+
+
+def grad_a(dSu, K, call, S, needs, plan, dx):
+    """(partials of dA, partials of du); None for what is not needed. dx: where that goes."""
+    if dSu is None:
+        return None, None
+    A = call.A
+    M, R = dSu.shape[-2:]
+    over_rows = not needs.isdisjoint(("A", "u"))
+    dropout = dict(threshold=call.threshold, seed=call.seed)
+    fused = dx is not None and plan.fused_a and over_rows
+    if dx is not None and not fused:
+        expert, ranks, k = stack_strides(A)
+        _expand(dSu, A, (expert, k, ranks), A.shape[-2], dx, plan.expand, u=call.u, expert=call.expert_a, **dropout)
+    if not over_rows:
+        return None, None
+    row_splits = _row_splits(M, plan.grad_a)[1]
+    partials = dSu.new_empty(row_splits, K, R, dtype=torch.float32) if "A" in needs else None
+    dots = dSu.new_empty(row_splits, R, dtype=torch.float32) if "u" in needs else None
+    _over_rows(call.x, K, dSu, call.B.shape[-1], call.B.dtype, plan.grad_a, A=A, S=S, u=dense(call.u),
+               dx=dx if fused else None, partials=partials, dots=dots, expert=call.expert_a, **dropout)  # fmt: skip
+    return partials, dots
+
+
+def reduce(call, N, K, of_b, of_a, found):
+    """The second stage of every sum over the rows."""
+    (b_partials, sums), (a_partials, dots) = of_b, of_a
+    count_b, count_a = (next((t.shape[0] for t in of if t is not None), 0) for of in (of_b, of_a))
+    if not count_b and not count_a:
+        return
+    B, dB, dA = call.B, found.get("B"), found.get("A")
+    r = B.shape[-1]
+    tile, num_warps = reduce_launch(r)
+    scale_ptr, scale = control(call.scale, 1.0)
+    rank_ptr, rank = control(call.rank, r)
+    expert_a_ptr, expert_a = control(call.expert_a, 0)
+    expert_b_ptr, expert_b = control(call.expert_b, 0)
+    blocks = cdiv(N, tile["BLOCK_X"]) if count_b else 0
+    blocks += cdiv(K, tile["BLOCK_X"]) if a_partials is not None else dots is not None
+    kernels.reduce_kernel[(blocks,)](
+        b_partials, sums, B, dense(call.v), dB, found.get("v"), None if sums is None else found["bias"],
+        a_partials, dots, dense(call.u), dA, found.get("u"),
+        scale_ptr, rank_ptr, expert_a_ptr, expert_b_ptr,
+        count_b, count_a, N, K, r, scale, rank, expert_a, expert_b, call.threshold,
+        *stack_strides(B), *((0, 0, 0) if dB is None else stack_strides(dB)),
+        *((0, 0, 0) if dA is None else stack_strides(dA)),
+        OF_B=count_b > 0, FROZEN=call.frozen, R=tile["BLOCK_R"], BLOCK_P=tile["BLOCK_P"], BLOCK_X=tile["BLOCK_X"],
+        num_warps=num_warps, num_stages=1,
+    )  # fmt: skip
 
 
 def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
@@ -276,139 +202,88 @@ def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
     return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, gpu_of(x.device), r, threshold > 0, has_weight))
 
 
+def _gradient(like, M):
+    """The kernels write all of a gradient except the other slots of a stack, and nothing when there are no rows."""
+    return like.new_zeros(like.shape) if like.dim() == 3 or M == 0 else like.new_empty(like.shape)
+
+
+def _planes(out, count: int):
+    """Where a sum [M, R] goes that `count` programs share: to its place, or to planes of fp32."""
+    return out if count == 1 else out.new_empty(count, *out.shape, dtype=torch.float32)
+
+
+def _planes_of(tensor) -> int:
+    return tensor.shape[0] if tensor.dim() == 3 else 1
+
+
 def _row_splits(M: int, launch: LowRankLaunch) -> tuple[int, int]:
-    """(blocks of rows per row_split, number of row_splits)."""
+    """(blocks of rows per split, number of splits)."""
     blocks = cdiv(M, launch.block_m)
     per_split = cdiv(blocks, launch.splits)
     return per_split, cdiv(blocks, per_split)
 
 
-def _gradient(like, shape, M):
-    """The kernels write all of a gradient except the other slots of a stack, and nothing when there are no rows."""
-    return like.new_zeros(shape) if len(shape) == 3 or M == 0 else like.new_empty(shape)
+# ------------------------------------------------------------------------------------------------------------- launches
 
 
-def _workspace(like, row_splits, columns, r, need_partials, need_sums):
-    partials = like.new_empty(row_splits, columns, r, dtype=torch.float32) if need_partials else None
-    return partials, like.new_empty(row_splits, columns, dtype=torch.float32) if need_sums else None
+def _column_blocks(columns: int, launch: LowRankLaunch) -> int:
+    """Blocks of columns of each of a launch's planes. A plane may be left without any; it is zero then."""
+    return cdiv(cdiv(columns, launch.block_n), launch.splits)
 
 
-def _split(columns: int, launch: LowRankLaunch) -> tuple[int, int]:
-    """(blocks of columns per split, number of splits)."""
-    blocks = cdiv(columns, launch.block_n)
-    per_split = cdiv(blocks, launch.splits)
-    return per_split, cdiv(blocks, per_split)
-
-
-def _splits_of(out, splits):
-    return out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
-
-
-def _shrink(x, A, strides, v, out, scale, rank, expert, threshold, seed, launch):
-    (M, K), r = x.shape, out.shape[1]
-    k_blocks, splits = _split(K, launch)
-    target = _splits_of(out, splits)
+def _shrink(x, A, strides, r, v, planes, scale, rank, expert, threshold, seed, launch):
+    (M, K), R = x.shape, planes.shape[-1]
     scale_ptr, scale = control(scale, 1.0)
     rank_ptr, rank = control(rank, r)
     expert_ptr, expert = control(expert, 0)
-    kernels.shrink_kernel[(cdiv(M, launch.block_m), splits, cdiv(r, launch.block_r))](
-        x, A, v, target, scale_ptr, rank_ptr, expert_ptr, seed,
-        M, K, r, scale, rank, expert, threshold, k_blocks, *x.stride(), *strides,
-        DROPOUT=threshold > 0, PREC=precision(), BLOCK_M=launch.block_m, BLOCK_K=launch.block_n,
-        BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    kernels.shrink_kernel[(cdiv(M, launch.block_m), launch.splits, R // launch.block_r)](
+        x, A, v, planes, scale_ptr, rank_ptr, expert_ptr, seed,
+        M, K, r, scale, rank, expert, threshold, _column_blocks(K, launch), *x.stride(), *strides,
+        DROPOUT=threshold > 0, RAGGED=K % launch.block_n != 0, PREC=precision(), R=R, BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_n, BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        _reduce(splits, M, r, partials=target, out=out)
 
 
-def _expand(S, B, strides, u, v, bias, add, out, scale, expert, threshold, seed, launch):
-    (M, N), r = out.shape, S.shape[1]
+def _expand(planes, B, strides, r, out, launch, *, u=None, v=None, bias=None, add=None, S=None, scale=1.0, expert=None,
+            threshold=0, seed=None):  # fmt: skip
+    (M, N), R = out.shape, planes.shape[-1]
     scale_ptr, scale = control(scale, 1.0)
     expert_ptr, expert = control(expert, 0)
-    kernels.expand_kernel[(cdiv(M, launch.block_m), cdiv(N, launch.block_n))](
-        S, B, u, v, bias, add, out, scale_ptr, expert_ptr, seed,
-        M, N, r, scale, expert, threshold, *strides, *((0, 0) if add is None else add.stride()),
-        DROPOUT=threshold > 0, PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
-        BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+    n_blocks = _column_blocks(N, launch)
+    kernels.expand_kernel[(cdiv(M, launch.block_m) * cdiv(N, n_blocks * launch.block_n),)](
+        planes, B, dense(u), dense(v), dense(bias), add, out, S, scale_ptr, expert_ptr, seed,
+        M, N, r, scale, expert, threshold, n_blocks, *strides, *((0, 0) if add is None else add.stride()),
+        DROPOUT=threshold > 0, RAGGED=N % launch.block_n != 0, PREC=precision(), PLANES=_planes_of(planes), R=R,
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
 
-def _one_pass_b(dy, B, strides, S, v, dSu, partials, sums, scale, rank, expert, launch):
+def _one_pass_b(dy, B, S, v, dSu, partials, sums, scale, rank, expert, launch):
     (M, N), r = dy.shape, B.shape[-1]
-    n_blocks, splits = _split(N, launch)
-    target = _splits_of(dSu, splits)
     scale_ptr, scale = control(scale, 1.0)
     rank_ptr, rank = control(rank, r)
     expert_ptr, expert = control(expert, 0)
-    kernels.grad_b_kernel[(cdiv(M, launch.block_m), splits)](
-        dy, B, S, v, target, partials, sums, scale_ptr, rank_ptr, expert_ptr,
-        M, N, r, scale, rank, expert, n_blocks, *dy.stride(), *strides,
-        PREC=precision(), BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+    kernels.grad_b_kernel[(cdiv(M, launch.block_m), launch.splits)](
+        dy, B, S, v, dSu, partials, sums, scale_ptr, rank_ptr, expert_ptr,
+        M, N, r, scale, rank, expert, _column_blocks(N, launch), *dy.stride(), *stack_strides(B),
+        RAGGED=N % launch.block_n != 0, PREC=precision(), R=dSu.shape[-1], BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        _reduce(splits, M, r, partials=target, out=dSu)
 
 
-def _over_rows(
-    x,
-    dSu,
-    m_blocks,
-    launch,
-    *,
-    A=None,
-    S=None,
-    u=None,
-    dx=None,
-    partials=None,
-    dots=None,
-    sums=None,
-    expert=None,
-    threshold=0,
-    seed=None,
-):
+def _over_rows(x, K, dSu, r, dtype, launch, *, A=None, S=None, u=None, dx=None, partials=None, dots=None, sums=None,
+               expert=None, threshold=0, seed=None):  # fmt: skip
     """grad_a_kernel; also dB's partials and the bias sums, with x := dY and dSu := S."""
-    (M, K), r = x.shape, dSu.shape[1]
+    M, R = dSu.shape[-2:]
     expert_ptr, expert = control(expert, 0)
+    m_blocks, row_splits = _row_splits(M, launch)
     columns = 1 if dx is None and partials is None else cdiv(K, launch.block_n)
-    kernels.grad_a_kernel[(columns, cdiv(M, m_blocks * launch.block_m), cdiv(r, launch.block_r))](
+    kernels.grad_a_kernel[(columns, row_splits, R // launch.block_r)](
         x, dSu, A, S, u, dx, partials, dots, sums, expert_ptr, seed,
-        M, K, r, expert, threshold, m_blocks, *x.stride(), *((0, 0, 0) if A is None else stack_strides(A)),
-        NEED_DX=dx is not None, NEED_DA=partials is not None, DROPOUT=threshold > 0, PREC=precision(),
-        BLOCK_M=launch.block_m, BLOCK_K=launch.block_n, BLOCK_R=launch.block_r,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
-
-
-def _reduce(
-    count,
-    X,
-    r,
-    *,
-    partials=None,
-    sums=None,
-    dots=None,
-    B=None,
-    u=None,
-    v=None,
-    out=None,
-    dv=None,
-    dbias=None,
-    du=None,
-    scale=1.0,
-    rank=None,
-    expert=None,
-    frozen=False,
-):
-    """Second stage of every partial sum; see reduce_kernel. `out` is indexed [expert, x, j] through its strides."""
-    tile, num_warps = reduce_launch(r)
-    scale_ptr, scale = control(scale, 1.0)
-    rank_ptr, rank = control(rank, r)
-    expert_ptr, expert = control(expert, 0)
-    rows = X if partials is not None or sums is not None else 1
-    kernels.reduce_kernel[(cdiv(rows, tile["BLOCK_X"]),)](
-        partials, sums, dots, B, u, v, out, dv, dbias, du, scale_ptr, rank_ptr, expert_ptr,
-        count, X, r, scale, rank, expert,
-        *((0, 0, 0) if out is None else stack_strides(out)), *((0, 0, 0) if B is None else stack_strides(B)),
-        FROZEN=frozen, **tile, num_warps=num_warps, num_stages=1,
+        M, K, r, expert, threshold, m_blocks,
+        *((0, 0) if x is None else x.stride()), *((0, 0, 0) if A is None else stack_strides(A)),
+        NEED_DX=dx is not None, NEED_DA=partials is not None, DROPOUT=threshold > 0, RAGGED=K % launch.block_n != 0,
+        PREC=precision(), DTYPE=_DTYPES[dtype], PLANES=_planes_of(dSu), R=R, BLOCK_M=launch.block_m,
+        BLOCK_K=launch.block_n, BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip

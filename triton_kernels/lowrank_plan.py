@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from .problem import H200, Problem
-from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
+from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, padded_rank, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
 # Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
@@ -72,7 +72,7 @@ class LowRankLaunch:
     """Tile and shape of one kernel.
 
     block_n counts columns of the wide matrix (x, y, dY or dx), block_r ranks, block_k steps of the inner product of the
-    single kernel. splits: how many programs share one sum, of the columns or of the rows.
+    single kernel. splits: how many programs share the columns of a block of rows, or the rows of a block of columns.
     """
 
     block_m: int
@@ -89,8 +89,8 @@ class LowRankPlan:
     """How a problem runs.
 
     forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add".
-    grad_b: dSu and dB from one pass over dY; None for two passes, by `dsu` and `db`.
-    fused_a: dx and dA from one kernel, otherwise dx from `expand`.
+    grad_b: dSu and sums for dB from one pass over dY; None for two passes, by `dsu` and `db`.
+    fused_a: dx and sums for dA from one kernel, otherwise dx from `expand`.
     """
 
     forward: str
@@ -105,45 +105,62 @@ class LowRankPlan:
 
 
 # Tiles by class of operands: "half" (all of one 16-bit type), "split" (bf16 activations, fp32 adapter: every product
-# is three bf16 ones), "full" (fp32, or fp16 activations against an fp32 adapter: tf32x3). The last two hold more
+# is by three bf16 terms), "full" (fp32, or fp16 activations against an fp32 adapter: tf32x3). The last two hold more
 # operands in registers, so their tiles are smaller. Keys are the rank block; a rank above the largest takes several.
-# Tuples are (block_m, block_n, num_warps, num_stages).
+# Tuples are (block_m, block_n, num_warps, num_stages), in lists the tallest first, of which the first is taken that
+# leaves programs enough. What reads a large matrix is to have about 50 KB of it in flight per program: then half as many
+# programs as multiprocessors saturate the memory.
 SHRINK = {
-    "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
-    "split": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 32, 4, 3)},
-    "full": {16: (64, 32, 4, 3), 32: (64, 32, 4, 3)},
+    "half": {
+        16: [(64, 64, 4, 6)],
+        32: [(64, 64, 4, 6), (16, 128, 4, 4)],
+        64: [(64, 64, 4, 4), (16, 128, 4, 4)],
+        128: [(64, 64, 8, 3), (16, 64, 4, 4)],
+    },
+    "split": {16: [(64, 64, 4, 6)], 32: [(64, 64, 4, 4), (16, 64, 4, 4)], 64: [(64, 32, 4, 4), (16, 32, 4, 4)]},
+    "full": {16: [(64, 32, 4, 4)], 32: [(64, 32, 4, 3), (16, 32, 4, 4)]},
 }
 EXPAND = {
     "half": {16: (64, 128, 8, 1), 32: (64, 128, 8, 1), 64: (64, 128, 8, 1)},
-    "split": {16: (64, 64, 4, 1), 32: (64, 64, 4, 1)},
+    "split": {16: (64, 128, 8, 1), 32: (64, 64, 8, 1)},
     "full": {16: (64, 64, 4, 1), 32: (64, 64, 4, 1)},
 }
+# Taller blocks leave fewer partial sums of dB: 4 r / block_m bytes, written and read, for every 2 bytes of 16-bit dY.
+# With more ranks a second pass over dY costs less than these.
 GRAD_B = {
-    "half": {16: (128, 64, 8, 3), 32: (128, 64, 8, 3)},
-    "split": {16: (128, 64, 8, 3)},
+    "half": {16: [(256, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)]},
+    "split": {16: [(256, 64, 8, 3), (128, 64, 8, 3), (64, 64, 4, 3)]},
     "full": {},
 }
 GRAD_A_FUSED = {
-    "half": {16: (64, 64, 8, 3), 32: (64, 64, 8, 3), 64: (32, 64, 4, 3)},
-    "split": {16: (64, 64, 8, 3)},
+    "half": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 4, 3)},
+    "split": {16: (32, 64, 4, 3)},
     "full": {},
 }
+# Where the tensor cores read their operands in shared memory, registers suffice for twice the rows.
+GRAD_A_FUSED_WGMMA = {"half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3)}, "split": {16: (64, 64, 4, 3)}}
 GRAD_A = {
     "half": {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 8, 3)},
-    "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 3)},
+    "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 2)},
     "full": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (16, 64, 4, 3)},
 }
 # The single kernel: (block_m, block_n, block_k, num_warps, num_stages). With few rows, block_m is a maximum and W is
 # all there is to read: the narrow tile spreads it over many programs.
 LINEAR_FEW_ROWS = {"half": (64, 32, 128, 4, 3), "split": (64, 32, 32, 4, 4), "full": (32, 32, 32, 4, 3)}
-LINEAR_SMALL = {"half": (64, 64, 64, 4, 3), "split": (64, 64, 64, 4, 3), "full": (64, 32, 32, 4, 3)}
-LINEAR_LARGE = {"half": (128, 128, 64, 8, 3), "split": (128, 64, 64, 8, 3), "full": (128, 64, 32, 8, 3)}
+LINEAR_SMALL = (64, 64, 64, 4, 3)
+LINEAR_LARGE = (128, 128, 64, 8, 3)
 
 FEW_ROWS = 64
 # S on the fly repeats the product with A in every column of tiles; past this rank that outweighs reading W once.
 FEW_ROWS_MAX_RANK = 64
-NARROW = 3072
+# With more rows the single kernel has to keep up with the library's GEMM: where both sides are short, what it saves is
+# most of the time, and where operands are of one 16-bit type, the product with A is one more step on the tensor cores.
+NARROW = 1536
 NARROW_MAX_RANK = 16
+# Partial sums at most that the next kernel adds up, of so many ranks at most, and columns at least that each is of.
+MOST_PLANES = 4
+PLANES_MAX_RANK = 16
+LEAST_COLUMNS = 256
 
 
 def table_key(problem: LowRankProblem) -> str:
@@ -191,33 +208,35 @@ def _merge(chosen: LowRankPlan, changes: dict) -> LowRankPlan:
 
 def _default_plan(p: LowRankProblem) -> LowRankPlan:
     kind = operand_class(p.dtype, p.adapter_dtype)
-    block_r = max(16, next_power_of_2(p.r))
+    block_r = padded_rank(p.r)
     linear = _linear(p, kind, block_r)
     forward = "shrink_expand_gemm" if p.has_weight else "shrink_expand_add"
     if linear is not None:
         forward = "single_kernel"
 
-    # One pass over dY leaves 4 r / block_m bytes of partial dB for every 2 bytes of half-precision dY, written and read
-    # again: with 128 rows a second pass is no dearer from rank 32 on, and it needs no such workspace. Rank 32 keeps one
-    # pass in half precision for one launch less. In fp32 the kernel would read dY through registers, unpipelined.
     grad_b = None
     if block_r in GRAD_B[kind]:
-        grad_b = _launch(GRAD_B[kind], block_r)
-        if kind == "half" and block_r == 16 and p.m >= 16384:
-            # Half the partial partials, once there are row_splits enough to fill the GPU without short ones.
-            grad_b = replace(grad_b, block_m=256)
-        grad_b = _split_columns(grad_b, p.m, p.n, p.gpu.sm_count, least=256)
+        # In the buffers of dY an element has 2 bytes; as many are left for those of B, its terms and what is stored.
+        shapes = [s for s in GRAD_B[kind][block_r] if 4 * s[0] * s[1] * s[3] <= p.gpu.shared_memory]
+        grad_b = _share_columns(shapes, block_r, p, p.n)
     fused_a = block_r in GRAD_A_FUSED[kind]
+    if not fused_a:
+        grad_a = _launch(GRAD_A[kind], block_r)
+    elif p.gpu.capability == 90 and block_r in GRAD_A_FUSED_WGMMA[kind]:
+        grad_a = _launch(GRAD_A_FUSED_WGMMA[kind], block_r)
+    else:
+        grad_a = _launch(GRAD_A_FUSED[kind], block_r)
+    shrink = min(block_r, max(SHRINK[kind]))
     return LowRankPlan(
         forward=forward,
-        shrink=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.k, p.gpu.sm_count),
-        expand=_launch(EXPAND[kind], block_r),
+        shrink=_share_columns(SHRINK[kind][shrink], shrink, p, p.k),
+        expand=_share_expansion(_launch(EXPAND[kind], block_r), p),
         linear=linear,
         grad_b=grad_b,
-        dsu=_split_columns(_launch(SHRINK[kind], block_r), p.m, p.n, p.gpu.sm_count),
-        db=_split_rows(_launch(GRAD_A[kind], block_r), p.m, p.n, p.gpu.sm_count),
+        dsu=_share_columns(SHRINK[kind][shrink], shrink, p, p.n),
+        db=_share_rows(_launch(GRAD_A[kind], block_r), p, p.n),
         fused_a=fused_a,
-        grad_a=_split_rows(_launch((GRAD_A_FUSED if fused_a else GRAD_A)[kind], block_r), p.m, p.k, p.gpu.sm_count),
+        grad_a=_share_rows(grad_a, p, p.k),
     )
 
 
@@ -233,26 +252,44 @@ def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
     if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK:
         shape = LINEAR_FEW_ROWS[kind]
         shape = (max(16, min(shape[0], next_power_of_2(p.m))), *shape[1:])
-    elif p.n <= NARROW and p.r <= NARROW_MAX_RANK:
-        shape = LINEAR_LARGE[kind]
+    elif kind == "half" and max(p.n, p.k) <= NARROW and p.r <= NARROW_MAX_RANK:
+        shape = LINEAR_LARGE
         if cdiv(p.m, shape[0]) * cdiv(p.n, shape[1]) < p.gpu.sm_count:
-            shape = LINEAR_SMALL[kind]
+            shape = LINEAR_SMALL
     else:
         return None
     block_m, block_n, block_k, num_warps, num_stages = shape
     return LowRankLaunch(block_m, block_n, block_r, num_warps, num_stages, block_k)
 
 
-def _split_columns(launch: LowRankLaunch, m: int, columns: int, sm_count: int, least: int = 1024) -> LowRankLaunch:
-    """Share the columns out when the rows alone leave multiprocessors idle, but not into less than `least` columns."""
-    row_blocks = cdiv(m, launch.block_m)
-    return replace(launch, splits=max(1, min(cdiv(sm_count, max(1, row_blocks)), columns // least)))
+def _enough(programs: int, p: LowRankProblem) -> bool:
+    """Whether so many programs saturate the memory: half the multiprocessors, of which a few may be missing."""
+    return 2.1 * programs >= p.gpu.sm_count
 
 
-def _split_rows(launch: LowRankLaunch, m: int, columns: int, sm_count: int) -> LowRankLaunch:
+def _share_columns(shapes: list, block_r: int, p: LowRankProblem, columns: int) -> LowRankLaunch:
+    """The first shape that leaves programs enough, else the last, its columns shared out to as few planes as suffice.
+    Their number is compiled in: it is a power of two."""
+    for block_m, block_n, num_warps, num_stages in shapes:
+        row_blocks, planes = cdiv(p.m, block_m), 1
+        most = min(MOST_PLANES, columns // LEAST_COLUMNS) if padded_rank(p.r) <= PLANES_MAX_RANK else 1
+        while not _enough(row_blocks * planes, p) and 2 * planes <= most:
+            planes *= 2
+        launch = LowRankLaunch(block_m, block_n, block_r, num_warps, num_stages, splits=planes)
+        if _enough(row_blocks * planes, p):
+            return launch
+    return launch
+
+
+def _share_rows(launch: LowRankLaunch, p: LowRankProblem, columns: int) -> LowRankLaunch:
     """Two programs per multiprocessor, but at least four blocks of rows each: every split costs a partial sum."""
-    row_splits = cdiv(2 * sm_count, cdiv(columns, launch.block_n))
-    return replace(launch, splits=max(1, min(row_splits, m // (4 * launch.block_m))))
+    row_splits = cdiv(2 * p.gpu.sm_count, cdiv(columns, launch.block_n))
+    return replace(launch, splits=max(1, min(row_splits, p.m // (4 * launch.block_m))))
+
+
+def _share_expansion(launch: LowRankLaunch, p: LowRankProblem) -> LowRankLaunch:
+    """Four programs per multiprocessor, each for as many columns as are left: it loads S once."""
+    return replace(launch, splits=max(1, cdiv(4 * p.gpu.sm_count, cdiv(p.m, launch.block_m))))
 
 
 def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
@@ -260,33 +297,37 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     chosen = plan_lowrank(problem)
     configs = []
 
-    def add(kernel, launch, **flags):
-        blocks = {"BLOCK_M": launch.block_m, "BLOCK_R": launch.block_r, "PREC": "tf32x3"}
-        blocks["BLOCK_K" if kernel in ("shrink_kernel", "grad_a_kernel") else "BLOCK_N"] = launch.block_n
+    def add(kernel, launch, columns, **flags):
+        by_k = kernel in ("shrink_kernel", "grad_a_kernel")
+        flags |= {"BLOCK_M": launch.block_m, "BLOCK_K" if by_k else "BLOCK_N": launch.block_n}
+        flags |= {"PREC": "tf32x3", "R": padded_rank(problem.r)}
+        if kernel in ("shrink_kernel", "expand_kernel", "grad_a_kernel"):
+            flags["BLOCK_R"] = launch.block_r
         if launch.block_k:
-            blocks |= {"BLOCK_K": launch.block_k, "GROUP_M": 8}
-        constexprs = tuple(sorted((blocks | flags).items()))
-        configs.append(
-            KernelConfig(kernel, problem.dtype, problem.adapter_dtype, constexprs, launch.num_warps, launch.num_stages)
-        )
+            flags |= {"BLOCK_K": launch.block_k, "GROUP_M": 8}
+        flags["RAGGED"] = columns % (launch.block_k or launch.block_n) != 0
+        types = problem.dtype, problem.adapter_dtype
+        configs.append(KernelConfig(kernel, *types, tuple(sorted(flags.items())), launch.num_warps, launch.num_stages))
 
-    dropout = problem.dropout
+    k, n, dropout = problem.k, problem.n, problem.dropout
     if chosen.forward == "single_kernel":
-        add("linear_kernel", chosen.linear)
-    add("shrink_kernel", chosen.shrink, DROPOUT=dropout)
-    add("expand_kernel", chosen.expand, DROPOUT=False)
-    add("expand_kernel", chosen.expand, DROPOUT=dropout)
+        add("linear_kernel", chosen.linear, k)
+    add("shrink_kernel", chosen.shrink, k, DROPOUT=dropout)
+    add("expand_kernel", chosen.expand, n, DROPOUT=False, PLANES=chosen.shrink.splits)
     if chosen.grad_b is not None:
-        add("grad_b_kernel", chosen.grad_b)
-    add("shrink_kernel", chosen.dsu, DROPOUT=False)
-    add("grad_a_kernel", chosen.db, DROPOUT=False, NEED_DX=False, NEED_DA=True)
-    for need_dx, need_da in ((True, True), (True, False)) if chosen.fused_a else ():
-        add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da)
-    for need_da in (True, False):
-        add("grad_a_kernel", chosen.grad_a, DROPOUT=dropout, NEED_DX=False, NEED_DA=need_da)
+        add("grad_b_kernel", chosen.grad_b, n)
+    add("shrink_kernel", chosen.dsu, n, DROPOUT=False)
+    add("grad_a_kernel", chosen.db, n, DROPOUT=False, NEED_DX=False, NEED_DA=True, PLANES=1)
+    for planes in {launch.splits for launch in (chosen.grad_b, chosen.dsu) if launch is not None}:
+        add("expand_kernel", chosen.expand, k, DROPOUT=dropout, PLANES=planes)
+        wanted = [(False, True), (False, False)] + ([(True, True), (True, False)] if chosen.fused_a else [])
+        for need_dx, need_da in wanted:
+            add("grad_a_kernel", chosen.grad_a, k, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da, PLANES=planes)
     blocks, num_warps = reduce_launch(problem.r)
-    constexprs = tuple(sorted((blocks | {"FROZEN": True}).items()))
-    configs.append(KernelConfig("reduce_kernel", problem.dtype, problem.adapter_dtype, constexprs, num_warps, 1))
+    constants = {"R": blocks["BLOCK_R"], "BLOCK_P": blocks["BLOCK_P"], "BLOCK_X": blocks["BLOCK_X"]}
+    constants |= {"FROZEN": True, "OF_B": True}
+    types = problem.dtype, problem.adapter_dtype
+    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), num_warps, 1))
     return configs
 
 
@@ -296,7 +337,7 @@ def configurations() -> list[KernelConfig]:
     types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
     rows = [1 << i for i in range(0, 18)]
     ranks = [16, 32, 64, 128, 256]
-    for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096), ranks, (False, True)):
+    for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096, 4104), ranks, (False, True)):
         problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", H200, r, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Gpu:
     """A GPU as far as plans depend on it; by itself, one of which nothing is known. shared_memory: bytes that a block
-    may have: 99 KB of sm_86, 89 and 120, 163 of sm_80, 227 of sm_90 and 100."""
+    may have: 99 KB of sm_86, 89 and 120, 163 of sm_80, 227 of sm_90 and 100. capability: 90 for sm_90."""
 
     name: str = ""
     sm_count: int = 1
     shared_memory: int = 227 * 1024
+    capability: int = 90
 
 
 # What default plans are chosen for, where none is at hand.

@@ -26,6 +26,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_rank(r: int) -> int:
+    """The ranks of an internal tensor, whose rows are then aligned."""
+    return max(16, next_power_of_2(r))
+
+
 def operand_class(dtype: str, adapter_dtype: str) -> str:
     if dtype == adapter_dtype and dtype != "float32":
         return "half"
@@ -34,6 +39,6 @@ def operand_class(dtype: str, adapter_dtype: str) -> str:
 
 def reduce_launch(r: int) -> tuple[dict[str, int], int]:
     """(blocks, num_warps) of a tile of the second stage of sums over rows, [.., r]: partials, rows, ranks."""
-    block_r = max(16, next_power_of_2(r))
-    blocks = {"BLOCK_P": 8 if block_r <= 64 else 4, "BLOCK_X": max(8, 512 // block_r), "BLOCK_R": block_r}
+    block_r = padded_rank(r)
+    blocks = {"BLOCK_P": 8 if block_r <= 64 else 4, "BLOCK_X": max(8, 256 // block_r), "BLOCK_R": block_r}
     return blocks, 4 if block_r <= 64 else 8

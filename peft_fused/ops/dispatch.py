@@ -167,8 +167,6 @@ def _why_not(backend: str, problem, interpret: bool, native_wanted: bool) -> tup
         reasons.append("the scale is beyond its types' range")
     if problem.device != "cuda" and not (backend == "triton" and interpret):
         reasons.append(f"x is on {problem.device}; {_NEEDS[backend]}")
-    if backend == "triton" and interpret and problem.dtype == "bfloat16":
-        reasons.append("Triton's interpreter computes bfloat16 products wrongly")
     reasons.extend(_not_installed(backend, native_wanted))
     if problem.device == "cuda" and not interpret:
         reasons.extend(_gpu_too_old())
@@ -221,6 +219,10 @@ def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpr
         raise RuntimeError(NO_CUDA_IN_GRAPH)
     if backend == "triton" and problem.m * problem.n * problem.k == 0:
         backend = "torch"  # there is nothing to launch a kernel on
+    if backend == "triton" and interpret:
+        from ..triton_kernels import interpreter
+
+        interpreter.install()  # Triton's own would compute on the bits of bf16 numbers
     hosted = node and native_wanted and not problem.huge_scale and backend != "reference" and problem.native(backend)
     return Decision(backend, hosted, problem, None if backend == "reference" else problem.launch_plan(backend))
 

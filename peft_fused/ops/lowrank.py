@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from ..triton_kernels.launching import gpu_of, name_of
 from ..triton_kernels.lowrank_plan import LowRankProblem
-from ..triton_kernels.tiles import MAX_RANK
+from ..triton_kernels.tiles import MAX_RANK, padded_rank
 from . import lowrank_torch
 from .arguments import (
     check_control,
@@ -242,7 +242,7 @@ class LowRank(Operation):
 
     def output(self, like, call):
         A, adapter_dtype = like["A"]
-        return like["B"][0][-2], (A[-2], adapter_dtype)
+        return like["B"][0][-2], (padded_rank(A[-2]), adapter_dtype)
 
     def reads(self, call, needs) -> set[str]:
         factor = needs & {"B", "u", "v"}

@@ -15,6 +15,7 @@ lazy values) is checked in full and decided without that node.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from . import dispatch, native
 from .arguments import (
@@ -393,9 +394,13 @@ class Operation:
     def _forward_op(self, *columns):
         *flat, backend = columns
         call = self.call_of(flat)
-        decision = self._decide_in_graph(backend, self.likeness(call), call, flat[0].device)
-        y, hidden = self.forward(call, decision)
-        return (y, hidden) if self.hides else y
+        like = self.likeness(call)
+        y, hidden = self.forward(call, self._decide_in_graph(backend, like, call, flat[0].device))
+        if not self.hides:
+            return y
+        # A graph does not know the backend, of which some hide fewer columns.
+        missing = self.output(like, call)[1][0] - hidden.shape[1]
+        return y, F.pad(hidden, (0, missing)) if missing else hidden
 
     def _backward_op(self, dy, *columns):
         call, hidden, like, needs, backend = self._backward_columns(dy, columns)

@@ -126,6 +126,19 @@ def test_under_the_interpreter_triton_needs_no_gpu(monkeypatch):
         assert dispatch.forced() == "triton"
 
 
+def test_under_the_interpreter_bf16_is_made_right_before_a_kernel_runs(monkeypatch):
+    interpreter = pytest.importorskip("peft_fused.triton_kernels.interpreter", exc_type=ImportError)
+    installed = []
+    monkeypatch.setattr(interpreter, "install", lambda: installed.append(1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, A, B = (torch.zeros(4, 4, dtype=torch.bfloat16) for _ in range(3))
+    problem = lowrank_problem(x, A, B, has_weight=False)
+    assert dispatch.why_not("triton", problem) == [] and dispatch.decide(problem).backend == "torch"
+    assert not installed
+    with peft_fused.use_backend("triton"):
+        assert dispatch.decide(problem).backend == "triton" and installed
+
+
 def test_what_the_node_cannot_hold_runs_elsewhere(gpu):
     """A call that is recorded, or has a tensor of a subclass; forced there, it is refused."""
     for problem in problems():

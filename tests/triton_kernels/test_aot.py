@@ -8,15 +8,19 @@ from functools import partial
 from itertools import product
 
 import pytest
+import triton.language as tl
 from aot import TRITON_TYPES, Row, launch_source, to_compile
 from peft_fused.triton_kernels import lowrank_kernels
 from peft_fused.triton_kernels.lowrank_plan import configurations
 
 pytestmark = pytest.mark.aot
 
+TRITON_DTYPES = {name: getattr(tl, name) for name in TRITON_TYPES}
 ACTIVATION_POINTERS = {"x_ptr", "w_ptr", "bias_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr", "dbias_ptr"}
-ADAPTER = {"a_ptr", "b_ptr", "u_ptr", "v_ptr", "s_ptr", "dsu_ptr", "dv_ptr", "du_ptr"}
-PARTIAL_SUMS = {"partials_ptr", "sums_ptr", "dots_ptr"}
+ADAPTER = {"a_ptr", "b_ptr", "u_ptr", "v_ptr", "s_ptr", "da_ptr", "db_ptr", "dv_ptr", "du_ptr"}
+# S or dSu, whole or in planes; grad_b and shrink write them whole where they are not shared out.
+SUMS_OF_COLUMNS = {"planes_ptr", "dsu_ptr"}
+PARTIAL_SUMS = {"partials_ptr", "a_partials_ptr", "b_partials_ptr", "sums_ptr", "dots_ptr"}
 INTEGERS = {"rank_ptr", "expert_ptr", "expert_a_ptr", "expert_b_ptr", "seed_ptr"}
 # Strides of contiguous operands, as they are on the hot path; `linear` and `expand` read B along its ranks.
 UNIT_STRIDES = {
@@ -25,17 +29,18 @@ UNIT_STRIDES = {
     "linear_kernel": {"stride_xk", "stride_wk", "stride_ak", "stride_br"},
     "grad_b_kernel": {"stride_yn", "stride_br"},
     "grad_a_kernel": {"stride_xk", "stride_ak"},
-    "reduce_kernel": {"stride_or", "stride_br"},
+    "reduce_kernel": {"stride_br", "stride_dbr", "stride_dak"},
 }
 # Arguments that are r in contiguous operands: rank 8 leaves the compiler without their alignment.
 RANK_SIZED = {kernel: {"r", "stride_bn"} for kernel in UNIT_STRIDES} | {
-    "reduce_kernel": {"r", "stride_bn", "stride_ox"}
+    "reduce_kernel": {"r", "stride_bn", "stride_dbn"}
 }
 
 
 def describe(config, aligned_rank):
     types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     flags = "-".join(name for name, value in config.constexprs if value is True)
+    flags += "".join(f"-{name}{value}" for name, value in config.constexprs if name in ("PLANES", "R"))
     blocks = "x".join(f"{name[6:]}{value}" for name, value in config.constexprs if name.startswith("BLOCK_"))
     rank = "aligned" if aligned_rank else "unaligned"
     return f"{config.kernel[:-7]:7} {types:16} {blocks:24} {flags:28} {rank} warps {config.num_warps}"
@@ -77,11 +82,18 @@ def source(config, aligned_rank):
     constants = dict(config.constexprs) | dict.fromkeys(UNIT_STRIDES[config.kernel], 1)
     if constants.get("NEED_DX"):
         constants["sums_ptr"] = None  # column sums belong to dY, which has no dx
+    planes = constants.get("PLANES", 1)
+    if config.kernel == "grad_a_kernel":
+        constants["DTYPE"] = TRITON_DTYPES[config.adapter_dtype]
+    if config.kernel == "expand_kernel" and (planes == 1 or constants["DROPOUT"]):
+        constants["s_ptr"] = None  # S is whole, or it is dSu
     types = {}
     for parameter in kernel.params:
         name = parameter.name
         if name in ACTIVATION_POINTERS or (name == "out_ptr" and config.kernel == "expand_kernel"):
             types[name] = "*" + TRITON_TYPES[config.dtype]
+        elif name in SUMS_OF_COLUMNS:
+            types[name] = "*fp32" if planes > 1 else "*" + TRITON_TYPES[config.adapter_dtype]
         elif name in ADAPTER or name == "out_ptr":
             types[name] = "*" + TRITON_TYPES[config.adapter_dtype]
         elif name in PARTIAL_SUMS or name == "scale_ptr":

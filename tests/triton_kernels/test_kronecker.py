@@ -89,7 +89,7 @@ def reference(case, t, dtypes, scale=None, without=None):
     A, B = (t[name].detach().to(factor).requires_grad_() for name in "AB")
     threshold = dropout_threshold(case.p)
     mask = keep_mask(torch.tensor(case.seed), case.M, a2 * b2, threshold).to(x.device)
-    dropped = (x * mask * keep_scale(threshold)).to(factor)
+    dropped = x.to(factor) * mask * keep_scale(threshold)
     live = torch.ones(b2, 1, dtype=factor, device=x.device)
     if without is not None:
         live[without] = 0

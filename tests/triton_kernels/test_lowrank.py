@@ -12,6 +12,7 @@ import torch
 from peft_fused.triton_kernels import lowrank
 from peft_fused.triton_kernels.dropout import dropout_threshold, keep_scale
 from peft_fused.triton_kernels.lowrank import lowrank_bwd, lowrank_fwd
+from peft_fused.triton_kernels.tiles import padded_rank
 from rule import TYPES, check_draws, violations
 
 from peft_fused.ops.lowrank import LowRankCall
@@ -141,7 +142,7 @@ def reference(case, t, dtypes, scale=None, drop_rank=None):
     if drop_rank is not None:
         live = live & (torch.arange(case.r, device=x.device) != drop_rank)
     mask = philox_mask(case.seed, case.T, case.K, c["threshold"]).to(x.device)
-    S = ((x * mask * keep_scale(c["threshold"])).to(adapter) @ A.t()) * live
+    S = ((x.to(adapter) * mask * keep_scale(c["threshold"])) @ A.t()) * live
     delta = (S * leaves["u"] if case.vectors else S) @ B.t() * (c["scale"] if scale is None else scale)
     delta = (delta * leaves["v"] if case.vectors else delta).to(dtype)
     y = delta
@@ -180,6 +181,7 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
     tensors = {name: t[name] for name in ("x", "weight", "add", "bias", "A", "B", "u", "v")}
     call = LowRankCall(**tensors, **c, seed=seed, frozen=case.frozen)
     y, S = lowrank_fwd(call, plan=plan)
+    assert S.shape[1] == padded_rank(case.r) and not S[:, case.r :].any()
     needs = needs_of(t) if needs is None else needs
     x, A, kept_S = (
         value if needs & wanted else None
@@ -187,7 +189,7 @@ def run(case, t, needs=None, scale=None, plan=None, **overrides):
     )
     grads = lowrank_bwd(t["dy"], replace(call, x=x, A=A), kept_S, needs=needs, plan=plan)
     assert grads.keys() == needs
-    return {"y": y, "S": S} | {f"d{name}": grad for name, grad in grads.items()}
+    return {"y": y, "S": S[:, : case.r]} | {f"d{name}": grad for name, grad in grads.items()}
 
 
 # The delta alone (base "none"), so that an error of the adapter cannot hide behind the base map.
@@ -197,6 +199,7 @@ CASES = [
     *(replace(DELTA, types=types, r=1, vectors=True, T=17, draws=16) for types in TYPES),
     *(replace(DELTA, types=types, r=150, K=264, N=136, T=11) for types in ("fp32", "fp16", "bf16-fp32")),
     *(replace(DELTA, types=types, T=131, K=330, N=270, splits=3, vectors=True) for types in TYPES),
+    *(replace(DELTA, types=types, T=70, N=256, K=128, splits=2, p=0.2, bias=True) for types in TYPES),
     *(replace(DELTA, types=types, T=131, r=70, splits=2, p=0.3, vectors=True) for types in ("fp32", "fp16", "bf16")),
     *(replace(DELTA, types=types, p=0.1, K=50, vectors=True, r=r) for types in TYPES for r in (3, 33)),
     *(replace(DELTA, types=types, r=16, rank=7, frozen=f) for types in ("fp32", "bf16-fp32") for f in (False, True)),
@@ -269,13 +272,11 @@ def test_dropout_mask_is_exact(seed, device):
     for threshold in (1, dropout_threshold(0.1), dropout_threshold(0.5), dropout_threshold(1.0)):
         keep = philox_mask(seed, M, K, threshold).to(device)
         seed_tensor = torch.tensor(seed, device=device)
-        S = lowrank.shrink(x, A, threshold=threshold, seed=seed_tensor)
-        assert torch.equal(S != 0, keep)
-        _, U, _ = lowrank.grad_a(
-            x, x, A, S, threshold=threshold, seed=seed_tensor, need_dA=False, need_dx=True, need_du=False
-        )
-        assert torch.equal(U != 0, keep)
-        torch.testing.assert_close(S, keep * keep_scale(threshold))
+        call = LowRankCall(x, None, None, None, A, torch.eye(K, device=device), threshold=threshold, seed=seed_tensor)
+        _, S = lowrank_fwd(call)
+        dx = lowrank_bwd(x, call, S, needs={"x"})["x"]
+        assert torch.equal(S[:, :K] != 0, keep) and torch.equal(dx != 0, keep)
+        torch.testing.assert_close(S[:, :K], keep * keep_scale(threshold))
 
 
 def test_controls_on_the_device_equal_numbers(device):

@@ -42,9 +42,13 @@ def tuned(tmp_path, monkeypatch):
         ({"m": 64}, "single_kernel"),
         ({"m": 64, "r": 256}, "shrink_expand_gemm"),
         ({"m": 64, "dropout": True}, "shrink_expand_gemm"),
-        ({"n": 3072}, "single_kernel"),
-        ({"n": 3072, "r": 17}, "shrink_expand_gemm"),
-        ({"n": 3072, "dropout": True}, "shrink_expand_gemm"),
+        ({"m": 64, "adapter_dtype": "float32"}, "single_kernel"),
+        ({"n": 1024, "k": 1024}, "single_kernel"),
+        ({"n": 1024}, "shrink_expand_gemm"),
+        ({"k": 1024}, "shrink_expand_gemm"),
+        ({"n": 1024, "k": 1024, "r": 17}, "shrink_expand_gemm"),
+        ({"n": 1024, "k": 1024, "dropout": True}, "shrink_expand_gemm"),
+        ({"n": 1024, "k": 1024, "adapter_dtype": "float32"}, "shrink_expand_gemm"),
         ({"has_weight": False}, "shrink_expand_add"),
         ({"m": 1, "has_weight": False}, "shrink_expand_add"),
     ],
@@ -56,6 +60,27 @@ def test_forward_path(change, forward):
 def test_rows_are_bucketed_by_powers_of_two():
     assert plan_lowrank(replace(PROBLEM, m=2049)) == plan_lowrank(PROBLEM) != plan_lowrank(replace(PROBLEM, m=2048))
     assert plan_lowrank(replace(PROBLEM, m=0)).forward == "single_kernel"
+
+
+def test_what_reads_a_large_matrix_is_shared_out():
+    """Between few programs, which leave the memory idle, and many, which leave partial sums."""
+    shares = {m: (plan.grad_b.block_m, plan.grad_b.splits) for m, plan in by_rows(PROBLEM, (512, 2048, 4096, 16384))}
+    assert shares == {512: (64, 4), 2048: (128, 4), 4096: (256, 4), 16384: (256, 1)}
+    assert {m: plan.shrink.splits for m, plan in by_rows(PROBLEM, (512, 2048, 4096))} == {512: 4, 2048: 2, 4096: 1}
+    assert plan_lowrank(replace(PROBLEM, n=768)).grad_b.splits == 2, "a plane has at least 256 columns"
+    # Of more ranks, planes would fill the registers of whoever adds them up: shorter blocks take their place.
+    wide = {m: (plan.shrink.block_m, plan.shrink.splits) for m, plan in by_rows(replace(PROBLEM, r=64), (512, 4096))}
+    assert wide == {512: (16, 1), 4096: (64, 1)}
+
+
+def by_rows(problem, counts):
+    return [(m, plan_lowrank(replace(problem, m=m))) for m in counts]
+
+
+def test_a_plan_fits_its_gpu():
+    for shared_memory, capability, block_m, rows_of_a in ((227, 90, 256, 64), (163, 80, 128, 32), (99, 89, 128, 32)):
+        plan = plan_lowrank(replace(PROBLEM, gpu=Gpu("", 132, shared_memory * 1024, capability)))
+        assert (plan.grad_b.block_m, plan.grad_a.block_m) == (block_m, rows_of_a)
 
 
 def test_any_problem_has_a_plan():
