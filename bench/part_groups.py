@@ -333,7 +333,7 @@ def _grad_b(shape: Shape, device: torch.device) -> dict:
             def run():
                 found = {"B": torch.empty_like(B)}
                 _, sums = op.grad_b(dy, t.call, t.padded_S, {"A", "B"}, chosen, None)
-                op.reduce(t.call, shape.n, shape.k, sums, (None, None), found)
+                op.reduce(t.call, shape.n, shape.k, sums, (None, None), found, chosen.reduce)
                 return found["B"]
 
             return run
@@ -349,7 +349,7 @@ def _grads_of_a(op, t: SimpleNamespace, call: LowRankCall, plan: plans.LowRankPl
     """(dA, dx) by the kernels, from dSu."""
     found = {"A": torch.empty_like(t.A), "x": torch.empty_like(t.x)}
     sums = op.grad_a(t.padded_dS, t.x.shape[1], call, None, {"A", "x"}, plan, found["x"])
-    op.reduce(call, t.B.shape[0], t.x.shape[1], (None, None), sums, found)
+    op.reduce(call, t.B.shape[0], t.x.shape[1], (None, None), sums, found, plan.reduce)
     return found["A"], found["x"]
 
 

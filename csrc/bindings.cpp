@@ -9,15 +9,21 @@
 #include "autograd/lowrank.h"
 #include "autograd/structured.h"
 #include "dropout.h"
+#include "triton_launch/launch.h"
 
 namespace py = pybind11;
 using peft_fused::BottleneckArguments;
 using peft_fused::Control;
 using peft_fused::Dropout;
 using peft_fused::LowRankArguments;
+using peft_fused::LowRankLaunch;
+using peft_fused::LowRankOnTriton;
+using peft_fused::LowRankPlan;
 using peft_fused::Method;
 using peft_fused::Structure;
 using peft_fused::StructuredArguments;
+
+namespace triton = peft_fused::triton;
 
 namespace {
 
@@ -98,6 +104,88 @@ py::object decided(const py::dict& decisions, Arguments& arguments, bool readabl
   return here.ptr() == Py_True ? py::cast(run(decision)) : decision;
 }
 
+// ---------------------------------------------------------------------------------- Triton's kernels, launched from C++
+
+LowRankLaunch launch_of(const py::object& launch) {
+  LowRankLaunch made;
+  if (launch.is_none()) return made;
+  const auto get = [&](const char* name) { return launch.attr(name).cast<int64_t>(); };
+  made.block_m = get("block_m"), made.block_n = get("block_n"), made.block_r = get("block_r");
+  made.num_warps = get("num_warps"), made.num_stages = get("num_stages");
+  made.block_k = get("block_k"), made.splits = get("splits");
+  return made;
+}
+
+// A plan of triton_kernels/lowrank_plan.py for the C++ node. precision(): the word for fp32 products, None where it
+// makes no difference.
+class LowRankOnTritonHolder {
+ public:
+  LowRankOnTritonHolder(const py::object& plan, py::object precision) : precision_(std::move(precision)) {
+    LowRankPlan made;
+    const auto get = [&](const char* name) { return launch_of(plan.attr(name)); };
+    made.single_kernel = plan.attr("forward").cast<std::string>() == "single_kernel";
+    made.one_pass_b = !plan.attr("grad_b").is_none();
+    made.fused_a = plan.attr("fused_a").cast<bool>();
+    made.shrink = get("shrink"), made.expand = get("expand"), made.linear = get("linear");
+    made.grad_b = get("grad_b"), made.dsu = get("dsu"), made.db = get("db");
+    made.grad_a = get("grad_a"), made.reduce = get("reduce");
+    for (int i = 0; i < 2; ++i) {
+      made_[i] = c10::make_intrusive<LowRankOnTriton>();
+      made_[i]->plan = made;
+      made_[i]->precision = i;
+    }
+  }
+
+  const c10::intrusive_ptr<LowRankOnTriton>& launched() const {
+    const bool tf32 = !precision_.is_none() && precision_().cast<std::string>() == triton::kWords[1];
+    return made_[tf32];
+  }
+
+ private:
+  py::object precision_;
+  std::array<c10::intrusive_ptr<LowRankOnTriton>, 2> made_;
+};
+
+// One argument for Python's compiler, as triton_kernels/native.py reads it.
+py::object described(const triton::Argument& a) {
+  switch (a.tag) {
+    case 'N': return py::none();
+    case 'P':
+    case 'A': return py::make_tuple(c10::toString(a.type), a.tag == 'A');
+    case 'f': return py::float_(0.5);
+    case 'b': return py::bool_(a.value != 0);
+    case 'w': return py::str(triton::kWords[a.value]);
+    case 't': return py::make_tuple(c10::toString(static_cast<at::ScalarType>(a.value)));
+    default: return py::int_(a.value);
+  }
+}
+
+void configure_triton(const std::vector<std::string>& specialised, const py::object& compile) {
+  // Held for ever: a launch may come from a thread that outlives the interpreter's objects.
+  PyObject* const function = py::object(compile).release().ptr();
+  triton::configure(specialised, [function](const char* kernel, int device, at::ArrayRef<triton::Argument> arguments,
+                                            int num_warps, int num_stages) {
+    const py::gil_scoped_acquire gil;
+    py::list described_arguments;
+    for (const auto& a : arguments) described_arguments.append(described(a));
+    const auto [handle, threads, shared] =
+        py::reinterpret_borrow<py::function>(function)(kernel, device, described_arguments, num_warps, num_stages)
+            .cast<std::tuple<uint64_t, unsigned, unsigned>>();
+    return triton::Compiled{reinterpret_cast<void*>(handle), threads, shared};
+  });
+}
+
+py::list recorded_launches() {
+  py::list found;
+  for (const auto& one : triton::recorded()) {
+    py::list arguments;
+    for (const auto& bytes : one.arguments) arguments.append(py::bytes(bytes));
+    found.append(py::make_tuple(one.function, py::make_tuple(one.grid[0], one.grid[1], one.grid[2]), one.threads,
+                                one.shared, one.stream, arguments, one.tensors));
+  }
+  return found;
+}
+
 py::object lowrank(const py::dict& decisions, const py::object& x, const py::object& weight, const py::object& add,
                    const py::object& bias, const py::object& A, const py::object& B, const py::object& u, const py::object& v,
                    const py::object& scale, const py::object& rank, const py::object& expert,
@@ -110,9 +198,12 @@ py::object lowrank(const py::dict& decisions, const py::object& x, const py::obj
       read_index(rank, a.rank, a.has_rank) &&
       read_pair(expert, a.expert_a, a.has_expert_a, a.expert_b, a.has_expert_b) &&
       read_dropout(dropout_p, seed, a.dropout) && read_flag(frozen, a.frozen);
-  return decided(decisions, a, readable, [&](const py::object&) {
+  return decided(decisions, a, readable, [&](const py::object& decision) {
+    c10::intrusive_ptr<LowRankOnTriton> on_triton;
+    const py::object plan = decision.attr("plan");
+    if (!plan.is_none()) on_triton = plan.cast<LowRankOnTritonHolder&>().launched();
     const py::gil_scoped_release release;
-    return peft_fused::lowrank(a);
+    return peft_fused::lowrank(a, std::move(on_triton));
   });
 }
 
@@ -184,8 +275,19 @@ PYBIND11_MODULE(_C, m) {
     return peft_fused::drop(x, seed, threshold, first_row);
   }, "Dropout of ops/dropout.py on a 2-D tensor, without a gradient.");
   m.def("configure", [](bool onednn, int64_t onednn_least) {
-    peft_fused::settings() = {onednn, onednn_least};
+    peft_fused::settings().onednn = onednn;
+    peft_fused::settings().onednn_least = onednn_least;
   }, "What ops/dispatch.py decided for this machine.");
+  py::class_<LowRankOnTritonHolder>(m, "LowRankOnTriton", "A plan of triton_kernels/lowrank_plan.py for the C++ node.")
+      .def(py::init<const py::object&, py::object>());
+  m.attr("triton_kernels") = std::vector<std::string>(std::begin(triton::kKernelNames), std::end(triton::kKernelNames));
+  m.def("configure_triton", &configure_triton, "Who compiles kernels, and how their parameters are specialised.");
+  m.def("triton_launches", &recorded_launches, "What was launched since, of launches that go to a list.");
+  m.def("send_triton_launches", [](const std::string& where) {
+    const auto destination = named<triton::Destination>("where", where, {"driver", "list", "nowhere"});
+    triton::send_to(destination);
+    peft_fused::settings().cpu_is_device = destination != triton::Destination::driver;
+  }, "Where launches go: to the driver, to a list or nowhere.");
   m.def("has_cuda", [] {
 #ifdef PEFT_FUSED_CUDA
     return true;

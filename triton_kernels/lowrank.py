@@ -22,7 +22,7 @@ import triton.language as tl
 from . import lowrank_kernels as kernels
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
 from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank
-from .tiles import cdiv, padded_rank, reduce_launch
+from .tiles import cdiv, padded_rank
 
 GROUP_M = 8
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -75,7 +75,7 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
         with torch.cuda.device_of(dy):
             dSu, of_b = grad_b(dy, call, S, needs, plan, found.get("bias"))
             of_a = grad_a(dSu, K, call, S, needs, plan, found.get("x"))
-            reduce(call, N, K, of_b, of_a, found)
+            reduce(call, N, K, of_b, of_a, found, plan.reduce)
     if "x" in needs and call.weight is not None:
         found["x"].addmm_(dy, call.weight)
     if "weight" in needs:
@@ -88,7 +88,7 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
 
 def shrink(call, S, launch):
     """S [M, R] of a call, or its planes in fp32."""
-    planes = _planes(S, launch.splits)
+    planes = S if launch.splits == 1 else _planes(S, *S.shape, launch.splits)
     strides, r = stack_strides(call.A), call.A.shape[-2]
     controls = 1.0, call.rank, call.expert_a, call.threshold, call.seed
     _shrink(call.x, call.A, strides, r, None, planes, *controls, launch)
@@ -133,7 +133,7 @@ def grad_b(dy, call, S, needs, plan, dbias):
     dSu = None
     if need_dS:
         launch = plan.grad_b if one_pass else plan.dsu
-        dSu = _planes(dy.new_empty(M, R, dtype=B.dtype), launch.splits)
+        dSu = _planes(B, M, R, launch.splits)
         controls = call.scale, call.rank, call.expert_b
         if one_pass:
             _one_pass_b(dy, B, S, dense(call.v), dSu, partials, sums, *controls, launch)
@@ -169,7 +169,7 @@ def grad_a(dSu, K, call, S, needs, plan, dx):
     return partials, dots
 
 
-def reduce(call, N, K, of_b, of_a, found):
+def reduce(call, N, K, of_b, of_a, found, launch):
     """The second stage of every sum over the rows."""
     (b_partials, sums), (a_partials, dots) = of_b, of_a
     count_b, count_a = (next((t.shape[0] for t in of if t is not None), 0) for of in (of_b, of_a))
@@ -177,13 +177,12 @@ def reduce(call, N, K, of_b, of_a, found):
         return
     B, dB, dA = call.B, found.get("B"), found.get("A")
     r = B.shape[-1]
-    tile, num_warps = reduce_launch(r)
     scale_ptr, scale = control(call.scale, 1.0)
     rank_ptr, rank = control(call.rank, r)
     expert_a_ptr, expert_a = control(call.expert_a, 0)
     expert_b_ptr, expert_b = control(call.expert_b, 0)
-    blocks = cdiv(N, tile["BLOCK_X"]) if count_b else 0
-    blocks += cdiv(K, tile["BLOCK_X"]) if a_partials is not None else dots is not None
+    blocks = cdiv(N, launch.block_n) if count_b else 0
+    blocks += cdiv(K, launch.block_n) if a_partials is not None else dots is not None
     kernels.reduce_kernel[(blocks,)](
         b_partials, sums, B, dense(call.v), dB, found.get("v"), None if sums is None else found["bias"],
         a_partials, dots, dense(call.u), dA, found.get("u"),
@@ -191,8 +190,8 @@ def reduce(call, N, K, of_b, of_a, found):
         count_b, count_a, N, K, r, scale, rank, expert_a, expert_b, call.threshold,
         *stack_strides(B), *((0, 0, 0) if dB is None else stack_strides(dB)),
         *((0, 0, 0) if dA is None else stack_strides(dA)),
-        OF_B=count_b > 0, FROZEN=call.frozen, R=tile["BLOCK_R"], BLOCK_P=tile["BLOCK_P"], BLOCK_X=tile["BLOCK_X"],
-        num_warps=num_warps, num_stages=1,
+        OF_B=count_b > 0, FROZEN=call.frozen, R=launch.block_r, BLOCK_P=launch.block_m, BLOCK_X=launch.block_n,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
 
@@ -207,9 +206,9 @@ def _gradient(like, M):
     return like.new_zeros(like.shape) if like.dim() == 3 or M == 0 else like.new_empty(like.shape)
 
 
-def _planes(out, count: int):
-    """Where a sum [M, R] goes that `count` programs share: to its place, or to planes of fp32."""
-    return out if count == 1 else out.new_empty(count, *out.shape, dtype=torch.float32)
+def _planes(like, M: int, R: int, count: int):
+    """For a sum [M, R] that `count` programs share: whole, of a type like that, or planes of fp32."""
+    return like.new_empty(M, R) if count == 1 else like.new_empty(count, M, R, dtype=torch.float32)
 
 
 def _planes_of(tensor) -> int:

@@ -19,9 +19,6 @@ from .problem import H200, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, padded_rank, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
-# Below this many multiply-adds the base product on a current GPU takes less time than launching Triton kernels from
-# Python does, so the C++ node, which launches without Python, comes first there.
-LAUNCH_BOUND = 4e10
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,9 @@ class LowRankProblem(Problem):
         return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
 
     def preference(self) -> tuple[str, ...]:
-        # Other kernels take more of the GPU's time for launching than for working below this size, and for products of
-        # mixed types the C++ node converts the larger operand.
-        in_node = self.adapter_dtype == self.dtype and not self._widens and self.m * self.n * self.k < LAUNCH_BOUND
-        return ("cuda", "triton", "torch") if in_node else ("triton", "torch")
+        # For products of mixed types the CUDA backend converts the larger operand.
+        same = self.adapter_dtype == self.dtype and not self._widens
+        return ("triton", "cuda", "torch") if same else ("triton", "torch")
 
     @property
     def _widens(self) -> bool:
@@ -54,7 +50,7 @@ class LowRankProblem(Problem):
         return self.uv and self.adapter_dtype == "float16"
 
     def native(self, backend: str) -> bool:
-        return backend == "cuda" or (backend == "torch" and self.device == "cpu" and not self._widens)
+        return backend in ("triton", "cuda") or (backend == "torch" and self.device == "cpu" and not self._widens)
 
     def launch_plan(self, backend: str):
         return plan_lowrank(self) if backend == "triton" else None
@@ -91,6 +87,7 @@ class LowRankPlan:
     forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add".
     grad_b: dSu and sums for dB from one pass over dY; None for two passes, by `dsu` and `db`.
     fused_a: dx and sums for dA from one kernel, otherwise dx from `expand`.
+    reduce: block_m counts partial sums, block_n what each is of.
     """
 
     forward: str
@@ -102,14 +99,15 @@ class LowRankPlan:
     db: LowRankLaunch
     fused_a: bool
     grad_a: LowRankLaunch
+    reduce: LowRankLaunch
 
 
 # Tiles by class of operands: "half" (all of one 16-bit type), "split" (bf16 activations, fp32 adapter: every product
 # is by three bf16 terms), "full" (fp32, or fp16 activations against an fp32 adapter: tf32x3). The last two hold more
 # operands in registers, so their tiles are smaller. Keys are the rank block; a rank above the largest takes several.
 # Tuples are (block_m, block_n, num_warps, num_stages), in lists the tallest first, of which the first is taken that
-# leaves programs enough. What reads a large matrix is to have about 50 KB of it in flight per program: then half as many
-# programs as multiprocessors saturate the memory.
+# leaves programs enough. What reads a large matrix is to have about 50 KB of it in flight per program: then half as
+# many programs as multiprocessors saturate the memory.
 SHRINK = {
     "half": {
         16: [(64, 64, 4, 6)],
@@ -227,6 +225,7 @@ def _default_plan(p: LowRankProblem) -> LowRankPlan:
     else:
         grad_a = _launch(GRAD_A_FUSED[kind], block_r)
     shrink = min(block_r, max(SHRINK[kind]))
+    tile, reduce_warps = reduce_launch(p.r)
     return LowRankPlan(
         forward=forward,
         shrink=_share_columns(SHRINK[kind][shrink], shrink, p, p.k),
@@ -237,6 +236,7 @@ def _default_plan(p: LowRankProblem) -> LowRankPlan:
         db=_share_rows(_launch(GRAD_A[kind], block_r), p, p.n),
         fused_a=fused_a,
         grad_a=_share_rows(grad_a, p, p.k),
+        reduce=LowRankLaunch(tile["BLOCK_P"], tile["BLOCK_X"], tile["BLOCK_R"], reduce_warps, 1),
     )
 
 
@@ -323,11 +323,10 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         wanted = [(False, True), (False, False)] + ([(True, True), (True, False)] if chosen.fused_a else [])
         for need_dx, need_da in wanted:
             add("grad_a_kernel", chosen.grad_a, k, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da, PLANES=planes)
-    blocks, num_warps = reduce_launch(problem.r)
-    constants = {"R": blocks["BLOCK_R"], "BLOCK_P": blocks["BLOCK_P"], "BLOCK_X": blocks["BLOCK_X"]}
-    constants |= {"FROZEN": True, "OF_B": True}
+    last = chosen.reduce
+    constants = {"R": last.block_r, "BLOCK_P": last.block_m, "BLOCK_X": last.block_n, "FROZEN": True, "OF_B": True}
     types = problem.dtype, problem.adapter_dtype
-    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), num_warps, 1))
+    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), last.num_warps, 1))
     return configs
 
 

@@ -74,7 +74,7 @@ void Key::add(Control& control, bool present) {
   }
   add(t);
   usual_ = usual_ && !t.requires_grad() && !t.is_complex();
-  if (!usual_ || !t.is_cpu()) return;
+  if (!usual_ || !t.is_cpu() || settings().cpu_is_device) return;
   if (t.dim() == 0) {
     control.number = t.item().toDouble();
     put(control.number);

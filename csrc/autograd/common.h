@@ -33,6 +33,7 @@ struct Dropout {
 struct Settings {
   bool onednn = false;       // fp32 base products go to oneDNN
   int64_t onednn_least = 0;  // from this many multiply-adds on
+  bool cpu_is_device = false;  // while launches do not go to a driver: controls on the CPU then stay tensors
 };
 Settings& settings();
 

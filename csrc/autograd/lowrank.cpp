@@ -30,6 +30,7 @@ struct LowRankCall : torch::CustomClassHolder {
   int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
   bool frozen = false, mixed = false;
   bool grad = false;  // whether autograd records the call
+  c10::intrusive_ptr<LowRankOnTriton> on_triton;
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kLowRankInputs];
 };
@@ -169,6 +170,19 @@ Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& de
   return full;
 }
 
+LowRankTritonCall triton_call(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
+                              const Tensor& A, const Tensor& B, const Tensor& u, const Tensor& v, const LowRankCall& c,
+                              const Device& d) {
+  const auto control = [](const Tensor& t, double number) { return Control{t, number}; };
+  LowRankTritonCall call{x2, weight, add2, bias, A, B, u, v, d.seed};
+  call.scale = control(d.scale, c.scale);
+  call.rank = control(d.rank, static_cast<double>(c.rank));
+  call.expert_a = control(d.expert_a, static_cast<double>(c.expert_a));
+  call.expert_b = control(d.expert_b, static_cast<double>(c.expert_b));
+  call.threshold = c.threshold, call.frozen = c.frozen, call.precision = c.on_triton->precision;
+  return call;
+}
+
 // -------------------------------------------------------------------------------------------------------------- node
 
 struct LowRank : torch::autograd::Function<LowRank> {
@@ -181,9 +195,10 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const LowRankCall& c = *call;
     const auto get = [](const Optional& t) { return t ? *t : Tensor(); };
     const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
-    const Adapter ad(A, B, u, v, c, d);
-    const Tensor x2 = rows_of(x);
-    const auto [y, S] = adapt(x2, weight, add.defined() ? rows_of(add) : add, bias, A, ad, c, d);
+    const Tensor x2 = rows_of(x), add2 = add.defined() ? rows_of(add) : add;
+    const auto [y, S] =
+        c.on_triton ? lowrank_triton_fwd(triton_call(x2, weight, add2, bias, A, B, u, v, c, d), c.on_triton->plan)
+                    : adapt(x2, weight, add2, bias, A, Adapter(A, B, u, v, c, d), c, d);
     if (!c.grad) return unflatten(y, x);
     const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
     const bool keeps_x = needs(A) || needs(weight), keeps_A = needs(A) || needs(x);
@@ -211,11 +226,23 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Device d{saved[7], saved[8], saved[9], saved[10], saved[11]};
     const auto need = [&](LowRankInput i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
 
-    const Adapter ad(A, B, u, v, c, d);
     const Tensor dy2 = rows_of(dy);
-    const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0, width = ad.width;
+    const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0;
     auto of_x = dy.sizes().vec();
     of_x.back() = k;
+    if (c.on_triton && B.defined()) {
+      const Tensor x2 = x.defined() ? rows_of(x) : x;
+      const LowRankNeeds needs{need(kX), need(kWeight), need(kBias), need(kA), need(kB), need(kU), need(kV)};
+      const auto call = triton_call(x2, weight, Tensor(), Tensor(), A, B, u, v, c, d);
+      const auto found = lowrank_triton_bwd(dy2, call, saved[6], needs, c.on_triton->plan);
+      out[kWeight] = found.weight, out[kBias] = found.bias, out[kA] = found.A, out[kB] = found.B;
+      out[kU] = found.u, out[kV] = found.v;
+      if (need(kX)) out[kX] = found.x.view(of_x);
+      if (need(kAdd)) out[kAdd] = dy;
+      return out;
+    }
+    const Adapter ad(A, B, u, v, c, d);
+    const int64_t width = ad.width;
     if (need(kBias)) out[kBias] = dy2.sum(0);
     if (need(kAdd)) out[kAdd] = dy;
     if (m == 0) {  // zeros times a factor that is not finite would be NaN
@@ -300,8 +327,9 @@ Key key_of(LowRankArguments& a) {
   return key;
 }
 
-Tensor lowrank(const LowRankArguments& a) {
+Tensor lowrank(const LowRankArguments& a, c10::intrusive_ptr<LowRankOnTriton> on_triton) {
   auto call = c10::make_intrusive<LowRankCall>();
+  call->on_triton = std::move(on_triton);
   call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.A.size(-2);
   call->expert_a = static_cast<int64_t>(a.expert_a.number);
   call->expert_b = static_cast<int64_t>(a.expert_b.number);

@@ -1,5 +1,6 @@
 #pragma once
 #include "common.h"
+#include "lowrank_triton.h"
 
 namespace peft_fused {
 
@@ -14,7 +15,14 @@ struct LowRankArguments {
 // The key of a call, of which the controls that lie on the CPU are numbers from here on.
 Key key_of(LowRankArguments& args);
 
-// The op and its autograd node, for a call that ops/lowrank.py has checked and decided to run here.
-at::Tensor lowrank(const LowRankArguments& args);
+// How the kernels of Triton are launched. precision: see LowRankTritonCall.
+struct LowRankOnTriton : torch::CustomClassHolder {
+  LowRankPlan plan;
+  int precision = 0;
+};
+
+// The op and its autograd node, for a call that ops/lowrank.py has checked and decided to run here; by the kernels of
+// Triton where these are given.
+at::Tensor lowrank(const LowRankArguments& args, c10::intrusive_ptr<LowRankOnTriton> on_triton);
 
 }  // namespace peft_fused

@@ -25,6 +25,7 @@ if INTERPRETED:
         "test_aot_structured.py",
         "test_interpreter.py",
         "test_launches.py",
+        "test_native_launches.py",
         "test_traffic.py",
     ]
 elif not torch.cuda.is_available():

@@ -11,11 +11,12 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
-from peft_fused.triton_kernels import bottleneck, kronecker, lowrank, structured
+from peft_fused.triton_kernels import bottleneck, compiled, kronecker, lowrank, structured
 from peft_fused.triton_kernels.problem import H200
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -66,6 +67,7 @@ class Launch:
     compilation: Compilation
     grid: tuple[int, int, int]
     arguments: dict[str, object]
+    function: int
 
 
 @dataclass
@@ -79,23 +81,34 @@ class Recorder:
         """In place of JITFunction._do_compile."""
         compilation = Compilation(kernel, key, signature, constants, attributes, options)
         self.compilations.append(compilation)
-        return kernel.device_caches[device][0].setdefault(key, _Compiled(self, compilation))
+        made = _Compiled(self, compilation, len(self.compilations))
+        return kernel.device_caches[device][0].setdefault(key, made)
 
 
 @dataclass(frozen=True)
 class _Compiled:
-    """What JITFunction.run asks of a compiled kernel."""
+    """What JITFunction.run asks of a compiled kernel, and what the C++ node asks."""
 
     recorder: Recorder
     compilation: Compilation
-    function = packed_metadata = None
+    function: int  # its number
+    packed_metadata = None
+
+    @property
+    def metadata(self):
+        threads = {"num_warps": self.compilation.options.num_warps, "shared": 16 * self.function, "num_ctas": 1}
+        return SimpleNamespace(**threads, global_scratch_size=0, profile_scratch_size=0)
+
+    def _init_handles(self):
+        pass
 
     def launch_metadata(self, grid, stream, *arguments):
         return None
 
     def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments):
         names = self.compilation.kernel.arg_names
-        self.recorder.launches.append(Launch(self.compilation, (x, y, z), dict(zip(names, arguments, strict=True))))
+        named = dict(zip(names, arguments, strict=True))
+        self.recorder.launches.append(Launch(self.compilation, (x, y, z), named, self.function))
 
 
 class _Driver:
@@ -120,6 +133,7 @@ def _on_cuda(problem, *fields, **more):
 def recording():
     """A Recorder of every launch until the end of the block, on tensors that pass for those of an H200."""
     recorder, driver, patch = Recorder(), _Driver(), pytest.MonkeyPatch()
+    compiled.configured.cache_clear()  # of the C++ node, so that it forgets what is compiled
     patch.setattr(triton.runtime.driver, "_active", driver)
     patch.setattr(JITFunction, "_do_compile", lambda kernel, *arguments: recorder.compile(kernel, *arguments))
     for module in (lowrank, bottleneck, structured, kronecker, ops.lowrank, ops.bottleneck, engine):
@@ -135,6 +149,7 @@ def recording():
         yield recorder
     finally:
         patch.undo()
+        compiled.configured.cache_clear()
         for compilation in recorder.compilations:
             compilation.kernel.device_caches.pop(driver.device, None)
 

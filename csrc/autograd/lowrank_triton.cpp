@@ -1,0 +1,289 @@
+#include "lowrank_triton.h"
+
+#include <c10/core/DeviceGuard.h>
+
+#include "../triton_launch/launch.h"
+
+namespace peft_fused {
+namespace {
+
+using at::Tensor;
+using triton::Launch;
+
+constexpr int64_t kGroupM = 8;  // GROUP_M of triton_kernels/lowrank.py
+
+int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t padded_rank(int64_t r) {
+  int64_t padded = 16;
+  while (padded < r) padded *= 2;
+  return padded;
+}
+
+Tensor dense(const Tensor& vector) { return vector.defined() ? vector.contiguous() : vector; }
+
+// Strides of a factor [.., rows, columns] or a stack of them.
+struct Strides {
+  int64_t expert = 0, row = 0, column = 0;
+  Strides() = default;
+  explicit Strides(const Tensor& factor) {
+    if (!factor.defined()) return;
+    expert = factor.dim() == 3 ? factor.stride(0) : 0;
+    row = factor.stride(-2);
+    column = factor.stride(-1);
+  }
+  Strides transposed() const {
+    Strides other = *this;
+    std::swap(other.row, other.column);
+    return other;
+  }
+};
+
+int64_t whole(const Control& control) { return control.tensor.defined() ? 0 : static_cast<int64_t>(control.number); }
+
+// A control's number where it is a tensor is the default that Python's launchers have, for which nothing is compiled.
+double scale_of(const Control& scale) { return scale.tensor.defined() ? 1.0 : scale.number; }
+int64_t rank_of(const Control& rank, int64_t r) { return rank.tensor.defined() ? r : static_cast<int64_t>(rank.number); }
+
+int64_t planes_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) : 1; }
+
+// For a sum [m, R] that `count` programs share: whole, or planes of fp32.
+Tensor planes(int64_t m, int64_t R, const at::TensorOptions& options, int64_t count) {
+  return count == 1 ? at::empty({m, R}, options) : at::empty({count, m, R}, options.dtype(at::kFloat));
+}
+
+// Blocks of columns of each of a launch's planes.
+int64_t column_blocks(int64_t columns, const LowRankLaunch& launch) {
+  return cdiv(cdiv(columns, launch.block_n), launch.splits);
+}
+
+struct RowSplits {
+  int64_t blocks, count;  // of rows per split, and splits
+  RowSplits(int64_t rows, const LowRankLaunch& launch) {
+    const int64_t all = cdiv(rows, launch.block_m);
+    blocks = cdiv(all, launch.splits);
+    count = cdiv(all, blocks);
+  }
+};
+
+Tensor partial_sums(const Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options().dtype(at::kFloat));
+}
+
+// ------------------------------------------------------------------------------------------------------------ launches
+
+void shrink(const Tensor& x, const Tensor& A, const Strides& s, int64_t r, const Tensor& v, const Tensor& out,
+            const Control& scale, const Control& rank, const Control& expert, int64_t threshold, const Tensor& seed,
+            int precision, const LowRankLaunch& launch) {
+  const int64_t m = x.size(0), k = x.size(1), R = out.size(-1);
+  Launch one(triton::kShrink, x.device());
+  one.pointers(x, A, v, out, scale.tensor, rank.tensor, expert.tensor, seed)
+      .integers(m, k, r)
+      .number(scale_of(scale))
+      .integers(rank_of(rank, r), whole(expert), threshold, column_blocks(k, launch), x.stride(0), x.stride(1),
+                s.expert, s.row, s.column)
+      .flag(threshold > 0)
+      .flag(k % launch.block_n != 0)
+      .word(precision)
+      .constants(R, launch.block_m, launch.block_n, launch.block_r)
+      .run({cdiv(m, launch.block_m), launch.splits, R / launch.block_r}, launch.num_warps, launch.num_stages);
+}
+
+struct Expansion {
+  Tensor u, v, bias, add, S, seed;
+  Control scale{Tensor(), 1.0}, expert;
+  int64_t threshold = 0;
+};
+
+void expand(const Tensor& in, const Tensor& B, const Strides& s, int64_t r, const Tensor& out, const Expansion& e,
+            int precision, const LowRankLaunch& launch) {
+  const int64_t m = out.size(0), n = out.size(1), R = in.size(-1), n_blocks = column_blocks(n, launch);
+  Launch one(triton::kExpand, out.device());
+  one.pointers(in, B, dense(e.u), dense(e.v), dense(e.bias), e.add, out, e.S, e.scale.tensor, e.expert.tensor, e.seed)
+      .integers(m, n, r)
+      .number(scale_of(e.scale))
+      .integers(whole(e.expert), e.threshold, n_blocks, s.expert, s.row, s.column,
+                e.add.defined() ? e.add.stride(0) : 0, e.add.defined() ? e.add.stride(1) : 0)
+      .flag(e.threshold > 0)
+      .flag(n % launch.block_n != 0)
+      .word(precision)
+      .constants(planes_of(in), R, launch.block_m, launch.block_n, launch.block_r)
+      .run({cdiv(m, launch.block_m) * cdiv(n, n_blocks * launch.block_n), 1, 1}, launch.num_warps, launch.num_stages);
+}
+
+void linear(const LowRankTritonCall& c, const Tensor& y, const Tensor& S, const LowRankLaunch& launch) {
+  const int64_t m = c.x.size(0), k = c.x.size(1), n = c.weight.size(0), r = c.A.size(-2);
+  const Strides a(c.A), b(c.B);
+  Launch one(triton::kLinear, y.device());
+  one.pointers(c.x, c.weight, dense(c.bias), c.A, c.B, dense(c.u), dense(c.v), y, S, c.scale.tensor, c.rank.tensor,
+               c.expert_a.tensor, c.expert_b.tensor)
+      .integers(m, n, k, r)
+      .number(scale_of(c.scale))
+      .integers(rank_of(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.x.stride(0), c.x.stride(1),
+                c.weight.stride(0), c.weight.stride(1), a.expert, a.row, a.column, b.expert, b.row, b.column)
+      .flag(k % launch.block_k != 0)
+      .word(c.precision)
+      .constants(S.size(1), launch.block_m, launch.block_n, launch.block_k, kGroupM)
+      .run({cdiv(m, launch.block_m) * cdiv(n, launch.block_n), 1, 1}, launch.num_warps, launch.num_stages);
+}
+
+void one_pass_b(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, const Tensor& dSu,
+                const Tensor& partials, const Tensor& sums, const LowRankLaunch& launch) {
+  const int64_t m = dy.size(0), n = dy.size(1), r = c.B.size(-1);
+  const Strides s(c.B);
+  Launch one(triton::kGradB, dy.device());
+  one.pointers(dy, c.B, S, dense(c.v), dSu, partials, sums, c.scale.tensor, c.rank.tensor, c.expert_b.tensor)
+      .integers(m, n, r)
+      .number(scale_of(c.scale))
+      .integers(rank_of(c.rank, r), whole(c.expert_b), column_blocks(n, launch), dy.stride(0), dy.stride(1), s.expert,
+                s.row, s.column)
+      .flag(n % launch.block_n != 0)
+      .word(c.precision)
+      .constants(dSu.size(-1), launch.block_m, launch.block_n)
+      .run({cdiv(m, launch.block_m), launch.splits, 1}, launch.num_warps, launch.num_stages);
+}
+
+struct OverRows {
+  Tensor A, S, u, dx, partials, dots, sums, seed;
+  Control expert;
+  int64_t threshold = 0;
+};
+
+// grad_a_kernel; also dB's partials and the bias sums, with x := dY and dSu := S.
+void over_rows(const Tensor& x, int64_t k, const Tensor& dSu, int64_t r, at::ScalarType type, const OverRows& o,
+               int precision, const LowRankLaunch& launch) {
+  const int64_t m = dSu.size(-2), R = dSu.size(-1);
+  const RowSplits splits(m, launch);
+  const Strides s(o.A);
+  const int64_t columns = o.dx.defined() || o.partials.defined() ? cdiv(k, launch.block_n) : 1;
+  Launch one(triton::kGradA, dSu.device());
+  one.pointers(x, dSu, o.A, o.S, o.u, o.dx, o.partials, o.dots, o.sums, o.expert.tensor, o.seed)
+      .integers(m, k, r, whole(o.expert), o.threshold, splits.blocks, x.defined() ? x.stride(0) : 0,
+                x.defined() ? x.stride(1) : 0, s.expert, s.row, s.column)
+      .flag(o.dx.defined())
+      .flag(o.partials.defined())
+      .flag(o.threshold > 0)
+      .flag(k % launch.block_n != 0)
+      .word(precision)
+      .type(type)
+      .constants(planes_of(dSu), R, launch.block_m, launch.block_n, launch.block_r)
+      .run({columns, splits.count, R / launch.block_r}, launch.num_warps, launch.num_stages);
+}
+
+struct Sums {
+  Tensor of_b, of_bias, of_a, of_u;
+};
+
+// The second stage of every sum over the rows.
+void reduce(const LowRankTritonCall& c, int64_t n, int64_t k, const Sums& sums, const LowRankGrads& out,
+            const LowRankLaunch& launch) {
+  const auto count = [](const Tensor& a, const Tensor& b) { return a.defined() ? a.size(0) : b.defined() ? b.size(0) : 0; };
+  const int64_t count_b = count(sums.of_b, sums.of_bias), count_a = count(sums.of_a, sums.of_u);
+  if (count_b == 0 && count_a == 0) return;
+  const int64_t r = c.B.size(-1);
+  const int64_t blocks = (count_b ? cdiv(n, launch.block_n) : 0) +
+                         (sums.of_a.defined() ? cdiv(k, launch.block_n) : static_cast<int64_t>(sums.of_u.defined()));
+  const Strides b(c.B), db(out.B), da(out.A);
+  Launch one(triton::kReduce, c.B.device());
+  one.pointers(sums.of_b, sums.of_bias, c.B, dense(c.v), out.B, out.v, sums.of_bias.defined() ? out.bias : Tensor(),
+               sums.of_a, sums.of_u, dense(c.u), out.A, out.u, c.scale.tensor, c.rank.tensor, c.expert_a.tensor,
+               c.expert_b.tensor)
+      .integers(count_b, count_a, n, k, r)
+      .number(scale_of(c.scale))
+      .integers(rank_of(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.threshold, b.expert, b.row, b.column,
+                db.expert, db.row, db.column, da.expert, da.row, da.column)
+      .flag(count_b > 0)
+      .flag(c.frozen)
+      .constants(launch.block_r, launch.block_m, launch.block_n)
+      .run({blocks, 1, 1}, launch.num_warps, launch.num_stages);
+}
+
+// The kernels write all of a gradient except the other slots of a stack.
+Tensor gradient_like(const Tensor& like) {
+  return like.dim() == 3 ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options());
+}
+
+}  // namespace
+
+std::pair<Tensor, Tensor> lowrank_triton_fwd(const LowRankTritonCall& c, const LowRankPlan& plan) {
+  const int64_t m = c.x.size(0), n = c.B.size(-2), r = c.B.size(-1);
+  const c10::DeviceGuard guard(c.x.device());
+  const Tensor y = at::empty({m, n}, c.x.options()), S = at::empty({m, padded_rank(r)}, c.A.options());
+  if (plan.single_kernel) {
+    linear(c, y, S, plan.linear);
+    return {y, S};
+  }
+  const int64_t splits = plan.shrink.splits;
+  const Tensor in = splits == 1 ? S : planes(m, S.size(1), S.options(), splits);
+  shrink(c.x, c.A, Strides(c.A), r, Tensor(), in, {Tensor(), 1.0}, c.rank, c.expert_a, c.threshold, c.seed, c.precision,
+         plan.shrink);
+  Expansion e;
+  e.u = c.u, e.v = c.v, e.bias = c.bias, e.scale = c.scale, e.expert = c.expert_b;
+  if (!c.weight.defined()) e.add = c.add;
+  if (!in.is_same(S)) e.S = S;
+  expand(in, c.B, Strides(c.B), r, y, e, c.precision, plan.expand);
+  if (c.weight.defined()) y.addmm_(c.x, c.weight.t());
+  return {y, S};
+}
+
+LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, const LowRankNeeds& needs,
+                                const LowRankPlan& plan) {
+  const int64_t m = dy.size(0), n = dy.size(1), r = c.B.size(-1), R = padded_rank(r);
+  const int64_t k = c.A.defined() ? c.A.size(-1) : c.x.defined() ? c.x.size(-1) : n;
+  const c10::DeviceGuard guard(dy.device());
+  LowRankGrads out;
+  if (needs.A) out.A = gradient_like(c.A);
+  if (needs.B) out.B = gradient_like(c.B);
+  if (needs.u) out.u = gradient_like(c.u);
+  if (needs.v) out.v = gradient_like(c.v);
+  if (needs.x) out.x = at::empty({m, k}, dy.options());
+  if (needs.bias) out.bias = at::empty({n}, dy.options());
+
+  Sums sums;
+  Tensor dSu;
+  const bool over_rows_b = needs.B || needs.v, need_dS = needs.x || needs.A || needs.u;
+  const bool one_pass = plan.one_pass_b && need_dS && (over_rows_b || needs.bias);
+  const int64_t row_blocks = one_pass ? cdiv(m, plan.grad_b.block_m) : RowSplits(m, plan.db).count;
+  if (over_rows_b) sums.of_b = partial_sums(dy, {row_blocks, n, R});
+  if (needs.bias && (one_pass || over_rows_b)) sums.of_bias = partial_sums(dy, {row_blocks, n});
+  if (need_dS) {
+    const LowRankLaunch& launch = one_pass ? plan.grad_b : plan.dsu;
+    dSu = planes(m, R, c.B.options(), launch.splits);
+    if (one_pass) {
+      one_pass_b(dy, c, S, dSu, sums.of_b, sums.of_bias, launch);
+    } else {
+      shrink(dy, c.B, Strides(c.B).transposed(), r, dense(c.v), dSu, c.scale, c.rank, c.expert_b, 0, Tensor(),
+             c.precision, launch);
+    }
+  }
+  if (over_rows_b && !one_pass) {
+    OverRows o;
+    o.partials = sums.of_b, o.sums = sums.of_bias;
+    over_rows(dy, n, S, r, c.B.scalar_type(), o, c.precision, plan.db);
+  } else if (needs.bias && !sums.of_bias.defined()) {
+    at::sum_out(out.bias, dy, 0);
+  }
+
+  const bool over_rows_a = needs.A || needs.u, fused = needs.x && plan.fused_a && over_rows_a;
+  if (needs.x && !fused) {
+    Expansion e;
+    e.u = c.u, e.expert = c.expert_a, e.threshold = c.threshold, e.seed = c.seed;
+    expand(dSu, c.A, Strides(c.A).transposed(), r, out.x, e, c.precision, plan.expand);
+  }
+  if (over_rows_a) {
+    const int64_t row_splits = RowSplits(m, plan.grad_a).count;
+    if (needs.A) sums.of_a = partial_sums(dy, {row_splits, k, R});
+    if (needs.u) sums.of_u = partial_sums(dy, {row_splits, R});
+    OverRows o;
+    o.A = c.A, o.S = S, o.u = dense(c.u), o.partials = sums.of_a, o.dots = sums.of_u;
+    o.expert = c.expert_a, o.threshold = c.threshold, o.seed = c.seed;
+    if (fused) o.dx = out.x;
+    over_rows(c.x, k, dSu, r, c.B.scalar_type(), o, c.precision, plan.grad_a);
+  }
+  reduce(c, n, k, sums, out, plan.reduce);
+  if (needs.x && c.weight.defined()) out.x.addmm_(dy, c.weight);
+  if (needs.weight) out.weight = dy.t().mm(c.x);
+  return out;
+}
+
+}  // namespace peft_fused

@@ -1,0 +1,41 @@
+// The low-rank op by Triton's kernels: what triton_kernels/lowrank.py launches, launched from here.
+#pragma once
+#include "common.h"
+
+namespace peft_fused {
+
+// LowRankLaunch and LowRankPlan of triton_kernels/lowrank_plan.py.
+struct LowRankLaunch {
+  int64_t block_m = 0, block_n = 0, block_r = 0, num_warps = 0, num_stages = 0, block_k = 0, splits = 1;
+};
+
+struct LowRankPlan {
+  bool single_kernel = false, one_pass_b = false, fused_a = false;
+  LowRankLaunch shrink, expand, linear, grad_b, dsu, db, grad_a, reduce;
+};
+
+// A call as the kernels take it, settled: of a control the tensor where there is one, else the number.
+struct LowRankTritonCall {
+  at::Tensor x, weight, add, bias, A, B, u, v, seed;  // x and add by rows
+  Control scale, rank, expert_a, expert_b;
+  int64_t threshold = 0;
+  bool frozen = false;
+  int precision = 0;  // of fp32 products: a word of triton_launch
+};
+
+// (y [M, N], S [M, R]).
+std::pair<at::Tensor, at::Tensor> lowrank_triton_fwd(const LowRankTritonCall& call, const LowRankPlan& plan);
+
+struct LowRankNeeds {
+  bool x = false, weight = false, bias = false, A = false, B = false, u = false, v = false;
+};
+
+struct LowRankGrads {
+  at::Tensor x, weight, bias, A, B, u, v;
+};
+
+// The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B.
+LowRankGrads lowrank_triton_bwd(const at::Tensor& dy, const LowRankTritonCall& call, const at::Tensor& S,
+                                const LowRankNeeds& needs, const LowRankPlan& plan);
+
+}  // namespace peft_fused

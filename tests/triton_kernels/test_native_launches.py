@@ -1,0 +1,165 @@
+"""What the C++ node launches is what Python launches, launch for launch: see launches.py. That Python's launches are
+right, the interpreter shows.
+
+CPU tensors stand for the device's. Both nodes run the same calls. Of a launch are compared the kernel and how it is
+specialised, the grid, the threads, the shared memory and the bytes of every argument, a pointer by tensor and offset.
+"""
+
+import struct
+from itertools import chain
+
+import pytest
+import torch
+from launches import recording
+
+import peft_fused
+from peft_fused.ops import cases, native
+from peft_fused.ops.cases.lowrank import make_lowrank
+
+pytestmark = pytest.mark.skipif(native.module is None, reason="the C++ extension is not built")
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+TYPES = {
+    "fp32": (FP32, FP32),
+    "fp16": (FP16, FP16),
+    "bf16": (BF16, BF16),
+    "bf16+fp32": (BF16, FP32),
+    "fp16+fp32": (FP16, FP32),
+}
+
+
+@pytest.fixture
+def to_list():
+    native.module.send_triton_launches("list")
+    yield
+    native.module.triton_launches()
+    native.module.send_triton_launches("driver")
+
+
+class Names:
+    """Names of tensors by their addresses, which stay alive: the inputs', and of others the order of appearance."""
+
+    def __init__(self, inputs):
+        self.known = {t.untyped_storage().data_ptr(): name for name, t in inputs.items() if t is not None}
+        self.others = 0
+
+    def of(self, tensor) -> tuple:
+        start = tensor.untyped_storage().data_ptr()
+        if start not in self.known:
+            self.known[start] = self.others
+            self.others += 1
+        return self.known[start], tensor.data_ptr() - start
+
+
+def from_python(launch, names) -> tuple:
+    arguments = []
+    for name, kind in launch.compilation.signature.items():
+        value = launch.arguments[name]
+        if kind == "constexpr":
+            continue
+        if isinstance(value, torch.Tensor):
+            arguments.append(names.of(value))
+        else:
+            arguments.append(struct.pack({"i32": "i", "i64": "q", "fp32": "f"}[kind], value))
+    threads = 32 * launch.compilation.options.num_warps
+    return launch.compilation.name, launch.function, launch.grid, threads, 16 * launch.function, arguments
+
+
+def from_cpp(launch, names, recorder) -> tuple:
+    function, grid, threads, shared, stream, arguments, tensors = launch
+    compilation = recorder.compilations[function - 1]
+    kinds = [kind for kind in compilation.signature.values() if kind != "constexpr"]
+    tensors, found = iter(tensors), []
+    for kind, value in zip(kinds, arguments, strict=True):
+        if not kind.startswith("*"):
+            found.append(value)
+            continue
+        tensor = next(tensors)
+        assert struct.unpack("Q", value) == (tensor.data_ptr(),)
+        found.append(names.of(tensor))
+    assert stream == 0
+    return compilation.name, function, grid, threads, shared, found
+
+
+def launched(case, dy) -> tuple[list, list]:
+    """What Python launches for a call and its backward, and what the C++ node does, with one compiler for both."""
+    fn = cases.OPS[case.op].fn
+    inputs = {**case.tensors, **{n: v for n, v in case.options.items() if isinstance(v, torch.Tensor)}, "dy": dy}
+    with recording() as recorder:
+        found = []
+        for cpp in (False, True):
+            recorder.launches.clear()
+            native.module.triton_launches()
+            with peft_fused.use_backend("triton", native=cpp):
+                y = case.call(fn)
+                gradients = torch.autograd.grad(y, [case.tensors[name] for name in case.wrt], dy)
+            by_python, by_cpp = recorder.launches, native.module.triton_launches()
+            assert bool(by_python) != bool(by_cpp), "one node launches, the other does not"
+            names = Names(inputs)
+            found.append(
+                [from_cpp(one, names, recorder) for one in by_cpp] or [from_python(one, names) for one in by_python]
+            )
+            del y, gradients
+    return found
+
+
+def all_cases():
+    for op in ("lowrank_linear", "lowrank"):
+        for name, types in TYPES.items():
+            for i, case in enumerate(cases.OPS[op].cases(op, *types, "cpu")):
+                yield pytest.param(case, id=f"{op}-{name}-{i}")
+    for name in ("bf16", "bf16+fp32", "fp32"):
+        # Large enough to be shared out to planes; of ranks that take two passes; by all options at once.
+        for i, (sizes, options) in enumerate(
+            (
+                ((256, 2048, 1024, 16), {}),
+                ((300, 1024, 2048, 8), {"dropout_p": 0.1, "seed": 5, "uv": True}),
+                ((300, 512, 768, 64), {"dropout_p": 0.1, "seed": 5}),
+                ((300, 512, 768, 200), {"experts": (3, 2), "expert": (torch.tensor(1), torch.tensor(0)), "uv": True}),
+                ((300, 512, 768, 8), {"wrt": ("A", "B")}),
+                ((300, 512, 768, 8), {"wrt": ("x", "B"), "uv": True}),
+                ((300, 512, 768, 8), {"wrt": ("x",)}),
+                ((300, 512, 768, 8), {"wrt": ("bias", "B")}),
+                ((300, 512, 768, 8), {"wrt": ("bias", "u"), "uv": True}),
+                ((300, 512, 768, 40), {"wrt": ("x", "A", "weight"), "strided": True}),
+            )
+        ):
+            dtype, adapter = TYPES[name]
+            case = make_lowrank("lowrank_linear", *sizes, dtype=dtype, adapter_dtype=adapter, **options)
+            yield pytest.param(case, id=f"large-{name}-{i}")
+
+
+@pytest.mark.parametrize("case", all_cases())
+def test_launch_for_launch(case, to_list):
+    dy = torch.ones(*case.input.shape[:-1], case.outputs, dtype=case.input.dtype)
+    by_python, by_cpp = launched(case, dy)
+    for one, other in zip(by_python, by_cpp, strict=True):
+        assert one == other
+
+
+def test_a_wrong_argument_shows(to_list, monkeypatch):
+    """A control: a scale that differs by one bit is another argument of every launch that has it."""
+    case = make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32)
+    dy = torch.ones(70, 96, dtype=BF16)
+    by_python, _ = launched(case, dy)
+    _, by_cpp = launched(case.with_options(scale=2.0 + 2**-22), dy)
+    different = [one[0] for one, other in zip(by_python, by_cpp, strict=True) if one != other]
+    assert different == [f"lowrank_kernels.{name}_kernel" for name in ("expand", "grad_b", "reduce")]
+
+
+def test_once_compiled_nothing_runs_python(to_list):
+    """A second call of a kind neither compiles nor launches from Python, whatever its controls."""
+    make = lambda **options: make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32, **options)  # noqa: E731
+    dy = torch.ones(70, 96, dtype=BF16)
+
+    def step(case):
+        y = case.call(cases.OPS[case.op].fn)
+        torch.autograd.grad(y, [case.tensors[name] for name in case.wrt], dy)
+
+    with recording() as recorder, peft_fused.use_backend("triton"):
+        step(make(rank=8, dropout_p=0.1, seed=1))
+        compiled = len(recorder.compilations)
+        for rank, scale, p in ((3, 0.25, 0.5), (5, 16, 2**-16), (1, 1, 0.1)):
+            step(make(rank=rank, scale=scale, dropout_p=p, seed=rank))
+        assert compiled == len(recorder.compilations) and not recorder.launches
+    assert len(list(chain(native.module.triton_launches()))) == 4 * 5

@@ -1,0 +1,85 @@
+"""Compiles kernels for the C++ node, which launches them without Python (csrc/triton_launch/launch.h).
+
+The node tells one kind of call from another as `triton.runtime.JITFunction` does, so that a kernel is compiled once for
+each, here, when it is first needed. Its handle stays valid: Triton's own cache keeps the kernel loaded.
+"""
+
+import contextlib
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from . import lowrank_kernels
+from .launching import precision
+from .tiles import operand_class
+
+# Versions of Triton whose kernels take their arguments, and after them two pointers to scratch memory.
+VERSIONS = ("3.6.", "3.7.")
+_TORCH = {
+    "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+}  # fmt: skip
+_TRITON = {"Float": tl.float32, "Half": tl.float16, "BFloat16": tl.bfloat16}
+
+
+class _Pointer:
+    """In place of a tensor, for which a kernel is compiled."""
+
+    def __init__(self, dtype: torch.dtype, aligned: bool):
+        self.dtype, self.address = dtype, 16 if aligned else 1
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def why_not() -> str:
+    """Why kernels are not launched from C++; empty if they are."""
+    if triton.__version__.startswith(VERSIONS):
+        return ""
+    versions = " and ".join(f"{version}x" for version in VERSIONS)
+    return f"Triton is {triton.__version__}; the C++ node launches kernels of {versions}"
+
+
+def compile_kernel(name: str, device: int, arguments: list, num_warps: int, num_stages: int) -> tuple[int, int, int]:
+    """(handle, threads of a block, bytes of its shared memory) of a kernel for arguments as bindings.cpp tells them."""
+    kernel = getattr(lowrank_kernels, name)
+    values = [_value(argument) for argument in arguments]
+    with torch.cuda.device(device) if device >= 0 else contextlib.nullcontext():
+        made = kernel.warmup(*values, grid=(1,), num_warps=num_warps, num_stages=num_stages)
+        made._init_handles()
+    if made.metadata.global_scratch_size or made.metadata.profile_scratch_size or made.metadata.num_ctas != 1:
+        raise RuntimeError(f"{name} asks of its launch what the C++ node does not give")
+    return made.function, 32 * made.metadata.num_warps, made.metadata.shared
+
+
+def _value(argument):
+    if not isinstance(argument, tuple):
+        return argument
+    if len(argument) == 1:
+        return _TRITON[argument[0]]
+    return _Pointer(_TORCH[argument[0]], argument[1])
+
+
+def _specialised(kernel) -> str:
+    kinds = {(True, True): "v", (True, False): "v", (False, True): "u", (False, False): "s"}
+    return "".join(
+        "c" if p.is_constexpr else kinds[bool(p.do_not_specialize), bool(p.do_not_specialize_on_alignment)]
+        for p in kernel.params
+    )
+
+
+@cache
+def configured(module) -> None:
+    """Tells the extension of the kernels, once."""
+    module.configure_triton(
+        [_specialised(getattr(lowrank_kernels, name)) for name in module.triton_kernels], compile_kernel
+    )
+
+
+def for_node(module, problem, plan):
+    """The plan of a problem as the C++ node takes it."""
+    configured(module)
+    full = operand_class(problem.dtype, problem.adapter_dtype) == "full"
+    return module.LowRankOnTriton(plan, precision if full else None)
