@@ -136,12 +136,67 @@ class LowRankOnTritonHolder {
     }
   }
 
+  // What nodes in Python and traced graphs run: forward and backward without autograd, of a call that is settled.
+  std::pair<at::Tensor, at::Tensor> forward(const py::object& call) const {
+    const auto settled = settled_call(call);
+    const py::gil_scoped_release release;
+    const peft_fused::BelowAutograd guard;
+    return peft_fused::lowrank_triton_fwd(settled, made_[0]->plan);
+  }
+  py::dict backward(const at::Tensor& dy, const py::object& call, const std::optional<at::Tensor>& S,
+                    const py::set& needs) const {
+    const auto settled = settled_call(call);
+    const auto need = [&](const char* name) { return needs.contains(name); };
+    const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"),
+                                          need("v")};
+    peft_fused::LowRankGrads found;
+    {
+      const py::gil_scoped_release release;
+      const peft_fused::BelowAutograd guard;
+      found = peft_fused::lowrank_triton_bwd(dy, settled, S.value_or(at::Tensor()), wanted, made_[0]->plan);
+    }
+    py::dict grads;
+    const std::pair<const char*, const at::Tensor&> all[] = {{"x", found.x}, {"weight", found.weight},
+                                                             {"bias", found.bias}, {"A", found.A}, {"B", found.B},
+                                                             {"u", found.u}, {"v", found.v}};
+    for (const auto& [name, gradient] : all)
+      if (gradient.defined()) grads[name] = gradient;
+    return grads;
+  }
+
   const c10::intrusive_ptr<LowRankOnTriton>& launched() const {
-    const bool tf32 = !precision_.is_none() && precision_().cast<std::string>() == triton::kWords[1];
-    return made_[tf32];
+    return made_[precision()];
   }
 
  private:
+  int precision() const {
+    return !precision_.is_none() && precision_().cast<std::string>() == triton::kWords[1];
+  }
+
+  // The call of ops/lowrank.py.
+  peft_fused::LowRankTritonCall settled_call(const py::object& call) const {
+    const auto tensor = [&](const char* name) {
+      const py::object value = call.attr(name);
+      return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
+    };
+    const auto control = [&](const char* name, double absent) {
+      const py::object value = call.attr(name);
+      Control found;
+      found.number = absent;
+      if (!value.is_none() && !read_control(value, found)) throw py::type_error(std::string(name) + " is no number");
+      return found;
+    };
+    peft_fused::LowRankTritonCall made{tensor("x"), tensor("weight"), tensor("add"), tensor("bias"), tensor("A"),
+                                       tensor("B"), tensor("u"), tensor("v"), tensor("seed")};
+    made.scale = control("scale", 1.0);
+    made.rank = control("rank", static_cast<double>(made.B.size(-1)));
+    made.expert_a = control("expert_a", 0), made.expert_b = control("expert_b", 0);
+    made.threshold = call.attr("threshold").cast<int64_t>();
+    made.frozen = call.attr("frozen").cast<bool>();
+    made.precision = precision();
+    return made;
+  }
+
   py::object precision_;
   std::array<c10::intrusive_ptr<LowRankOnTriton>, 2> made_;
 };
@@ -279,7 +334,9 @@ PYBIND11_MODULE(_C, m) {
     peft_fused::settings().onednn_least = onednn_least;
   }, "What ops/dispatch.py decided for this machine.");
   py::class_<LowRankOnTritonHolder>(m, "LowRankOnTriton", "A plan of triton_kernels/lowrank_plan.py for the C++ node.")
-      .def(py::init<const py::object&, py::object>());
+      .def(py::init<const py::object&, py::object>())
+      .def("forward", &LowRankOnTritonHolder::forward, "(y, S) of a settled call by rows.")
+      .def("backward", &LowRankOnTritonHolder::backward, "The gradients by name of a settled call by rows.");
   m.attr("triton_kernels") = std::vector<std::string>(std::begin(triton::kKernelNames), std::end(triton::kKernelNames));
   m.def("configure_triton", &configure_triton, "Who compiles kernels, and how their parameters are specialised.");
   m.def("triton_launches", &recorded_launches, "What was launched since, of launches that go to a list.");

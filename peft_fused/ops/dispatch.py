@@ -223,14 +223,14 @@ def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpr
         from ..triton_kernels import interpreter
 
         interpreter.install()  # Triton's own would compute on the bits of bf16 numbers
-    hosted = node and native_wanted and not problem.huge_scale and backend != "reference" and problem.native(backend)
+    hosted = native_wanted and not problem.huge_scale and backend != "reference" and problem.native(backend)
     plan = None if backend == "reference" else problem.launch_plan(backend)
     if hosted and backend == "triton":
         from ..triton_kernels import compiled
 
         hosted = not (interpret or _launched_by_python(compiled.why_not()))
         plan = compiled.for_node(native.module, problem, plan) if hosted else plan
-    return Decision(backend, hosted, problem, plan)
+    return Decision(backend, hosted and node, problem, plan)
 
 
 @cache

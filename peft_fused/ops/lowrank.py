@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..triton_kernels.launching import gpu_of, name_of
-from ..triton_kernels.lowrank_plan import LowRankProblem
+from ..triton_kernels.lowrank_plan import LowRankPlan, LowRankProblem
 from ..triton_kernels.tiles import MAX_RANK, padded_rank
 from . import lowrank_torch
 from .arguments import (
@@ -278,7 +278,11 @@ class LowRank(Operation):
         from ..triton_kernels import lowrank as triton_lowrank
 
         add = None if call.add is None else rows(call.add)
-        y, S = triton_lowrank.lowrank_fwd(replace(call, x=rows(call.x), add=add), plan=decision.plan)
+        by_rows = replace(call, x=rows(call.x), add=add)
+        if isinstance(decision.plan, LowRankPlan):
+            y, S = triton_lowrank.lowrank_fwd(by_rows, plan=decision.plan)
+        else:
+            y, S = decision.plan.forward(by_rows)
         return unflatten(y, call.x), S
 
     def backward(self, dy, call, hidden, like, needs, decision):
@@ -286,8 +290,11 @@ class LowRank(Operation):
             return lowrank_torch.backward(dy, call, hidden, like, needs)
         from ..triton_kernels import lowrank as triton_lowrank
 
-        x = None if call.x is None else rows(call.x)
-        grads = triton_lowrank.lowrank_bwd(rows(dy), replace(call, x=x), hidden, needs=needs, plan=decision.plan)
+        by_rows = replace(call, x=None if call.x is None else rows(call.x))
+        if isinstance(decision.plan, LowRankPlan):
+            grads = triton_lowrank.lowrank_bwd(rows(dy), by_rows, hidden, needs=needs, plan=decision.plan)
+        else:
+            grads = decision.plan.backward(rows(dy), by_rows, hidden, needs)
         if "x" in grads:
             grads["x"] = grads["x"].view(like["x"][0])
         return grads

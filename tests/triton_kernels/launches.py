@@ -130,10 +130,16 @@ def _on_cuda(problem, *fields, **more):
 
 
 @contextmanager
-def recording():
-    """A Recorder of every launch until the end of the block, on tensors that pass for those of an H200."""
+def recording(cpp=False):
+    """A Recorder of every launch until the end of the block, on tensors that pass for those of an H200.
+
+    cpp: launches of the C++ node are left to it; otherwise Python's launchers have them.
+    """
     recorder, driver, patch = Recorder(), _Driver(), pytest.MonkeyPatch()
     compiled.configured.cache_clear()  # of the C++ node, so that it forgets what is compiled
+    if not cpp:
+        patch.setattr(compiled, "why_not", lambda: "launches are recorded")
+    dispatch.forget()
     patch.setattr(triton.runtime.driver, "_active", driver)
     patch.setattr(JITFunction, "_do_compile", lambda kernel, *arguments: recorder.compile(kernel, *arguments))
     for module in (lowrank, bottleneck, structured, kronecker, ops.lowrank, ops.bottleneck, engine):
@@ -150,6 +156,7 @@ def recording():
     finally:
         patch.undo()
         compiled.configured.cache_clear()
+        dispatch.forget()
         for compilation in recorder.compilations:
             compilation.kernel.device_caches.pop(driver.device, None)
 

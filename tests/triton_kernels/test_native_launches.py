@@ -6,11 +6,12 @@ specialised, the grid, the threads, the shared memory and the bytes of every arg
 """
 
 import struct
-from itertools import chain
+from contextlib import nullcontext
 
 import pytest
 import torch
 from launches import recording
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
 from peft_fused.ops import cases, native
@@ -81,20 +82,29 @@ def from_cpp(launch, names, recorder) -> tuple:
     return compilation.name, function, grid, threads, shared, found
 
 
-def launched(case, dy) -> tuple[list, list]:
-    """What Python launches for a call and its backward, and what the C++ node does, with one compiler for both."""
+class Recorded(TorchDispatchMode):
+    """In which a call is one registered operation, as in a traced graph."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def launched(case, dy) -> tuple[list, list, list]:
+    """What a call and its backward launch by Python, by the C++ node, and by C++ as a registered operation; with one
+    compiler for all."""
     fn = cases.OPS[case.op].fn
     inputs = {**case.tensors, **{n: v for n, v in case.options.items() if isinstance(v, torch.Tensor)}, "dy": dy}
-    with recording() as recorder:
+    with recording(cpp=True) as recorder:
         found = []
-        for cpp in (False, True):
+        for cpp, mode in ((False, nullcontext), (True, nullcontext), (True, Recorded)):
             recorder.launches.clear()
             native.module.triton_launches()
             with peft_fused.use_backend("triton", native=cpp):
-                y = case.call(fn)
+                with mode():
+                    y = case.call(fn)
                 gradients = torch.autograd.grad(y, [case.tensors[name] for name in case.wrt], dy)
             by_python, by_cpp = recorder.launches, native.module.triton_launches()
-            assert bool(by_python) != bool(by_cpp), "one node launches, the other does not"
+            assert bool(by_python) != bool(by_cpp) == cpp, "one side launches, the other does not"
             names = Names(inputs)
             found.append(
                 [from_cpp(one, names, recorder) for one in by_cpp] or [from_python(one, names) for one in by_python]
@@ -132,17 +142,17 @@ def all_cases():
 @pytest.mark.parametrize("case", all_cases())
 def test_launch_for_launch(case, to_list):
     dy = torch.ones(*case.input.shape[:-1], case.outputs, dtype=case.input.dtype)
-    by_python, by_cpp = launched(case, dy)
-    for one, other in zip(by_python, by_cpp, strict=True):
-        assert one == other
+    by_python, by_node, by_operation = launched(case, dy)
+    for one, other, third in zip(by_python, by_node, by_operation, strict=True):
+        assert one == other == third
 
 
 def test_a_wrong_argument_shows(to_list, monkeypatch):
     """A control: a scale that differs by one bit is another argument of every launch that has it."""
     case = make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32)
     dy = torch.ones(70, 96, dtype=BF16)
-    by_python, _ = launched(case, dy)
-    _, by_cpp = launched(case.with_options(scale=2.0 + 2**-22), dy)
+    by_python, *_ = launched(case, dy)
+    _, by_cpp, _ = launched(case.with_options(scale=2.0 + 2**-22), dy)
     different = [one[0] for one, other in zip(by_python, by_cpp, strict=True) if one != other]
     assert different == [f"lowrank_kernels.{name}_kernel" for name in ("expand", "grad_b", "reduce")]
 
@@ -156,10 +166,10 @@ def test_once_compiled_nothing_runs_python(to_list):
         y = case.call(cases.OPS[case.op].fn)
         torch.autograd.grad(y, [case.tensors[name] for name in case.wrt], dy)
 
-    with recording() as recorder, peft_fused.use_backend("triton"):
+    with recording(cpp=True) as recorder, peft_fused.use_backend("triton"):
         step(make(rank=8, dropout_p=0.1, seed=1))
         compiled = len(recorder.compilations)
         for rank, scale, p in ((3, 0.25, 0.5), (5, 16, 2**-16), (1, 1, 0.1)):
             step(make(rank=rank, scale=scale, dropout_p=p, seed=rank))
         assert compiled == len(recorder.compilations) and not recorder.launches
-    assert len(list(chain(native.module.triton_launches()))) == 4 * 5
+    assert len(native.module.triton_launches()) == 4 * 5
