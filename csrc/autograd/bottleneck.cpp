@@ -246,6 +246,10 @@ std::vector<int64_t> experts_of(const Control& control, const Tensor& weight, in
 
 }  // namespace
 
+void autocast(BottleneckArguments& a) {
+  autocast(a.h, {&a.h, &a.residual}, {&a.down, &a.down_bias, &a.up, &a.up_bias});
+}
+
 Key key_of(BottleneckArguments& a) {
   Key key(a.h);
   for (const Tensor* t : {&a.h, &a.down, &a.down_bias, &a.up, &a.up_bias, &a.residual}) key.add(*t);

@@ -12,6 +12,9 @@ struct BottleneckArguments {
   bool has_expert_d = false, has_expert_u = false;
 };
 
+// Casts a call as autocast does.
+void autocast(BottleneckArguments& args);
+
 // The key of a call, of which the controls that lie on the CPU are numbers from here on, but for an index per group.
 Key key_of(BottleneckArguments& args);
 

@@ -38,8 +38,15 @@ bool plain(const Tensor& t) {
 }
 
 Key::Key(const Tensor& x) {
-  usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled() &&
-           !at::autocast::is_autocast_enabled(x.device().type());
+  usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled();
+}
+
+void autocast(const Tensor& x, at::ArrayRef<Tensor*> tensors, at::ArrayRef<Tensor*> parameters) {
+  const auto device = x.device().type();
+  const auto type = at::autocast::get_autocast_dtype(device);
+  for (Tensor* t : tensors) *t = at::autocast::cached_cast(type, *t, device);
+  for (Tensor* t : parameters)
+    if (t->defined() && t->scalar_type() != at::kFloat) *t = at::autocast::cached_cast(type, *t, device);
 }
 
 void Key::add(const Tensor& t) {

@@ -46,8 +46,8 @@ bool plain(const at::Tensor& t);
 
 // All of a call that its checks and the choice of its path depend on, in bytes: calls of one key are checked and decided
 // once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain tensor, a
-// number is none, autocast is on, a graph is traced, or a dispatch mode, such as selective checkpointing or fake
-// tensors, has to see one operation where a node would show it pieces.
+// number is none, a graph is traced, or a dispatch mode, such as selective checkpointing or fake tensors, has to see one
+// operation where a node would show it pieces.
 class Key {
  public:
   // Begins the key of a call on x.
@@ -78,6 +78,10 @@ class Key {
   size_t size_ = 0;
   bool usual_ = true;
 };
+
+// Makes of tensors what autocast makes of them where x is, differentiably, and of parameters, which stay in fp32; see
+// `taken_dtype` of ops/operation.py. Undefined ones stay so.
+void autocast(const at::Tensor& x, at::ArrayRef<at::Tensor*> tensors, at::ArrayRef<at::Tensor*> parameters);
 
 // Whether a number is finite once rounded to this type: ATen refuses others as the alpha of tensors of it.
 bool finite(double number, at::ScalarType type);

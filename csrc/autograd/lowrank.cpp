@@ -315,6 +315,10 @@ struct LowRank : torch::autograd::Function<LowRank> {
 
 }  // namespace
 
+void autocast(LowRankArguments& a) {
+  autocast(a.x, {&a.x, &a.weight, &a.add, &a.bias}, {&a.A, &a.B, &a.u, &a.v});
+}
+
 Key key_of(LowRankArguments& a) {
   Key key(a.x);
   for (const Tensor* t : {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v}) key.add(*t);

@@ -12,6 +12,9 @@ struct LowRankArguments {
   bool frozen = false;
 };
 
+// Casts a call as autocast does.
+void autocast(LowRankArguments& args);
+
 // The key of a call, of which the controls that lie on the CPU are numbers from here on.
 Key key_of(LowRankArguments& args);
 

@@ -38,7 +38,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if native.module is None:
-        monkeypatch.setattr(native, "module", object())
+        launcher = SimpleNamespace(triton_kernels=[], configure_triton=lambda *_: None, LowRankOnTriton=lambda p, _: p)
+        monkeypatch.setattr(native, "module", launcher)
     monkeypatch.setattr(native, "has_cuda", lambda: True)
     yield
     dispatch.forget()
@@ -53,21 +54,25 @@ def problems():
             yield LowRankProblem(m, n, n, dtype, adapter, "cuda", Gpu("a GPU", 132), r, dropout, weight, uv)
 
 
-def test_the_cuda_node_is_chosen_for_what_it_takes_unforced(gpu):
-    """Not for mixed types, nor for halves with u or v."""
-    chosen = {problem: dispatch.decide(problem).backend for problem in problems()}
-    assert set(chosen.values()) == {"cuda", "triton"}
-    taken = [problem for problem, name in chosen.items() if name == "cuda"]
-    assert all(p.dtype == p.adapter_dtype and not (p.uv and p.adapter_dtype == "float16") for p in taken)
-    assert any(p.uv for p in taken) and any(p.adapter_dtype == "float16" for p in taken)
+def test_tritons_kernels_are_launched_by_the_cpp_node(gpu):
+    assert {(d.backend, d.native) for d in map(dispatch.decide, problems())} == {("triton", True)}
 
 
-def test_without_triton_what_the_node_declines_runs_on_torch(gpu, monkeypatch):
-    with_triton = {problem: dispatch.decide(problem).backend for problem in problems()}
-    dispatch.forget()
+def test_an_unknown_triton_launches_its_kernels_itself(gpu, monkeypatch, caplog):
+    from peft_fused.triton_kernels import compiled
+
+    monkeypatch.setattr(compiled.triton, "__version__", "9.9.0")
+    assert {(d.backend, d.native) for d in map(dispatch.decide, problems())} == {("triton", False)}
+    said = [record.message for record in caplog.records if "9.9.0" in record.message]
+    assert len(said) == 1 and "launched from Python" in said[0]
+
+
+def test_without_triton_what_the_cuda_backend_declines_runs_on_torch(gpu, monkeypatch):
+    """That is mixed types, and halves with u or v."""
     monkeypatch.setattr(dispatch, "_triton_missing", lambda: "triton is not installed")
-    for problem, name in with_triton.items():
-        want = "cuda" if name == "cuda" else "torch"
+    for problem in problems():
+        declined = problem.dtype != problem.adapter_dtype or (problem.uv and problem.adapter_dtype == "float16")
+        want = "torch" if declined else "cuda"
         assert dispatch.decide(problem).backend == want
         assert dispatch.path_of(problem).startswith(f"{want}: {'C++' if want == 'cuda' else 'Python'} autograd node")
         with peft_fused.use_backend("cuda"):
@@ -76,22 +81,21 @@ def test_without_triton_what_the_node_declines_runs_on_torch(gpu, monkeypatch):
 
 def test_explain_tells_the_same_choice_and_the_node_that_hosts_it(gpu):
     for problem in problems():
-        node = "C++" if dispatch.decide(problem).backend == "cuda" else "Python"
-        assert dispatch.path_of(problem).startswith(f"{dispatch.decide(problem).backend}: {node} autograd node")
+        assert dispatch.path_of(problem).startswith("triton: C++ autograd node")
+        with peft_fused.use_backend("triton", native=False):
+            assert dispatch.path_of(problem).startswith("triton: Python autograd node")
         with peft_fused.use_backend("torch"):
             assert dispatch.path_of(problem).startswith("torch: Python autograd node")
 
 
 def test_without_the_native_node_its_kernels_are_not_chosen(gpu):
-    small = LowRankProblem(16, 64, 64, "bfloat16", "bfloat16", "cuda", Gpu("a GPU", 132), 8, False, True)
     circulant = StructuredProblem(
         4096, 3072, 3072, "float32", "float32", "cuda", Gpu("a GPU", 132), "circulant", (3072,), False
     )
-    for problem in (small, circulant):
-        assert dispatch.decide(problem).backend == "cuda"
-        with peft_fused.use_backend(None, native=False):
-            assert dispatch.decide(problem).backend == "triton"
-            assert any("native=False" in reason for reason in dispatch.why_not("cuda", problem))
+    assert dispatch.decide(circulant).backend == "cuda"
+    with peft_fused.use_backend(None, native=False):
+        assert dispatch.decide(circulant).backend == "triton"
+        assert any("native=False" in reason for reason in dispatch.why_not("cuda", circulant))
     with pytest.raises(RuntimeError, match=r"nothing can run on 'cuda'.*native=False"):
         peft_fused.use_backend("cuda", native=False)
 
@@ -318,3 +322,21 @@ def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it
 def test_explain_refuses_rows(rows, error, told):
     with pytest.raises(error, match=told):
         peft_fused.explain(LoraLinear.from_linear(torch.nn.Linear(8, 8)), rows=rows)
+
+
+@pytest.mark.parametrize("name", ["lowrank_linear", "bottleneck"])
+def test_autocast_is_the_cpp_nodes_own(name, monkeypatch):
+    """Once a call is decided the node casts it, and Python has no part in it. The result is that of Python's casts."""
+    if not dispatch.native_allowed():
+        pytest.skip("needs the C++ extension")
+    op = OPS[name]
+    case = op.layer(name, torch.float32, torch.float32, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        first = case.call(op.fn)
+        monkeypatch.setattr(Operation, "_unusual", lambda *_: pytest.fail("Python had to cast"))
+        again = case.call(op.fn)
+        first, again = (
+            torch.autograd.grad(y.float().sum(), [case.tensors[n] for n in case.wrt]) for y in (first, again)
+        )
+    for one, other in zip(first, again, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
