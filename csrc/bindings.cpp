@@ -212,7 +212,7 @@ class LowRankOnTritonHolder {
   std::array<c10::intrusive_ptr<LowRankOnTriton>, 2> made_;
 };
 
-// One argument for Python's compiler, as triton_kernels/native.py reads it.
+// One argument for Python's compiler, as triton_kernels/compiled.py reads it.
 py::object described(const triton::Argument& a) {
   switch (a.tag) {
     case 'N': return py::none();
