@@ -30,8 +30,7 @@ def step(layer: nn.Module) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*because no schedule sets it")
 def test_a_path_is_what_it_says(monkeypatch):
-    """By C++ five kernels are launched in a step, four without dropout, and Python has none of them; by Python it is the
-    other way round."""
+    """By C++ five kernels are launched in a step, four without dropout, and by Python none, or the other way round."""
     pytest.importorskip("triton")
     by_python = []
     monkeypatch.setattr(host._Launched, "run", lambda self, *arguments: by_python.append(arguments[:3]))

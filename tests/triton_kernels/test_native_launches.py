@@ -5,8 +5,14 @@ CPU tensors stand for the device's. Both nodes run the same calls. Of a launch a
 specialised, the grid, the threads, the shared memory and the bytes of every argument, a pointer by tensor and offset.
 """
 
+import os
+import shutil
 import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +179,69 @@ def test_once_compiled_nothing_runs_python(to_list):
             step(make(rank=rank, scale=scale, dropout_p=p, seed=rank))
         assert compiled == len(recorder.compilations) and not recorder.launches
     assert len(native.module.triton_launches()) == 4 * 5
+
+
+# Whatever is compiled is the kernel of this number.
+BY_A_DRIVER = """
+import sys
+import torch
+sys.path.append(sys.argv[2])
+from launches import recording
+import peft_fused
+from peft_fused.ops import lowrank_adapter
+from peft_fused.triton_kernels import compiled
+
+compile_kernel = compiled.compile_kernel
+compiled.compile_kernel = lambda *arguments: (int(sys.argv[1]), *compile_kernel(*arguments)[1:])
+x, A, B = torch.randn(70, 64), torch.randn(8, 64), torch.randn(96, 8)
+with recording(cpp=True), peft_fused.use_backend("triton"):
+    print("x at", hex(x.data_ptr()), flush=True)
+    for _ in range(2):
+        lowrank_adapter(x, A, B)
+"""
+
+
+@pytest.fixture(scope="module")
+def with_driver(tmp_path_factory):
+    """Runs BY_A_DRIVER with a driver that prints."""
+    folder = tmp_path_factory.mktemp("driver")
+    source, library = Path(__file__).with_name("driver.c"), folder / "libcuda.so.1"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+
+    def run(function: int):
+        environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+        command = [sys.executable, "-P", "-c", BY_A_DRIVER, str(function), str(Path(__file__).parent)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_driver_is_given_what_it_needs(with_driver):
+    """A thread without a context gets the device's, once; then the driver launches what was decided."""
+    child = with_driver(7)
+    assert child.returncode == 0, child.stderr[-2000:]
+    at, *lines = child.stdout.splitlines()
+    address = int(at.split()[-1], 16)
+    assert lines[0] == "retain"
+    launched = [
+        f"launch 7 grid {programs} 1 1 block 128 1 1 shared {shared} stream 0"
+        for programs, shared in ((2, 16), (4, 32))
+    ]
+    assert [line.partition(" first")[0] for line in lines[1:]] == launched * 2
+    assert lines[1].endswith(f"first {address:#x} rows 70")
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_drivers_error_is_told(with_driver):
+    child = with_driver(13)
+    assert child.returncode == 1 and "RuntimeError: peft_fused: shrink_kernel: CUDA_ERROR_OF_A_TEST" in child.stderr
+
+
+def test_threads_share_what_is_compiled(to_list):
+    case = make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32, wrt=())
+    with recording(cpp=True) as recorder, peft_fused.use_backend("triton"), ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(case.call, cases.OPS[case.op].fn) for _ in range(40)]:
+            done.result()
+        assert len({c.name for c in recorder.compilations}) == 2 and not recorder.launches
+    assert len(native.module.triton_launches()) == 80
