@@ -16,8 +16,10 @@ using peft_fused::BottleneckArguments;
 using peft_fused::Control;
 using peft_fused::Dropout;
 using peft_fused::LowRankArguments;
+using peft_fused::BottleneckGradLaunch;
+using peft_fused::BottleneckPlan;
+using peft_fused::BottleneckRowsLaunch;
 using peft_fused::LowRankLaunch;
-using peft_fused::LowRankOnTriton;
 using peft_fused::LowRankPlan;
 using peft_fused::Method;
 using peft_fused::Structure;
@@ -127,90 +129,181 @@ LowRankLaunch launch_of(const py::object& launch) {
   return made;
 }
 
-// A plan of triton_kernels/lowrank_plan.py for the C++ node. precision(): the word for fp32 products, None where it
-// makes no difference.
-class LowRankOnTritonHolder {
+LowRankPlan plan_of(const py::object& plan, LowRankPlan made = {}) {
+  const auto get = [&](const char* name) { return launch_of(plan.attr(name)); };
+  made.single_kernel = plan.attr("forward").cast<std::string>() == "single_kernel";
+  made.one_pass_b = !plan.attr("grad_b").is_none();
+  made.fused_a = plan.attr("fused_a").cast<bool>();
+  made.shrink = get("shrink"), made.expand = get("expand"), made.linear = get("linear");
+  made.grad_b = get("grad_b"), made.dsu = get("dsu"), made.db = get("db");
+  made.grad_a = get("grad_a"), made.reduce = get("reduce");
+  return made;
+}
+
+BottleneckPlan plan_of(const py::object& plan, BottleneckPlan made) {
+  const auto registers = [](const py::object& launch) {
+    const py::object most = launch.attr("maxnreg");
+    return most.is_none() ? int64_t{0} : most.cast<int64_t>();
+  };
+  const auto rows = [&](const char* name) {
+    std::vector<BottleneckRowsLaunch> launches;
+    for (const auto& item : plan.attr(name)) {
+      const auto launch = py::reinterpret_borrow<py::object>(item);
+      const auto get = [&](const char* field) { return launch.attr(field).cast<int64_t>(); };
+      launches.push_back({launch.attr("shrink").cast<bool>(), launch.attr("expand").cast<bool>(), get("block_m"),
+                          get("block_k"), get("block_n"), get("block_r"), get("num_warps"), get("num_stages"),
+                          registers(launch), get("splits")});
+    }
+    return launches;
+  };
+  const auto grad = [&](const char* name) {
+    const py::object launch = plan.attr(name);
+    const auto get = [&](const char* field) { return launch.attr(field).cast<int64_t>(); };
+    return BottleneckGradLaunch{get("block_m"),    get("block_x"),    get("block_r"), get("num_warps"),
+                                get("num_stages"), registers(launch), get("splits")};
+  };
+  made.forward = rows("forward"), made.backward = rows("backward");
+  made.grad_down = grad("grad_down"), made.grad_up = grad("grad_up");
+  const py::object last = plan.attr("reduce");
+  const auto get = [&](const char* field) { return last.attr(field).cast<int64_t>(); };
+  made.reduce_p = get("block_p"), made.reduce_x = get("block_x"), made.reduce_r = get("block_r");
+  made.reduce_warps = get("num_warps");
+  return made;
+}
+
+// A plan of triton_kernels for the C++ node. precision(): the word for fp32 products, None where it makes no difference.
+template <typename Plan>
+class ForNode {
  public:
-  LowRankOnTritonHolder(const py::object& plan, py::object precision) : precision_(std::move(precision)) {
-    LowRankPlan made;
-    const auto get = [&](const char* name) { return launch_of(plan.attr(name)); };
-    made.single_kernel = plan.attr("forward").cast<std::string>() == "single_kernel";
-    made.one_pass_b = !plan.attr("grad_b").is_none();
-    made.fused_a = plan.attr("fused_a").cast<bool>();
-    made.shrink = get("shrink"), made.expand = get("expand"), made.linear = get("linear");
-    made.grad_b = get("grad_b"), made.dsu = get("dsu"), made.db = get("db");
-    made.grad_a = get("grad_a"), made.reduce = get("reduce");
+  ForNode(const py::object& plan, py::object precision) : precision_(std::move(precision)) {
     for (int i = 0; i < 2; ++i) {
-      made_[i] = c10::make_intrusive<LowRankOnTriton>();
-      made_[i]->plan = made;
+      made_[i] = c10::make_intrusive<peft_fused::OnTriton<Plan>>();
+      made_[i]->plan = plan_of(plan, Plan{});
       made_[i]->precision = i;
     }
   }
-
-  // What nodes in Python and traced graphs run: forward and backward without autograd, of a call that is settled.
-  std::pair<at::Tensor, at::Tensor> forward(const py::object& call) const {
-    const auto settled = settled_call(call);
-    const py::gil_scoped_release release;
-    const peft_fused::BelowAutograd guard;
-    return peft_fused::lowrank_triton_fwd(settled, made_[0]->plan);
-  }
-  py::dict backward(const at::Tensor& dy, const py::object& call, const std::optional<at::Tensor>& S,
-                    const py::set& needs) const {
-    const auto settled = settled_call(call);
-    const auto need = [&](const char* name) { return needs.contains(name); };
-    const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"),
-                                          need("v")};
-    peft_fused::LowRankGrads found;
-    {
-      const py::gil_scoped_release release;
-      const peft_fused::BelowAutograd guard;
-      found = peft_fused::lowrank_triton_bwd(dy, settled, S.value_or(at::Tensor()), wanted, made_[0]->plan);
-    }
-    py::dict grads;
-    const std::pair<const char*, const at::Tensor&> all[] = {{"x", found.x}, {"weight", found.weight},
-                                                             {"bias", found.bias}, {"A", found.A}, {"B", found.B},
-                                                             {"u", found.u}, {"v", found.v}};
-    for (const auto& [name, gradient] : all)
-      if (gradient.defined()) grads[name] = gradient;
-    return grads;
-  }
-
-  const c10::intrusive_ptr<LowRankOnTriton>& launched() const {
-    return made_[precision()];
+  const c10::intrusive_ptr<peft_fused::OnTriton<Plan>>& launched() const {
+    const bool tf32 = !precision_.is_none() && precision_().template cast<std::string>() == triton::kWords[1];
+    return made_[tf32];
   }
 
  private:
-  int precision() const {
-    return !precision_.is_none() && precision_().cast<std::string>() == triton::kWords[1];
-  }
-
-  // The call of ops/lowrank.py.
-  peft_fused::LowRankTritonCall settled_call(const py::object& call) const {
-    const auto tensor = [&](const char* name) {
-      const py::object value = call.attr(name);
-      return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
-    };
-    const auto control = [&](const char* name, double absent) {
-      const py::object value = call.attr(name);
-      Control found;
-      found.number = absent;
-      if (!value.is_none() && !read_control(value, found)) throw py::type_error(std::string(name) + " is no number");
-      return found;
-    };
-    peft_fused::LowRankTritonCall made{tensor("x"), tensor("weight"), tensor("add"), tensor("bias"), tensor("A"),
-                                       tensor("B"), tensor("u"), tensor("v"), tensor("seed")};
-    made.scale = control("scale", 1.0);
-    made.rank = control("rank", static_cast<double>(made.B.size(-1)));
-    made.expert_a = control("expert_a", 0), made.expert_b = control("expert_b", 0);
-    made.threshold = call.attr("threshold").cast<int64_t>();
-    made.frozen = call.attr("frozen").cast<bool>();
-    made.precision = precision();
-    return made;
-  }
-
   py::object precision_;
-  std::array<c10::intrusive_ptr<LowRankOnTriton>, 2> made_;
+  std::array<c10::intrusive_ptr<peft_fused::OnTriton<Plan>>, 2> made_;
 };
+
+// What is given of a decision to an op's node.
+template <typename Plan>
+c10::intrusive_ptr<peft_fused::OnTriton<Plan>> on_triton(const py::object& decision) {
+  const py::object plan = decision.attr("plan");
+  return plan.is_none() ? nullptr : plan.cast<const ForNode<Plan>&>().launched();
+}
+
+// Fields of a call of Python's, settled and by rows.
+class SettledCall {
+ public:
+  explicit SettledCall(const py::object& call) : call_(call) {}
+  at::Tensor tensor(const char* name) const {
+    const py::object value = call_.attr(name);
+    return value.is_none() ? at::Tensor() : value.cast<at::Tensor>();
+  }
+  Control control(const char* name, double absent) const {
+    const py::object value = call_.attr(name);
+    Control found;
+    found.number = absent;
+    if (!value.is_none() && !read_control(value, found)) throw py::type_error(std::string(name) + " is no number");
+    return found;
+  }
+  template <typename T>
+  T get(const char* name) const {
+    return call_.attr(name).cast<T>();
+  }
+
+ private:
+  const py::object& call_;
+};
+
+template <typename Run>
+auto below_autograd(Run run) {
+  const py::gil_scoped_release release;
+  const peft_fused::BelowAutograd guard;
+  return run();
+}
+
+py::dict gradients(std::initializer_list<std::pair<const char*, at::Tensor>> found) {
+  py::dict grads;
+  for (const auto& [name, gradient] : found)
+    if (gradient.defined()) grads[name] = gradient;
+  return grads;
+}
+
+// What nodes in Python and traced graphs run: forward and backward without autograd, of a call of ops/lowrank.py.
+peft_fused::LowRankTritonCall lowrank_call(const py::object& call, int precision) {
+  const SettledCall c(call);
+  peft_fused::LowRankTritonCall made{c.tensor("x"), c.tensor("weight"), c.tensor("add"), c.tensor("bias"), c.tensor("A"),
+                                     c.tensor("B"), c.tensor("u"), c.tensor("v"), c.tensor("seed")};
+  made.scale = c.control("scale", 1.0);
+  made.rank = c.control("rank", static_cast<double>(made.B.size(-1)));
+  made.expert_a = c.control("expert_a", 0), made.expert_b = c.control("expert_b", 0);
+  made.threshold = c.get<int64_t>("threshold"), made.frozen = c.get<bool>("frozen"), made.precision = precision;
+  return made;
+}
+
+std::pair<at::Tensor, at::Tensor> lowrank_forward(const ForNode<LowRankPlan>& plan, const py::object& call) {
+  const auto on_triton = plan.launched();
+  const auto settled = lowrank_call(call, on_triton->precision);
+  return below_autograd([&] { return peft_fused::lowrank_triton_fwd(settled, on_triton->plan); });
+}
+
+py::dict lowrank_backward(const ForNode<LowRankPlan>& plan, const at::Tensor& dy, const py::object& call,
+                          const std::optional<at::Tensor>& S, const py::set& needs) {
+  const auto on_triton = plan.launched();
+  const auto settled = lowrank_call(call, on_triton->precision);
+  const auto need = [&](const char* name) { return needs.contains(name); };
+  const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"), need("v")};
+  const auto found = below_autograd([&] {
+    return peft_fused::lowrank_triton_bwd(dy, settled, S.value_or(at::Tensor()), wanted, on_triton->plan);
+  });
+  return gradients({{"x", found.x}, {"weight", found.weight}, {"bias", found.bias}, {"A", found.A}, {"B", found.B},
+                    {"u", found.u}, {"v", found.v}});
+}
+
+// The same of ops/bottleneck.py. activation: as the kernels are compiled for it.
+peft_fused::BottleneckTritonCall bottleneck_call(const py::object& call, int precision) {
+  const SettledCall c(call);
+  peft_fused::BottleneckTritonCall made{c.tensor("h"), c.tensor("down"), c.tensor("down_bias"), c.tensor("up"),
+                                        c.tensor("up_bias"), c.tensor("residual")};
+  made.scale = c.control("scale", 1.0);
+  made.expert_d = c.control("expert_d", 0), made.expert_u = c.control("expert_u", 0);
+  made.activation = peft_fused::activation_word(c.get<std::string>("activation"));
+  made.precision = precision;
+  return made;
+}
+
+std::pair<at::Tensor, at::Tensor> bottleneck_forward(const ForNode<BottleneckPlan>& plan, const py::object& call) {
+  const auto on_triton = plan.launched();
+  const auto settled = bottleneck_call(call, on_triton->precision);
+  return below_autograd([&] { return peft_fused::bottleneck_triton_fwd(settled, on_triton->plan); });
+}
+
+// shapes: of every input by name, None for an absent one; type: a parameter, whose type the gradients have.
+py::dict bottleneck_backward(const ForNode<BottleneckPlan>& plan, const at::Tensor& dy, const py::object& call,
+                             const std::optional<at::Tensor>& z, const std::vector<int64_t>& down,
+                             const std::vector<int64_t>& up, at::ScalarType type, bool residual_is_h,
+                             const py::set& needs) {
+  const auto on_triton = plan.launched();
+  const auto settled = bottleneck_call(call, on_triton->precision);
+  const auto need = [&](const char* name) { return needs.contains(name); };
+  const peft_fused::BottleneckNeeds wanted{need("h"), need("down"), need("down_bias"), need("up"), need("up_bias")};
+  const auto last = [](const std::vector<int64_t>& sizes, int back) { return sizes[sizes.size() - back]; };
+  const peft_fused::BottleneckShape shape{down.size() == 3 ? down[0] : 0, up.size() == 3 ? up[0] : 0, last(down, 2),
+                                          last(down, 1), last(up, 2), type, residual_is_h};
+  const auto found = below_autograd([&] {
+    return peft_fused::bottleneck_triton_bwd(dy, settled, z.value_or(at::Tensor()), shape, wanted, on_triton->plan);
+  });
+  return gradients({{"h", found.h}, {"down", found.down}, {"down_bias", found.down_bias}, {"up", found.up},
+                    {"up_bias", found.up_bias}});
+}
 
 // One argument for Python's compiler, as triton_kernels/compiled.py reads it.
 py::object described(const triton::Argument& a) {
@@ -230,12 +323,15 @@ void configure_triton(const std::vector<std::string>& specialised, const py::obj
   // Held for ever: a launch may come from a thread that outlives the interpreter's objects.
   PyObject* const function = py::object(compile).release().ptr();
   triton::configure(specialised, [function](const char* kernel, int device, at::ArrayRef<triton::Argument> arguments,
-                                            int num_warps, int num_stages) {
+                                            const triton::Options& given) {
     const py::gil_scoped_acquire gil;
     py::list described_arguments;
     for (const auto& a : arguments) described_arguments.append(described(a));
+    py::dict options;
+    options["num_warps"] = given.num_warps, options["num_stages"] = given.num_stages;
+    if (given.maxnreg >= 0) options["maxnreg"] = given.maxnreg > 0 ? py::object(py::int_(given.maxnreg)) : py::none();
     const auto [handle, threads, shared] =
-        py::reinterpret_borrow<py::function>(function)(kernel, device, described_arguments, num_warps, num_stages)
+        py::reinterpret_borrow<py::function>(function)(kernel, device, described_arguments, options)
             .cast<std::tuple<uint64_t, unsigned, unsigned>>();
     return triton::Compiled{reinterpret_cast<void*>(handle), threads, shared};
   });
@@ -265,11 +361,9 @@ py::object lowrank(const py::dict& decisions, const py::object& x, const py::obj
       read_pair(expert, a.expert_a, a.has_expert_a, a.expert_b, a.has_expert_b) &&
       read_dropout(dropout_p, seed, a.dropout) && read_flag(frozen, a.frozen);
   return decided(decisions, a, a.x, readable, [&](const py::object& decision) {
-    c10::intrusive_ptr<LowRankOnTriton> on_triton;
-    const py::object plan = decision.attr("plan");
-    if (!plan.is_none()) on_triton = plan.cast<LowRankOnTritonHolder&>().launched();
+    auto plan = on_triton<LowRankPlan>(decision);
     const py::gil_scoped_release release;
-    return peft_fused::lowrank(a, std::move(on_triton));
+    return peft_fused::lowrank(a, std::move(plan));
   });
 }
 
@@ -284,9 +378,10 @@ py::object bottleneck(const py::dict& decisions, const py::object& h, const py::
                         read_pair(expert, a.expert_d, a.has_expert_d, a.expert_u, a.has_expert_u) &&
                         PyUnicode_Check(activation.ptr());
   if (readable) a.activation = py::cast<std::string>(activation);
-  return decided(decisions, a, a.h, readable, [&](const py::object&) {
+  return decided(decisions, a, a.h, readable, [&](const py::object& decision) {
+    auto plan = on_triton<BottleneckPlan>(decision);
     const py::gil_scoped_release release;
-    return peft_fused::bottleneck(a);
+    return peft_fused::bottleneck(a, std::move(plan));
   });
 }
 
@@ -344,10 +439,14 @@ PYBIND11_MODULE(_C, m) {
     peft_fused::settings().onednn = onednn;
     peft_fused::settings().onednn_least = onednn_least;
   }, "What ops/dispatch.py decided for this machine.");
-  py::class_<LowRankOnTritonHolder>(m, "LowRankOnTriton", "A plan of triton_kernels/lowrank_plan.py for the C++ node.")
+  py::class_<ForNode<LowRankPlan>>(m, "LowRankOnTriton", "A plan of triton_kernels/lowrank_plan.py for the C++ node.")
       .def(py::init<const py::object&, py::object>())
-      .def("forward", &LowRankOnTritonHolder::forward, "(y, S) of a settled call by rows.")
-      .def("backward", &LowRankOnTritonHolder::backward, "The gradients by name of a settled call by rows.");
+      .def("forward", &lowrank_forward, "(y, S) of a settled call by rows.")
+      .def("backward", &lowrank_backward, "The gradients by name of a settled call by rows.");
+  py::class_<ForNode<BottleneckPlan>>(m, "BottleneckOnTriton", "One of triton_kernels/bottleneck_plan.py.")
+      .def(py::init<const py::object&, py::object>())
+      .def("forward", &bottleneck_forward, "(y, z) of a settled call by rows.")
+      .def("backward", &bottleneck_backward, "The gradients by name of a settled call by rows.");
   m.attr("triton_kernels") = std::vector<std::string>(std::begin(triton::kKernelNames), std::end(triton::kKernelNames));
   m.def("configure_triton", &configure_triton, "Who compiles kernels, and how their parameters are specialised.");
   m.def("triton_launches", &recorded_launches, "What was launched since, of launches that go to a list.");

@@ -1,5 +1,6 @@
 // The extension as one translation unit: the compiler takes longer to read torch's headers than for all of ours.
 #include "autograd/bottleneck.cpp"
+#include "autograd/bottleneck_triton.cpp"
 #include "autograd/common.cpp"
 #include "autograd/lowrank.cpp"
 #include "autograd/lowrank_triton.cpp"

@@ -11,12 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import lowrank_kernels
+from . import bottleneck_kernels, lowrank_kernels
 from .launching import precision
+from .lowrank_plan import LowRankPlan
 from .tiles import operand_class
 
 # Versions of Triton whose kernels take their arguments, and after them two pointers to scratch memory.
 VERSIONS = ("3.6.", "3.7.")
+_MODULES = {"lowrank_kernels": lowrank_kernels, "bottleneck_kernels": bottleneck_kernels}
 _TORCH = {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -42,16 +44,21 @@ def why_not() -> str:
     return f"Triton is {triton.__version__}; the C++ node launches kernels of {versions}"
 
 
-def compile_kernel(name: str, device: int, arguments: list, num_warps: int, num_stages: int) -> tuple[int, int, int]:
+def compile_kernel(name: str, device: int, arguments: list, options: dict) -> tuple[int, int, int]:
     """(handle, threads of a block, bytes of its shared memory) of a kernel for arguments as bindings.cpp tells them."""
-    kernel = getattr(lowrank_kernels, name)
+    kernel = _kernel(name)
     values = [_value(argument) for argument in arguments]
     with torch.cuda.device(device) if device >= 0 else contextlib.nullcontext():
-        made = kernel.warmup(*values, grid=(1,), num_warps=num_warps, num_stages=num_stages)
+        made = kernel.warmup(*values, grid=(1,), **options)
         made._init_handles()
     if made.metadata.global_scratch_size or made.metadata.profile_scratch_size or made.metadata.num_ctas != 1:
         raise RuntimeError(f"{name} asks of its launch what the C++ node does not give")
     return made.function, 32 * made.metadata.num_warps, made.metadata.shared
+
+
+def _kernel(name: str):
+    module, function = name.split(".")
+    return getattr(_MODULES[module], function)
 
 
 def _value(argument):
@@ -74,12 +81,13 @@ def _specialised(kernel) -> str:
 def configured(module) -> None:
     """Tells the extension of the kernels, once."""
     module.configure_triton(
-        [_specialised(getattr(lowrank_kernels, name)) for name in module.triton_kernels], compile_kernel
+        [_specialised(_kernel(name)) for name in module.triton_kernels], compile_kernel
     )
 
 
 def for_node(module, problem, plan):
     """The plan of a problem as the C++ node takes it."""
     configured(module)
+    kind = module.LowRankOnTriton if isinstance(plan, LowRankPlan) else module.BottleneckOnTriton
     full = operand_class(problem.dtype, problem.adapter_dtype) == "full"
-    return module.LowRankOnTriton(plan, precision if full else None)
+    return kind(plan, precision if full else None)

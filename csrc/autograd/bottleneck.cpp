@@ -18,6 +18,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 enum class Activation { gelu, gelu_tanh, relu, silu, tanh, identity };
+// What the kernels are compiled for, in this order: words of triton_launch.
+constexpr int kFirstActivation = 2;
 
 std::optional<Activation> activation_of(const std::string& name) {
   if (name == "gelu") return Activation::gelu;
@@ -64,9 +66,21 @@ struct BottleneckCall : torch::CustomClassHolder {
   at::ScalarType type;                      // of the parameters
   bool residual_is_h;
   bool grad;  // whether autograd records the call
+  c10::intrusive_ptr<BottleneckOnTriton> on_triton;
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kBottleneckInputs];
 };
+
+struct BottleneckDevice {  // controls that stay on the device, for Triton's kernels
+  Control scale, expert_d, expert_u;
+};
+
+BottleneckTritonCall triton_call(const Tensor& h2, const Tensor& down, const Tensor& down_bias, const Tensor& up,
+                                 const Tensor& up_bias, const Tensor& residual2, const BottleneckCall& c,
+                                 const BottleneckDevice& d) {
+  return {h2, down, down_bias, up, up_bias, residual2, d.scale, d.expert_d, d.expert_u,
+          kFirstActivation + static_cast<int>(c.activation), c.on_triton->precision};
+}
 
 // ------------------------------------------------------------------------------------------------------------ pieces
 
@@ -125,13 +139,39 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& h, const Tensor& down, const Optional& down_bias_,
                         const Tensor& up, const Optional& up_bias_, const Optional& residual_,
-                        const c10::intrusive_ptr<BottleneckCall>& call) {
+                        const c10::intrusive_ptr<BottleneckCall>& call, const BottleneckDevice& d) {
     const BelowAutograd guard;
     const BottleneckCall& c = *call;
     const Tensor down_bias = down_bias_.value_or(Tensor()), up_bias = up_bias_.value_or(Tensor());
-    const Tensor h2 = rows_of(h), start = residual_ ? rows_of(*residual_) : h2;
+    const Tensor h2 = rows_of(h), residual2 = residual_ ? rows_of(*residual_) : Tensor();
+    Tensor y, z;
+    if (c.on_triton) {
+      const auto on_triton = triton_call(h2, down, down_bias, up, up_bias, residual2, c, d);
+      std::tie(y, z) = bottleneck_triton_fwd(on_triton, c.on_triton->plan);
+    } else {
+      std::tie(y, z) = adapt(h2, down, down_bias, up, up_bias, residual2, c);
+    }
+    if (!c.grad) return unflatten(y, h);
+    const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
+    const bool needs_dz = needs(h) || needs(down) || needs(down_bias);
+    const bool keeps_z = needs(up) || (needs_dz && c.activation != Activation::identity);
+    const bool any = needs_dz || needs(up) || needs(up_bias);
+    const auto kept_control = [&](const Control& control, const char* name) {
+      return kept(any && control.tensor.defined(), control.tensor, name);
+    };
+    ctx->save_for_backward({kept(needs(down), h, "h"), kept(needs(h), down, "down"), kept(needs_dz, up, "up"),
+                            kept(keeps_z, z, "z"), kept_control(d.scale, "scale"), kept_control(d.expert_d, "expert"),
+                            kept_control(d.expert_u, "expert")});
+    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
+    return unflatten(y, h);
+  }
+
+  static std::pair<Tensor, Tensor> adapt(const Tensor& h2, const Tensor& down, const Tensor& down_bias,
+                                         const Tensor& up, const Tensor& up_bias, const Tensor& residual2,
+                                         const BottleneckCall& c) {
+    const Tensor& start = residual2.defined() ? residual2 : h2;
     const int64_t m = h2.size(0), n = up.size(-2);
-    const bool mixed = c.type != h.scalar_type();
+    const bool mixed = c.type != h2.scalar_type();
     const auto pieces = pieces_of(c, m, std::max(c.k, n), mixed);
     const Tensor y = at::empty({m, n}, h2.options());
     Tensor z;
@@ -159,24 +199,17 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
       bias.defined() ? at::add_out(out, piece.of(start), bias, c.scale) : out.copy_(piece.of(start));
       out.addmm_(a, U.t(), 1, c.scale);
     }
-    if (!c.grad) return unflatten(y, h);
-    const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
-    const bool needs_dz = needs(h) || needs(down) || needs(down_bias);
-    const bool keeps_z = needs(up) || (needs_dz && c.activation != Activation::identity);
-    ctx->save_for_backward(
-        {kept(needs(down), h, "h"), kept(needs(h), down, "down"), kept(needs_dz, up, "up"), kept(keeps_z, z, "z")});
-    ctx->saved_data["call"] = c10::IValue::make_capsule(call);
-    return unflatten(y, h);
+    return {y, z};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     // One gradient per argument of forward; what is no tensor, or absent, gets none.
-    variable_list out(kBottleneckInputs + 1);
+    variable_list out(kBottleneckInputs + 2);
     if (!grads[0].defined()) return out;
     const Tensor dy = upstream(grads[0], "bottleneck");
     const auto call = call_of<BottleneckCall>(ctx);
     const BottleneckCall& c = *call;
-    const auto saved = saved_of(ctx, {"h", "down", "up", "z"});
+    const auto saved = saved_of(ctx, {"h", "down", "up", "z", "scale", "expert", "expert"});
     const BelowAutograd guard;
     const Tensor &h = saved[0], &down = saved[1], &up = saved[2], &z = saved[3];
     const auto need = [&](BottleneckInput i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
@@ -186,6 +219,22 @@ struct Bottleneck : torch::autograd::Function<Bottleneck> {
 
     const Tensor dy2 = rows_of(dy), h2 = need(kDown) ? rows_of(h) : Tensor();
     const int64_t m = dy2.size(0), n = dy2.size(1);
+    if (c.on_triton) {
+      const BottleneckDevice d{{saved[4], c.scale},
+                               {saved[5], static_cast<double>(c.expert_d[0])},
+                               {saved[6], static_cast<double>(c.expert_u[0])}};
+      const auto on_triton = triton_call(h2, down, Tensor(), up, Tensor(), Tensor(), c, d);
+      const BottleneckShape shape{c.stack_d, c.stack_u, c.r, c.k, n, c.type, c.residual_is_h};
+      const BottleneckNeeds needs{need(kH), need(kDown), need(kDownBias), need(kUp), need(kUpBias)};
+      const auto found = bottleneck_triton_bwd(dy2, on_triton, z, shape, needs, c.on_triton->plan);
+      out[kDown] = found.down, out[kDownBias] = found.down_bias, out[kUp] = found.up, out[kUpBias] = found.up_bias;
+      if (need(kH)) {
+        auto sizes = dy.sizes().vec();
+        sizes.back() = c.k;
+        out[kH] = found.h.view(sizes);
+      }
+      return out;
+    }
     const bool mixed = c.type != dy.scalar_type(), transposed = m * n > kSmallProduct;
     Tensor dh;
     if (need(kH)) dh = at::empty({m, c.k}, dy2.options());
@@ -246,6 +295,12 @@ std::vector<int64_t> experts_of(const Control& control, const Tensor& weight, in
 
 }  // namespace
 
+int activation_word(const std::string& name) {
+  const auto activation = activation_of(name);
+  TORCH_CHECK_VALUE(activation, "activation is unknown: ", name);
+  return kFirstActivation + static_cast<int>(*activation);
+}
+
 void autocast(BottleneckArguments& a) {
   autocast(a.h, {&a.h, &a.residual}, {&a.down, &a.down_bias, &a.up, &a.up_bias});
 }
@@ -260,9 +315,9 @@ Key key_of(BottleneckArguments& a) {
   return key;
 }
 
-Tensor bottleneck(const BottleneckArguments& a) {
+Tensor bottleneck(const BottleneckArguments& a, c10::intrusive_ptr<BottleneckOnTriton> on_triton) {
   const Tensor &h = a.h, &down = a.down, &up = a.up;
-  TORCH_CHECK_VALUE(h.dim() >= 1 && h.is_cpu() && down.dim() >= 2 && down.dim() <= 3 && up.dim() >= 2 && up.dim() <= 3,
+  TORCH_CHECK_VALUE(h.dim() >= 1 && (on_triton || h.is_cpu()) && down.dim() >= 2 && down.dim() <= 3 && up.dim() >= 2 && up.dim() <= 3,
                     "h, down and up must have 1, 2 or 3, and 2 or 3 dimensions, on the CPU");
   const auto activation = activation_of(a.activation);
   TORCH_CHECK_VALUE(activation, "activation is unknown: ", a.activation);
@@ -270,8 +325,19 @@ Tensor bottleneck(const BottleneckArguments& a) {
   auto call = c10::make_intrusive<BottleneckCall>();
   call->activation = *activation;
   call->scale = a.scale.number;
-  call->expert_d = experts_of(a.expert_d, down, rows);
-  call->expert_u = experts_of(a.expert_u, up, rows);
+  BottleneckDevice d;
+  if (on_triton) {
+    const auto index = [](const Control& expert, const Tensor& weight) {
+      return weight.dim() == 3 ? expert : Control{};  // that of a weight which is no stack is not used
+    };
+    d = {a.scale, index(a.expert_d, down), index(a.expert_u, up)};
+    call->expert_d = {whole(d.expert_d)};
+    call->expert_u = {whole(d.expert_u)};
+    call->on_triton = std::move(on_triton);
+  } else {
+    call->expert_d = experts_of(a.expert_d, down, rows);
+    call->expert_u = experts_of(a.expert_u, up, rows);
+  }
   call->stack_d = down.dim() == 3 ? down.size(0) : 0;
   call->stack_u = up.dim() == 3 ? up.size(0) : 0;
   call->r = down.size(-2);
@@ -282,7 +348,8 @@ Tensor bottleneck(const BottleneckArguments& a) {
   const Tensor* inputs[kBottleneckInputs] = {&h, &down, &a.down_bias, &up, &a.up_bias, &a.residual};
   int edges = 0;
   for (int i = 0; i < kBottleneckInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
-  return Bottleneck::apply(h, down, optional(a.down_bias), up, optional(a.up_bias), optional(a.residual), call);
+  return Bottleneck::apply(h, down, optional(a.down_bias), up, optional(a.up_bias), optional(a.residual), call,
+                           d);
 }
 
 }  // namespace peft_fused

@@ -1,5 +1,7 @@
 #pragma once
+#include "bottleneck_triton.h"
 #include "common.h"
+#include "launching.h"
 
 #include <string>
 
@@ -18,7 +20,13 @@ void autocast(BottleneckArguments& args);
 // The key of a call, of which the controls that lie on the CPU are numbers from here on, but for an index per group.
 Key key_of(BottleneckArguments& args);
 
-// The op and its autograd node, on the CPU, for a call that ops/bottleneck.py has checked and decided to run here.
-at::Tensor bottleneck(const BottleneckArguments& args);
+// What the kernels are compiled for of an activation: a word of triton_launch. ValueError for an unknown name.
+int activation_word(const std::string& name);
+
+using BottleneckOnTriton = OnTriton<BottleneckPlan>;
+
+// The op and its autograd node, for a call that ops/bottleneck.py has checked and decided to run here: on the CPU, or by
+// the kernels of Triton where these are given.
+at::Tensor bottleneck(const BottleneckArguments& args, c10::intrusive_ptr<BottleneckOnTriton> on_triton);
 
 }  // namespace peft_fused

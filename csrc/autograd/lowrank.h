@@ -1,5 +1,6 @@
 #pragma once
 #include "common.h"
+#include "launching.h"
 #include "lowrank_triton.h"
 
 namespace peft_fused {
@@ -18,11 +19,7 @@ void autocast(LowRankArguments& args);
 // The key of a call, of which the controls that lie on the CPU are numbers from here on.
 Key key_of(LowRankArguments& args);
 
-// How the kernels of Triton are launched. precision: see LowRankTritonCall.
-struct LowRankOnTriton : torch::CustomClassHolder {
-  LowRankPlan plan;
-  int precision = 0;
-};
+using LowRankOnTriton = OnTriton<LowRankPlan>;
 
 // The op and its autograd node, for a call that ops/lowrank.py has checked and decided to run here; by the kernels of
 // Triton where these are given.

@@ -3,6 +3,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include "../triton_launch/launch.h"
+#include "launching.h"
 
 namespace peft_fused {
 namespace {
@@ -12,38 +13,11 @@ using triton::Launch;
 
 constexpr int64_t kGroupM = 8;  // GROUP_M of triton_kernels/lowrank.py
 
-int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t padded_rank(int64_t r) {
   int64_t padded = 16;
   while (padded < r) padded *= 2;
   return padded;
 }
-
-Tensor dense(const Tensor& vector) { return vector.defined() ? vector.contiguous() : vector; }
-
-// Strides of a factor [.., rows, columns] or a stack of them.
-struct Strides {
-  int64_t expert = 0, row = 0, column = 0;
-  Strides() = default;
-  explicit Strides(const Tensor& factor) {
-    if (!factor.defined()) return;
-    expert = factor.dim() == 3 ? factor.stride(0) : 0;
-    row = factor.stride(-2);
-    column = factor.stride(-1);
-  }
-  Strides transposed() const {
-    Strides other = *this;
-    std::swap(other.row, other.column);
-    return other;
-  }
-};
-
-int64_t whole(const Control& control) { return control.tensor.defined() ? 0 : static_cast<int64_t>(control.number); }
-
-// A control's number where it is a tensor is the default that Python's launchers have, for which nothing is compiled.
-double scale_of(const Control& scale) { return scale.tensor.defined() ? 1.0 : scale.number; }
-int64_t rank_of(const Control& rank, int64_t r) { return rank.tensor.defined() ? r : static_cast<int64_t>(rank.number); }
 
 int64_t planes_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) : 1; }
 
@@ -79,14 +53,14 @@ void shrink(const Tensor& x, const Tensor& A, const Strides& s, int64_t r, const
   Launch one(triton::kShrink, x.device());
   one.pointers(x, A, v, out, scale.tensor, rank.tensor, expert.tensor, seed)
       .integers(m, k, r)
-      .number(scale_of(scale))
-      .integers(rank_of(rank, r), whole(expert), threshold, column_blocks(k, launch), x.stride(0), x.stride(1),
+      .number(number(scale))
+      .integers(whole(rank, r), whole(expert), threshold, column_blocks(k, launch), x.stride(0), x.stride(1),
                 s.expert, s.row, s.column)
       .flag(threshold > 0)
       .flag(k % launch.block_n != 0)
       .word(precision)
       .constants(R, launch.block_m, launch.block_n, launch.block_r)
-      .run({cdiv(m, launch.block_m), launch.splits, R / launch.block_r}, launch.num_warps, launch.num_stages);
+      .run({cdiv(m, launch.block_m), launch.splits, R / launch.block_r}, {launch.num_warps, launch.num_stages});
 }
 
 struct Expansion {
@@ -101,14 +75,14 @@ void expand(const Tensor& in, const Tensor& B, const Strides& s, int64_t r, cons
   Launch one(triton::kExpand, out.device());
   one.pointers(in, B, dense(e.u), dense(e.v), dense(e.bias), e.add, out, e.S, e.scale.tensor, e.expert.tensor, e.seed)
       .integers(m, n, r)
-      .number(scale_of(e.scale))
+      .number(number(e.scale))
       .integers(whole(e.expert), e.threshold, n_blocks, s.expert, s.row, s.column,
                 e.add.defined() ? e.add.stride(0) : 0, e.add.defined() ? e.add.stride(1) : 0)
       .flag(e.threshold > 0)
       .flag(n % launch.block_n != 0)
       .word(precision)
       .constants(planes_of(in), R, launch.block_m, launch.block_n, launch.block_r)
-      .run({cdiv(m, launch.block_m) * cdiv(n, n_blocks * launch.block_n), 1, 1}, launch.num_warps, launch.num_stages);
+      .run({cdiv(m, launch.block_m) * cdiv(n, n_blocks * launch.block_n), 1, 1}, {launch.num_warps, launch.num_stages});
 }
 
 void linear(const LowRankTritonCall& c, const Tensor& y, const Tensor& S, const LowRankLaunch& launch) {
@@ -118,13 +92,13 @@ void linear(const LowRankTritonCall& c, const Tensor& y, const Tensor& S, const 
   one.pointers(c.x, c.weight, dense(c.bias), c.A, c.B, dense(c.u), dense(c.v), y, S, c.scale.tensor, c.rank.tensor,
                c.expert_a.tensor, c.expert_b.tensor)
       .integers(m, n, k, r)
-      .number(scale_of(c.scale))
-      .integers(rank_of(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.x.stride(0), c.x.stride(1),
+      .number(number(c.scale))
+      .integers(whole(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.x.stride(0), c.x.stride(1),
                 c.weight.stride(0), c.weight.stride(1), a.expert, a.row, a.column, b.expert, b.row, b.column)
       .flag(k % launch.block_k != 0)
       .word(c.precision)
       .constants(S.size(1), launch.block_m, launch.block_n, launch.block_k, kGroupM)
-      .run({cdiv(m, launch.block_m) * cdiv(n, launch.block_n), 1, 1}, launch.num_warps, launch.num_stages);
+      .run({cdiv(m, launch.block_m) * cdiv(n, launch.block_n), 1, 1}, {launch.num_warps, launch.num_stages});
 }
 
 void one_pass_b(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, const Tensor& dSu,
@@ -134,13 +108,13 @@ void one_pass_b(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, c
   Launch one(triton::kGradB, dy.device());
   one.pointers(dy, c.B, S, dense(c.v), dSu, partials, sums, c.scale.tensor, c.rank.tensor, c.expert_b.tensor)
       .integers(m, n, r)
-      .number(scale_of(c.scale))
-      .integers(rank_of(c.rank, r), whole(c.expert_b), column_blocks(n, launch), dy.stride(0), dy.stride(1), s.expert,
+      .number(number(c.scale))
+      .integers(whole(c.rank, r), whole(c.expert_b), column_blocks(n, launch), dy.stride(0), dy.stride(1), s.expert,
                 s.row, s.column)
       .flag(n % launch.block_n != 0)
       .word(c.precision)
       .constants(dSu.size(-1), launch.block_m, launch.block_n)
-      .run({cdiv(m, launch.block_m), launch.splits, 1}, launch.num_warps, launch.num_stages);
+      .run({cdiv(m, launch.block_m), launch.splits, 1}, {launch.num_warps, launch.num_stages});
 }
 
 struct OverRows {
@@ -167,7 +141,7 @@ void over_rows(const Tensor& x, int64_t k, const Tensor& dSu, int64_t r, at::Sca
       .word(precision)
       .type(type)
       .constants(planes_of(dSu), R, launch.block_m, launch.block_n, launch.block_r)
-      .run({columns, splits.count, R / launch.block_r}, launch.num_warps, launch.num_stages);
+      .run({columns, splits.count, R / launch.block_r}, {launch.num_warps, launch.num_stages});
 }
 
 struct Sums {
@@ -189,13 +163,13 @@ void reduce(const LowRankTritonCall& c, int64_t n, int64_t k, const Sums& sums, 
                sums.of_a, sums.of_u, dense(c.u), out.A, out.u, c.scale.tensor, c.rank.tensor, c.expert_a.tensor,
                c.expert_b.tensor)
       .integers(count_b, count_a, n, k, r)
-      .number(scale_of(c.scale))
-      .integers(rank_of(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.threshold, b.expert, b.row, b.column,
+      .number(number(c.scale))
+      .integers(whole(c.rank, r), whole(c.expert_a), whole(c.expert_b), c.threshold, b.expert, b.row, b.column,
                 db.expert, db.row, db.column, da.expert, da.row, da.column)
       .flag(count_b > 0)
       .flag(c.frozen)
       .constants(launch.block_r, launch.block_m, launch.block_n)
-      .run({blocks, 1, 1}, launch.num_warps, launch.num_stages);
+      .run({blocks, 1, 1}, {launch.num_warps, launch.num_stages});
 }
 
 // The kernels write all of a gradient except the other slots of a stack.

@@ -13,9 +13,10 @@ namespace peft_fused::triton {
 
 using at::Tensor;
 
-const char* const kKernelNames[kKernels] = {"shrink_kernel", "expand_kernel", "linear_kernel",
-                                            "grad_b_kernel", "grad_a_kernel", "reduce_kernel"};
-const char* const kWords[2] = {"tf32x3", "tf32"};
+const char* const kKernelNames[kKernels] = {
+    "lowrank_kernels.shrink_kernel", "lowrank_kernels.expand_kernel",  "lowrank_kernels.linear_kernel",
+    "lowrank_kernels.grad_b_kernel", "lowrank_kernels.grad_a_kernel",  "lowrank_kernels.reduce_kernel",
+    "bottleneck_kernels.rows_kernel", "bottleneck_kernels.grad_kernel", "bottleneck_kernels.reduce_kernel"};
 
 namespace {
 
@@ -160,7 +161,7 @@ Launch& Launch::constant(char tag, int64_t value) {
   return *this;
 }
 
-const Compiled& Launch::compiled(int num_warps, int num_stages) const {
+const Compiled& Launch::compiled(const Options& options) const {
   // The bytes that tell one kind of call from another: of each argument its tag, and its type or what is compiled in.
   char key[kMost * 9 + 16];
   size_t size = 0;
@@ -170,8 +171,7 @@ const Compiled& Launch::compiled(int num_warps, int num_stages) const {
   };
   put(static_cast<char>(kernel_));
   put(static_cast<int16_t>(device_.index()));
-  put(static_cast<int16_t>(num_warps));
-  put(static_cast<int16_t>(num_stages));
+  for (const int64_t option : {options.num_warps, options.num_stages, options.maxnreg}) put(static_cast<int16_t>(option));
   for (int i = 0; i < count_; ++i) {
     const auto& a = arguments_[i];
     put(a.tag);
@@ -187,14 +187,13 @@ const Compiled& Launch::compiled(int num_warps, int num_stages) const {
   TORCH_CHECK(table().compile, "peft_fused: nobody compiles kernels");
   TORCH_INTERNAL_ASSERT(count_ == static_cast<int>(table().specialised[kernel_].size()), kKernelNames[kernel_]);
   const auto made =
-      table().compile(kKernelNames[kernel_], device_.index(), {arguments_.data(), static_cast<size_t>(count_)},
-                      num_warps, num_stages);
+      table().compile(kKernelNames[kernel_], device_.index(), {arguments_.data(), static_cast<size_t>(count_)}, options);
   const std::unique_lock lock(table().mutex);
   return table().compiled.emplace(std::string(known), made).first->second;  // which stays where it is
 }
 
-void Launch::run(std::array<int64_t, 3> grid, int64_t num_warps, int64_t num_stages) {
-  const Compiled& kernel = compiled(static_cast<int>(num_warps), static_cast<int>(num_stages));
+void Launch::run(std::array<int64_t, 3> grid, const Options& options) {
+  const Compiled& kernel = compiled(options);
   // Triton's kernels end with two pointers to scratch memory, which these do not use.
   void* passed[kMost + 2];
   int64_t none = 0;

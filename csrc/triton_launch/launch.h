@@ -12,7 +12,7 @@
 namespace peft_fused::triton {
 
 // The kernels that are launched here, in the order of kKernelNames.
-enum Kernel { kShrink, kExpand, kLinear, kGradB, kGradA, kReduce, kKernels };
+enum Kernel { kShrink, kExpand, kLinear, kGradB, kGradA, kReduce, kRows, kGrad, kBottleneckReduce, kKernels };
 extern const char* const kKernelNames[kKernels];
 
 // What Triton makes of a parameter's value, of which it compiles a kernel for each kind.
@@ -37,11 +37,16 @@ struct Argument {
   at::ScalarType type;  // of a pointer, or 't'
   int64_t value;
 };
-extern const char* const kWords[2];
+constexpr const char* kWords[] = {"tf32x3", "tf32", "gelu", "gelu_tanh", "relu", "silu", "tanh", "identity"};
+
+// How a kernel is compiled. maxnreg: 0 leaves it to the compiler, and -1 does not mention it.
+struct Options {
+  int64_t num_warps, num_stages, maxnreg = -1;
+};
 
 // Compiles, by Python and Triton: called once for arguments of one kind, with the kernel's name.
-using Compile = std::function<Compiled(const char* kernel, int device, at::ArrayRef<Argument> arguments, int num_warps,
-                                       int num_stages)>;
+using Compile =
+    std::function<Compiled(const char* kernel, int device, at::ArrayRef<Argument> arguments, const Options& options)>;
 
 // Tells how the parameters of each kernel are specialised, and who compiles. What is known is forgotten.
 void configure(const std::vector<std::string>& specialised, Compile compile);
@@ -87,14 +92,14 @@ class Launch {
   }
   Launch& word(int index) { return constant('w', index); }
   Launch& type(at::ScalarType type) { return constant('t', static_cast<int64_t>(type)); }
-  void run(std::array<int64_t, 3> grid, int64_t num_warps, int64_t num_stages);
+  void run(std::array<int64_t, 3> grid, const Options& options);
 
  private:
   static constexpr int kMost = 48;  // arguments
   Launch& constant(char tag, int64_t value);
   Specialise specialised() const;
   void add(char tag, at::ScalarType type, int64_t value);
-  const Compiled& compiled(int num_warps, int num_stages) const;
+  const Compiled& compiled(const Options& options) const;
 
   Kernel kernel_;
   at::Device device_;

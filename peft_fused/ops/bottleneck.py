@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS, BottleneckProblem
+from ..triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS, BottleneckPlan, BottleneckProblem
 from ..triton_kernels.launching import gpu_of, name_of
 from ..triton_kernels.tiles import MAX_RANK
 from . import bottleneck_torch
@@ -229,8 +229,11 @@ class Bottleneck(Operation):
         from ..triton_kernels import bottleneck as triton_bottleneck
 
         residual = None if call.residual is None else rows(call.residual)
-        launched = replace(_spread(call), h=rows(call.h), residual=residual)
-        y, z = triton_bottleneck.bottleneck_fwd(launched, plan=decision.plan)
+        by_rows = replace(call, h=rows(call.h), residual=residual)
+        if isinstance(decision.plan, BottleneckPlan):
+            y, z = triton_bottleneck.bottleneck_fwd(_spread(by_rows), plan=decision.plan)
+        else:
+            y, z = decision.plan.forward(by_rows)
         return unflatten(y, call.h), z
 
     def backward(self, dy, call, hidden, like, needs, decision):
@@ -238,10 +241,14 @@ class Bottleneck(Operation):
             return bottleneck_torch.backward(dy, call, hidden, like, needs)
         from ..triton_kernels import bottleneck as triton_bottleneck
 
-        launched = replace(_spread(call), h=None if call.h is None else rows(call.h))
-        grads = triton_bottleneck.bottleneck_bwd(
-            rows(dy), launched, hidden, like=like, needs=needs, plan=decision.plan
-        )  # fmt: skip
+        by_rows = replace(call, h=None if call.h is None else rows(call.h))
+        if isinstance(decision.plan, BottleneckPlan):
+            grads = triton_bottleneck.bottleneck_bwd(
+                rows(dy), _spread(by_rows), hidden, like=like, needs=needs, plan=decision.plan
+            )  # fmt: skip
+        else:
+            (down, dtype), (up, _), residual = like["down"], like["up"], like["residual"]
+            grads = decision.plan.backward(rows(dy), by_rows, hidden, down, up, dtype, residual is None, needs)
         if "h" in grads:
             grads["h"] = grads["h"].view(like["h"][0])
         return grads

@@ -235,7 +235,7 @@ def test_the_driver_is_given_what_it_needs(with_driver):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_drivers_error_is_told(with_driver):
     child = with_driver(13)
-    assert child.returncode == 1 and "RuntimeError: peft_fused: shrink_kernel: CUDA_ERROR_OF_A_TEST" in child.stderr
+    assert child.returncode == 1 and "RuntimeError: peft_fused: lowrank_kernels.shrink_kernel: CUDA_ERROR_OF_A_TEST" in child.stderr
 
 
 def test_threads_share_what_is_compiled(to_list):
