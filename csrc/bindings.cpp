@@ -93,8 +93,9 @@ template <typename Arguments, typename Run>
 py::object decided(const py::dict& decisions, Arguments& arguments, const at::Tensor& x, bool readable, Run run) {
   if (!readable) return py::none();
   auto key = peft_fused::key_of(arguments);
+  if (!key.usual()) return py::none();
   const bool cast = at::autocast::is_autocast_enabled(x.device().type());
-  if (cast && key.usual()) {
+  if (cast) {
     if constexpr (requires { peft_fused::autocast(arguments); }) {
       peft_fused::autocast(arguments);
       key = peft_fused::key_of(arguments);

@@ -62,8 +62,8 @@ def convolve(
     y = x.new_empty(M, n_out, dtype=out_dtype)
     scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(x):
-        spectrum = _spectrum(kernel, plan, transposed)
-        outer = None if then is None else _spectrum(then, plan)
+        spectrum = _spectrum(kernel, plan, threshold, transposed)
+        outer = None if then is None else _spectrum(then, plan, 0)
         kernels.convolve_kernel[(cdiv(M, 2 * plan.pairs), plan.blocks_out)](
             x, spectrum, outer, add, y, *_tables(plan, x.device),
             scale_ptr, seed, M, n_in, n_mid, n_out, scale, threshold,
@@ -94,7 +94,8 @@ def convolve_bwd(
     """(dx [M, n_in], dk [L] fp32) of y = scale * crop(C(kernel) pad(drop(x))) for dy [M, n_out]; None where not needed.
 
     dx is in dx_dtype, by default dy's. x may be None without dk. Both come from one pass over dy and x wherever that
-    fits the registers. Equal inputs give equal bits.
+    fits the registers. A dx in bf16 may be made from half operands where dk is from split ones. Equal inputs give equal
+    bits.
     """
     M, n_out = dy.shape
     dx_dtype = dx_dtype or dy.dtype
@@ -109,6 +110,8 @@ def convolve_bwd(
     elif need_dk:
         dk = torch.zeros_like(kernel)
     if need_dx and dx is None:
+        if precision == "split":
+            precision = _precision(dx_dtype)
         dx = convolve(
             dy, kernel, n_in, transposed=True, mask_output=True, out_dtype=dx_dtype, precision=precision, **options
         )
@@ -126,7 +129,7 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
     scale_ptr, scale = control(scale, 1.0)
     with torch.cuda.device_of(dy):
         kernels.backward_kernel[(programs,)](
-            dy, x, None if dx is None else _spectrum(kernel, plan, transposed=True), dx, partials, scratch,
+            dy, x, None if dx is None else _spectrum(kernel, plan, threshold, True), dx, partials, scratch,
             *_tables(plan, dy.device),
             scale_ptr, seed, M, n_out, n_in, scale, threshold, tiles, *dy.stride(), *x.stride(),
             N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, OUT=plan.rows_out, IN=plan.rows_in,
@@ -135,19 +138,20 @@ def _correlate(dy, x, kernel, n_in, dx, plan, *, scale, threshold, seed):
         )  # fmt: skip
         kernels.reduce_kernel[(cdiv(length, BLOCK),)](
             partials, frequencies, scale_ptr, programs, scale, threshold,
-            N=plan.factors, P=plan.padded, PAIRS=plan.pairs, BLOCK_S=BLOCK_S, BLOCK=BLOCK, num_warps=4, num_stages=1,
+            N=plan.factors, P=plan.padded, Q=plan.tile, PAIRS=plan.pairs, BLOCK_S=BLOCK_S, BLOCK=BLOCK,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     # The transforms were unitary, so their products lack the factor L that the inverse divides by.
     return torch.fft.ifft(torch.view_as_complex(frequencies), norm="forward").real.contiguous()
 
 
-def _spectrum(kernel, plan: ConvolutionPlan, transposed=False):
+def _spectrum(kernel, plan: ConvolutionPlan, threshold, transposed=False):
     """Spectrum of a convolution kernel in the order of a tile, and its magnitude; see spectrum_kernel."""
     spectrum = kernel.new_empty(2 * plan.points + 1)
     frequencies = torch.view_as_real(torch.fft.fft(kernel))
     kernels.spectrum_kernel[(cdiv(plan.points, BLOCK),)](
-        frequencies, spectrum, SIGN=-1 if transposed else 1, N=plan.factors, P=plan.padded, BLOCK=BLOCK,
-        num_warps=4, num_stages=1,
+        frequencies, spectrum, threshold, SIGN=-1 if transposed else 1, N=plan.factors, P=plan.padded, Q=plan.tile,
+        BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     return spectrum
 
@@ -169,7 +173,7 @@ def _tables_of(factors, padded, split, device):
     """(DFT matrices in fp16, twiddles in fp32) in the layout of structured_kernels.py."""
     count = partial(torch.arange, device="cpu")  # whatever the default device, on which it would be made too late
     squares = []
-    for n, p in zip(factors, padded, strict=True):
+    for n, p in ((n, p) for n, p in zip(factors, padded, strict=True) if p >= 16):
         square = torch.zeros(2, p, p, dtype=torch.float64, device="cpu")
         square[:, :n, :n] = _roots(n, count(n)[:, None] * count(n))
         squares.append(square.flatten())
@@ -181,7 +185,9 @@ def _tables_of(factors, padded, split, device):
     rest = count(p2)[:, None] * n3 + count(p3)
     first = _roots(n1 * n2 * n3, count(p1)[:, None, None] * rest) / math.sqrt(n1)
     second = _roots(n2 * n3, count(p2)[:, None] * count(p3)) / math.sqrt(n2)
-    return dft.to(device), torch.cat((first.flatten(), second.flatten())).float().to(device)
+    # Of a leading factor that is not padded.
+    roots = _roots(n1, count(n1))
+    return dft.to(device), torch.cat([part.flatten() for part in (first, second, roots)]).float().to(device)
 
 
 def _roots(n, exponents):

@@ -6,7 +6,8 @@ With W_n the DFT matrix of n points and w_n = exp(-2 pi i / n), the transform of
     W_N1 over i1,  times w_{N1 N2 N3}^(k1 (i2 N3 + i3)),  W_N2 over i2,  times w_{N2 N3}^(k2 i3),  W_N3 over i3
 
 and the inverse runs the conjugates backwards. Factors are padded to P = (P1, P2, P3), each 1 or a power of two of at
-least 16, by zero rows and columns of W.
+least 16, by zero rows and columns of W. Only a small N1, below 16 and in front of two others, stays as it is: its
+product is a sum over rows on ordinary cores, which costs less than what padding it to 16 would.
 
 Conventions of every kernel, beside those of lowrank_kernels.py:
 - Rows 2p and 2p + 1 are the real and the imaginary part of pair p. Convolution kernels are real, so they stay apart.
@@ -14,13 +15,14 @@ Conventions of every kernel, beside those of lowrank_kernels.py:
   Each digit in turn leads, for the product with its W from the left, so that the warps share out the columns and each
   holds all of W, which is small. A product from the right, or a W of 64 points, would be repeated by warps, or spill.
 - A tile too large for the registers is transformed by bands of leading frequencies, of shape Q instead of P: only the
-  first stage mixes them.
+  first stage mixes them. Those of a small N1 come one by one.
 - Between two products a state is rounded to its storage type: fp16 is one product of fp16 operands, fp32 is three of
   high and low fp16 halves, which keep the accuracy of fp32. bf16 has too few bits for either.
 - Nothing overflows fp16. A power of two brings the norm of a row to GAIN..2 GAIN, and no stage enlarges the norm of a
   pair: the 1 / sqrt(N) of unitary transforms are in the twiddles and spectra (inside W they would make its low half
   subnormal), and spectra are brought below 1.
-- The DFT matrices are one tensor [high, low][W1, W2, W3][re, im][P, P]; twiddles and spectra are [re, im] partials.
+- The DFT matrices of padded factors are one tensor [high, low][W1, W2, W3][re, im][P, P]; twiddles, after which come
+  the roots of a small N1, and spectra are [re, im] partials. A spectrum has its bands one after another.
 """
 
 import triton
@@ -56,7 +58,9 @@ def dft_matrix(
     ROWS: tl.constexpr, COLS: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """(re, im) of a block of the W of a digit, conjugated for SIGN -1; PART 0 is the high half and 1 the low one."""
-    SQUARES: tl.constexpr = (P[0] * P[0], P[1] * P[1], P[2] * P[2])
+    FIRST: tl.constexpr = P[0] * P[0] if P[0] >= 16 else 0
+    SECOND: tl.constexpr = P[1] * P[1] if P[1] >= 16 else 0
+    SQUARES: tl.constexpr = (FIRST, SECOND, P[2] * P[2])
     BEFORE: tl.constexpr = 0 if DIGIT == 0 else (SQUARES[0] if DIGIT == 1 else SQUARES[0] + SQUARES[1])
     BEGIN: tl.constexpr = 2 * (PART * (SQUARES[0] + SQUARES[1] + SQUARES[2]) + BEFORE)
     offsets = start + tl.arange(0, ROWS)[:, None] * P[DIGIT] + tl.arange(0, COLS)[None, :]
@@ -102,6 +106,14 @@ def times(re, im, factor_ptr, offsets, PLANE: tl.constexpr, SIGN: tl.constexpr):
     if SIGN < 0:
         fi = -fi
     return re * fr - im * fi, re * fi + im * fr
+
+
+@triton.jit
+def leading_roots(twiddle_ptr, exponents, P: tl.constexpr):
+    """(re, im) of the powers of exp(-2 pi i / N1) of a small N1."""
+    roots_ptr = twiddle_ptr + 2 * P[1] * P[2] * (P[0] + 1)
+    exponents = exponents % P[0]
+    return tl.load(roots_ptr + exponents), tl.load(roots_ptr + P[0] + exponents)
 
 
 @triton.jit
@@ -202,17 +214,28 @@ def inverse(
         im = last_back(wide_im.to(STATE), Q[0])
     if P[0] == 1:
         return sum_re + last_back(wide_re, 1), sum_im + last_back(wide_im, 1)
+    elif P[0] < 16:
+        root_re, root_im = leading_roots(twiddle_ptr, (start + tl.arange(0, sum_re.shape[0])[:, None]) * band, P)
+        re = re.to(tl.float32)
+        im = im.to(tl.float32)
+        return sum_re + (re * root_re + im * root_im), sum_im + (im * root_re - re * root_im)
     else:
         return dft(dft_ptr, start * P[0] + band * Q[0], re, im, sum_re, sum_im, 0, P, sum_re.shape[0], -1)
 
 
 @triton.jit
-def frequencies(band, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr):
-    """(offset in a partial [P3, P2, P1] of a spectrum, pair) of every element of a band [Q3, (Q2, Q1, pair)]."""
+def frequencies(band, Q: tl.constexpr, PAIRS: tl.constexpr):
+    """(offset in a partial [bands, Q3, Q2, Q1] of a spectrum, pair) of every element of a band [Q3, (Q2, Q1, pair)]."""
     place = tl.arange(0, Q[1] * Q[0] * PAIRS)[None, :]
-    k1 = band * Q[0] + place // PAIRS % Q[0]
-    k2 = place // (PAIRS * Q[0])
-    return tl.arange(0, Q[2])[:, None] * (P[1] * P[0]) + k2 * P[0] + k1, place % PAIRS
+    last = band * Q[2] + tl.arange(0, Q[2])[:, None]
+    return last * (Q[1] * Q[0]) + place // PAIRS, place % PAIRS
+
+
+@triton.jit
+def digits(point, P: tl.constexpr, Q: tl.constexpr):
+    """(k1, k2, k3) at an offset in a partial of a spectrum."""
+    band = point // (Q[0] * P[1] * P[2])
+    return band * Q[0] + point % Q[0], point // Q[0] % P[1], point // (Q[0] * P[1]) % P[2]
 
 
 @triton.jit
@@ -291,17 +314,24 @@ def by_place(values, REST: tl.constexpr):
 
 
 @triton.jit
-def normalised(rows, exponent, SPLIT: tl.constexpr):
-    """The rows as a state, with norms of GAIN..2 GAIN."""
-    REST: tl.constexpr = rows.shape[1] // exponent.shape[0]
-    return (rows * by_place(power_of_two(-exponent) * GAIN, REST)).to(tl.float32 if SPLIT else tl.float16)
+def normalising(exponent):
+    """[PAIRS] factors that bring rows of these exponents to norms of GAIN..2 GAIN."""
+    return power_of_two(-exponent) * GAIN
 
 
 @triton.jit
-def shrunk(rows, exponent):
-    """The rows of each pair divided by 2**exponent, which is not negative; by 2**126 at most."""
-    REST: tl.constexpr = rows.shape[1] // exponent.shape[0]
-    return rows * by_place(power_of_two(tl.maximum(-exponent, -126)), REST)
+def shrunk(factor, exponent):
+    """Factors divided by 2**exponent, which is not negative; by 2**126 at most. What this makes 0 is less than the
+    rounding of the row that is not shrunk.
+    """
+    return factor * power_of_two(tl.maximum(-exponent, -126))
+
+
+@triton.jit
+def normalised(rows, factor, SPLIT: tl.constexpr):
+    """The rows times the factor of their pair, as a state."""
+    REST: tl.constexpr = rows.shape[1] // factor.shape[0]
+    return (rows * by_place(factor, REST)).to(tl.float32 if SPLIT else tl.float16)
 
 
 @triton.jit
@@ -310,14 +340,14 @@ def add_band(
     P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """sum + what a band of a transform, times the spectrum of a kernel, adds to the rows: see `inverse`."""
-    offsets, _ = frequencies(band, P, Q, PAIRS)
+    offsets, _ = frequencies(band, Q, PAIRS)
     re, im = times(re, im, spectrum_ptr, offsets, P[0] * P[1] * P[2], 1)
     return inverse(re.to(STATE), im.to(STATE), sum_re, sum_im, band, start, dft_ptr, twiddle_ptr, P, Q, PAIRS)
 
 
 @triton.jit
 def magnitude(spectrum_ptr, P: tl.constexpr):
-    """What a spectrum was divided by."""
+    """What a spectrum was divided by, times the factor of dropout."""
     return tl.load(spectrum_ptr + 2 * P[0] * P[1] * P[2])
 
 
@@ -341,7 +371,7 @@ def store_rows(
 
 @triton.jit
 def transform_rows(
-    ptr, seed_ptr, tile, M, n, threshold, stride_m, stride_n, re_exponent, im_exponent, re_shrink, im_shrink,
+    ptr, seed_ptr, tile, M, n, threshold, stride_m, stride_n, re_factor, im_factor,
     band, dft_ptr, twiddle_ptr, DROP: tl.constexpr, LEAD: tl.constexpr, SPLIT: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
@@ -351,6 +381,7 @@ def transform_rows(
     STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
     BLOCK: tl.constexpr = LEAD if Q[0] == P[0] else Q[0]
     ROWS: tl.constexpr = Q[0]
+    SMALL: tl.constexpr = (P[0] > 1) & (P[0] < 16)
     lead_re = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
     lead_im = tl.zeros([ROWS, PAIRS * Q[1] * Q[2]], tl.float32)
     # As a loop of unknown length it also keeps the mask in the layout in which it is cheap to draw.
@@ -360,12 +391,13 @@ def transform_rows(
         if DROP:
             re = tl.where(keep_mask(seed_ptr, tile, threshold, start, 0, BLOCK, N, Q, PAIRS), re, 0.0)
             im = tl.where(keep_mask(seed_ptr, tile, threshold, start, 1, BLOCK, N, Q, PAIRS), im, 0.0)
-        if re_shrink is not None:
-            re = shrunk(re, re_shrink)
-            im = shrunk(im, im_shrink)
-        re = normalised(re, re_exponent, SPLIT)
-        im = normalised(im, im_exponent, SPLIT)
-        if P[0] > 1:
+        re = normalised(re, re_factor, SPLIT or SMALL)
+        im = normalised(im, im_factor, SPLIT or SMALL)
+        if SMALL:
+            root_re, root_im = leading_roots(twiddle_ptr, band * start, P)
+            lead_re += re * root_re - im * root_im
+            lead_im += re * root_im + im * root_re
+        elif P[0] > 1:
             lead_re, lead_im = dft(dft_ptr, band * ROWS * P[0] + start, re, im, lead_re, lead_im, 0, P, ROWS, 1)
         else:
             lead_re = re.to(tl.float32)
@@ -422,7 +454,8 @@ def convolve_kernel(
     sum_im = tl.zeros([FIRST, PAIRS * Q[1] * Q[2]], tl.float32)
     for band in tl.range(0, P[0] // Q[0], disable_licm=True):
         re, im = transform_rows(
-            x_ptr, seed_ptr, tile, M, n_in, threshold, stride_xm, stride_xk, re_exponent, im_exponent, None, None,
+            x_ptr, seed_ptr, tile, M, n_in, threshold, stride_xm, stride_xk,
+            normalising(re_exponent), normalising(im_exponent),
             band, dft_ptr, twiddle_ptr, DROP_INPUT, IN, SPLIT, N, P, Q, PAIRS,
         )  # fmt: skip
         sum_re, sum_im = add_band(
@@ -434,15 +467,13 @@ def convolve_kernel(
         sum_im = tl.where(inside & (column < n_mid), sum_im, 0.0)
         re_exponent_mid = exponents(sum_re, PAIRS)
         im_exponent_mid = exponents(sum_im, PAIRS)
-        re = normalised(sum_re, re_exponent_mid, SPLIT)
-        im = normalised(sum_im, im_exponent_mid, SPLIT)
+        re = normalised(sum_re, normalising(re_exponent_mid), SPLIT)
+        im = normalised(sum_im, normalising(im_exponent_mid), SPLIT)
         re, im = transform(re, im, dft_ptr, twiddle_ptr, P, PAIRS)
         sum_re = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
         sum_im = tl.zeros([OUT, PAIRS * Q[1] * Q[2]], tl.float32)
         sum_re, sum_im = add_band(re, im, sum_re, sum_im, then_ptr, 0, start, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS)
     factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
-    if DROP_INPUT or DROP_OUTPUT:
-        factor *= keep_scale(threshold)
     re_factor = factor * power_of_two(re_exponent)
     im_factor = factor * power_of_two(im_exponent)
     if then_ptr is not None:
@@ -491,8 +522,8 @@ def backward_kernel(
     DROPOUT: tl.constexpr,
     NEED_DX: tl.constexpr,
 ):
-    """partials [programs, (re, im), P3, (P2, P1, pair)] = sum over a program's tiles of conj(DFT(drop(x))) DFT(dy), and
-    dx [M, n_in] = drop(scale * crop(kernel^T * pad(dy))) if NEED_DX, from one pass over dy and x.
+    """partials [programs, (re, im), bands, Q3, (Q2, Q1, pair)] = sum over a program's tiles of conj(DFT(drop(x)))
+    DFT(dy), and dx [M, n_in] = drop(scale * crop(kernel^T * pad(dy))) if NEED_DX, from one pass over dy and x.
 
     The imaginary part of the inverse transform of such a sum is the correlation of one row of a pair with the other:
     it is dropped at the very end.
@@ -501,9 +532,8 @@ def backward_kernel(
     PLANE: tl.constexpr = P[0] * P[1] * P[2] * PAIRS
     BAND: tl.constexpr = Q[0] * Q[1] * Q[2] * PAIRS
     COLS: tl.constexpr = Q[1] * Q[0] * PAIRS
-    place = tl.arange(0, Q[2])[:, None] * COLS + tl.arange(0, COLS)[None, :]
-    x_re_ptr = scratch_ptr + program.to(tl.int64) * (2 * BAND) + place
-    x_im_ptr = x_re_ptr + BAND
+    scratch_ptr += program.to(tl.int64) * (2 * BAND)
+    partials_ptr += program.to(tl.int64) * (2 * PLANE)
     first = program * tiles
     for tile in tl.range(first, first + tiles, disable_licm=True):
         y_re_exponent = exponents(
@@ -526,39 +556,41 @@ def backward_kernel(
         for band in tl.range(0, P[0] // Q[0], disable_licm=True):
             re, im = transform_rows(
                 x_ptr, seed_ptr, tile, M, n_in, threshold, stride_xm, stride_xk,
-                x_re_exponent, x_im_exponent, largest - both_re, largest - both_im,
+                shrunk(normalising(x_re_exponent), largest - both_re),
+                shrunk(normalising(x_im_exponent), largest - both_im),
                 band, dft_ptr, twiddle_ptr, DROPOUT, IN, SPLIT, N, P, Q, PAIRS,
             )  # fmt: skip
             # Memory that stays in the cache holds one spectrum and the sums: registers would spill.
             tl.debug_barrier()  # until all threads have read the band before
-            tl.store(x_re_ptr, re * weight)
-            tl.store(x_im_ptr, im * weight)
+            place = tl.arange(0, Q[2])[:, None] * COLS + tl.arange(0, COLS)[None, :]
+            tl.store(scratch_ptr + place, re * weight)
+            tl.store(scratch_ptr + BAND + place, im * weight)
 
             re, im = transform_rows(
                 dy_ptr, seed_ptr, tile, M, n_out, threshold, stride_ym, stride_yn,
-                y_re_exponent, y_im_exponent, None, None,
+                normalising(y_re_exponent), normalising(y_im_exponent),
                 band, dft_ptr, twiddle_ptr, False, OUT, SPLIT, N, P, Q, PAIRS,
             )  # fmt: skip
-            offsets, pair = frequencies(band, P, Q, PAIRS)
-            sum_re_ptr = partials_ptr + program.to(tl.int64) * (2 * PLANE) + offsets * PAIRS + pair
+            offsets, pair = frequencies(band, Q, PAIRS)
+            sum_re_ptr = partials_ptr + offsets * PAIRS + pair
             sum_im_ptr = sum_re_ptr + PLANE
             tl.debug_barrier()  # until all threads have written
-            x_re = tl.load(x_re_ptr)
-            x_im = tl.load(x_im_ptr)
+            x_re = tl.load(scratch_ptr + place)
+            x_im = tl.load(scratch_ptr + BAND + place)
             begun = (offsets >= 0) & (tile > first)
             sum_re = tl.load(sum_re_ptr, mask=begun, other=0.0)
             sum_im = tl.load(sum_im_ptr, mask=begun, other=0.0)
             tl.store(sum_re_ptr, sum_re + (x_re * re + x_im * im))
             tl.store(sum_im_ptr, sum_im + (x_re * im - x_im * re))
             if NEED_DX:
-                STATE: tl.constexpr = tl.float32 if SPLIT else tl.float16
+                # Rows in bf16 have fewer digits than half operands. With three factors the compiler would spill.
+                SPLIT_DX: tl.constexpr = SPLIT and (P[1] > 1 or dx_ptr.dtype.element_ty != tl.bfloat16)
+                STATE: tl.constexpr = tl.float32 if SPLIT_DX else tl.float16
                 dx_re, dx_im = add_band(
                     re, im, dx_re, dx_im, spectrum_ptr, band, 0, dft_ptr, twiddle_ptr, STATE, P, Q, PAIRS
                 )
         if NEED_DX:
             factor = control(scale_ptr, scale, tl.float32) * magnitude(spectrum_ptr, P) / GAIN
-            if DROPOUT:
-                factor *= keep_scale(threshold)
             store_rows(
                 dx_re, factor * power_of_two(y_re_exponent), None, dx_ptr, seed_ptr, tile, M, n_in, threshold, 0, 0, 0,
                 DROPOUT, 0, IN, N, Q, PAIRS,
@@ -569,12 +601,14 @@ def backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def spectrum_kernel(
-    frequencies_ptr, spectrum_ptr, SIGN: tl.constexpr, N: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr
+    frequencies_ptr, spectrum_ptr, threshold, SIGN: tl.constexpr, N: tl.constexpr, P: tl.constexpr, Q: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Frequencies [N1 N2 N3, (re, im)] to partials [re, im][P3, P2, P1] divided by N3 and by a power of two above the
-    largest of them, which follows the partials; conjugated for SIGN -1. Padding is zero.
+    """Frequencies [N1 N2 N3, (re, im)] to partials [re, im][bands, Q3, Q2, Q1] divided by N3 and by a power of two
+    above the largest of them; conjugated for SIGN -1. Padding is zero. The partials are followed by `magnitude`, which
+    has the factor of dropout because the kernels that drop have no register left for it.
     """
     LENGTH: tl.constexpr = N[0] * N[1] * N[2]
     POINTS: tl.constexpr = P[0] * P[1] * P[2]
@@ -585,9 +619,7 @@ def spectrum_kernel(
     # Two above, so that the modulus is below 1 where both parts are the largest.
     exponent = tl.minimum(tl.maximum(log2_floor(tl.max(largest, 0)), -110), 110) + 2
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    k1 = point % P[0]
-    k2 = point // P[0] % P[1]
-    k3 = point // (P[0] * P[1])
+    k1, k2, k3 = digits(point, P, Q)
     k = k1 + N[0] * (k2 + N[1] * k3)
     inside = (k1 < N[0]) & (k2 < N[1]) & (k3 < N[2]) & (point < POINTS)
     factor = power_of_two(-exponent) / N[2]
@@ -596,7 +628,7 @@ def spectrum_kernel(
     )
     im = tl.load(frequencies_ptr + 2 * k + 1, mask=inside, other=0.0) * (SIGN * factor)
     tl.store(spectrum_ptr + POINTS + point, im, mask=point < POINTS)
-    tl.store(spectrum_ptr + 2 * POINTS, power_of_two(exponent))
+    tl.store(spectrum_ptr + 2 * POINTS, power_of_two(exponent) * keep_scale(threshold))
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
@@ -609,6 +641,7 @@ def reduce_kernel(
     threshold,
     N: tl.constexpr,
     P: tl.constexpr,
+    Q: tl.constexpr,
     PAIRS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -620,7 +653,7 @@ def reduce_kernel(
     k1 = k % N[0]
     k2 = k // N[0] % N[1]
     k3 = k // (N[0] * N[1])
-    element = ((k3 * P[1] + k2) * P[0] + k1) * PAIRS
+    element = (((k1 // Q[0] * P[2] + k3) * P[1] + k2) * Q[0] + k1 % Q[0]) * PAIRS
     sum_re = tl.zeros([BLOCK], tl.float32)
     sum_im = tl.zeros([BLOCK], tl.float32)
     for start in range(0, programs * PAIRS, BLOCK_S):

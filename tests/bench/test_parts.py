@@ -170,6 +170,8 @@ def test_arithmetic_of_transforms():
     # 8192 in split precision is too large for dx beside the sums: the backward ends with a convolution of its own.
     large = part_groups._triton_flops(problem("circulant", 8192, dtype="float32"))
     assert large[1] > large[0]
+    # 3 x 16 x 32: a sum of three rows, and two products.
+    assert part_groups._triton_flops(problem("circulant", 1536))[0] == 2 * 8 * 1536 * (16 + 32)
     # 23 x 32 for 500 x 200: neither the 200 inputs nor the 500 outputs fill more than half of 32 leading rows.
     assert structured.plan_structured(problem("toeplitz", 500, 200)).length <= 32 * 32
     assert part_groups._triton_flops(problem("toeplitz", 500, 200))[0] == 2 * 8 * 1024 * (16 + 32)

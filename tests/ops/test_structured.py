@@ -10,7 +10,7 @@ from peft_fused.triton_kernels.problem import Gpu
 import peft_fused
 from peft_fused.ops import native, structured
 from peft_fused.ops.dropout import dropout_threshold, keep_mask
-from peft_fused.ops.structured import fft, maps, materialized
+from peft_fused.ops.structured import engine, fft, maps, materialized
 from peft_fused.ops.structured.engine import STRUCTURES
 from peft_fused.ops.structured.plan import StructuredProblem, fft_lengths, plan_structured
 
@@ -287,10 +287,53 @@ def test_plan_chooses_the_method():
     assert problem("circulant", 2048, 1009, 1009, (1009,)).plan.length == 2025  # a prime is padded, to 7-smooth
     assert problem("toeplitz", 2048, 768, 768, (768, 768)).plan.length == 1536  # not the next power of two, 2048
     assert problem("kronecker", 1, 6, 6, (2, 3, 3, 2)).plan.method == "gemm"
-    assert problem("circulant", 4096, 1024, 1024, (1024,), "bfloat16", "cuda").plan.method == "dense"
-    assert problem("circulant", 4096, 2048, 2048, (2048,), "bfloat16", "cuda").plan.method == "fft"
     with pytest.raises(ValueError, match="hankel"):
         plan_structured(problem("hankel", 1, 1, 1, (1,)))
+
+
+def test_the_dense_form_on_a_gpu_is_chosen_by_arithmetic():
+    """Where two GEMMs and the matrix cost less than one and a half convolutions of the kernels' length."""
+
+    def method(m, n, k=None, dtype="bfloat16"):
+        kind, sizes = ("circulant", (n,)) if k is None else ("toeplitz", (n, k))
+        return problem(kind, m, n, k or n, sizes, dtype, "cuda").plan.method
+
+    assert [method(4096, n) for n in (768, 1024, 1536, 1792, 2048, 3072, 4096)] == ["dense"] * 4 + ["fft"] * 3
+    assert method(4096, 2304) == "dense", "a length of 4,096 points, for fewer columns"
+    assert method(4096, 2048, 2048) == "dense" and method(4096, 3072, 768) == "dense", "a Toeplitz map is longer"
+    assert method(1, 768) == "dense" and method(1, 2048) == "fft", "of few rows, the matrix costs more than the product"
+    assert [method(4096, n, dtype="float32") for n in (128, 129)] == ["dense", "fft"]
+    assert method(4096, 128, dtype="float64") == "fft" and method(4096, 5000, 5000) == "fft"
+
+
+def test_the_gradient_of_the_vectors_is_by_triton_where_it_runs(monkeypatch):
+    """Beside a dense matrix, in 16-bit types, unless plain torch is asked for."""
+    ran, x, c = [], torch.randn(4, 8).bfloat16(), torch.randn(8, requires_grad=True)
+    for module in (engine.kernels, engine.fft):
+        name = module.__name__.rsplit(".", 1)[-1]
+        monkeypatch.setattr(
+            module, "backward", lambda *args, name=name, **options: ran.append(name) or (None, 0 * c, None)
+        )
+    monkeypatch.setattr(materialized, "work_dtype", lambda x, p: x.dtype)  # as on a GPU
+
+    def step():
+        structured.circulant_matmul(x, c).sum().backward()
+
+    with peft_fused.use_backend(None, native=False):
+        step()
+        monkeypatch.setattr(engine.dispatch, "why_not", lambda backend, problem: [])
+        step()
+    with peft_fused.use_backend("torch", native=False):
+        step()
+    assert ran == ["fft", "kernels", "fft"]
+
+
+def test_a_product_takes_its_factor():
+    a, b = torch.randn(5, 7, dtype=F64), torch.randn(7, 3, dtype=F64)
+    for scale in (0.7, torch.tensor(0.7)):
+        torch.testing.assert_close(materialized._product(a, b, scale), 0.7 * a @ b)
+    # On another device the sum that it is added to is not read.
+    assert materialized._product(a.to("meta"), b.to("meta"), 0.7).shape == (5, 3)
 
 
 def test_a_cuda_problem_is_explained_without_a_gpu():

@@ -1,4 +1,4 @@
-"""Compiles the convolution kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py.
+"""Compiles the convolution kernels of each GPU's plans, without a GPU: see aot.py.
 
 Of configurations that differ in their true length alone, whose code differs in constants, one is compiled.
 """
@@ -6,7 +6,7 @@ Of configurations that differ in their true length alone, whose code differs in 
 from functools import partial
 
 import pytest
-from aot import EVERY, TRITON_TYPES, Row, launch_source
+from aot import EVERY, GPUS, TRITON_TYPES, Row, launch_source
 from peft_fused.triton_kernels import structured_kernels
 from peft_fused.triton_kernels.fft_plan import configurations
 
@@ -28,11 +28,12 @@ def describe(config):
 
 
 def shape(config):
-    """What decides the code of a kernel, up to constants."""
+    """What decides the code of a kernel, up to constants; fp16 is like fp32."""
     plan = config.plan
     rows = plan.rows_in, plan.rows_mid, plan.rows_out
     aligned = plan.factors[2] % 8 == 0
-    return config.kernel, plan.padded, plan.band, rows, plan.pairs, plan.split, aligned, config.switches
+    types = config.dtype == "bfloat16", plan.split
+    return config.kernel, plan.padded, plan.band, rows, plan.pairs, types, aligned, config.switches
 
 
 def tile(config):
@@ -41,17 +42,16 @@ def tile(config):
 
 
 def representatives(target):
-    """One configuration of each shape of 1,024 points or more, with dropout, which takes most registers; fp16 is like
-    fp32. Of those, the ones whose groups of eight columns stay together and whose rows fill the tile as far as they
-    can: of each tile that with most switched on, and those with a switch that is not among these. They are compiled for
-    sm_90, whose code is of sm_80's shape (see `aot.to_compile`); `make aot` compiles all for both, and the others for
-    sm_80.
+    """One configuration of each shape of 1,024 points or more, with dropout, which takes most registers. Of those, the
+    ones whose groups of eight columns stay together and whose rows fill the tile as far as they can: of each tile that
+    with most switched on, and those with a switch that is not among these. `make aot` compiles all for each GPU, and
+    the others for sm_80.
     """
     found = {}
-    for config in configurations():
+    for config in configurations(GPUS[target]):
         plan = config.plan
         dropout = any(name.startswith("DROP") for name in config.switches)
-        full = plan.factors[2] % 8 == 0 and plan.rows_in == plan.padded[0]
+        full = plan.factors[2] % 8 == 0 and plan.rows_in >= plan.padded[0]
         if dropout and plan.points >= 1024 and config.dtype != "float16" and (full or (EVERY and target == 80)):
             found[shape(config)] = config
     if EVERY:
@@ -89,8 +89,13 @@ def source(config):
 
 
 def rows():
-    for target in (80, 90) if EVERY else (90,):
+    seen = set()
+    # Their code is of one shape, of which sm_120 takes most registers; sm_90 has what plans have only there.
+    for target in GPUS if EVERY else (120, 90):
         for c in representatives(target):
+            if not EVERY and shape(c) in seen:
+                continue
+            seen.add(shape(c))
             title = f"{'split' if c.plan.split else 'half'} precision"
             yield Row(target, title, c.kernel[:-7], c, describe(c), partial(source, c))
 

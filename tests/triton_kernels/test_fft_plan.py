@@ -9,6 +9,7 @@ from peft_fused.triton_kernels import fft_plan as plans
 from peft_fused.triton_kernels.fft_plan import (
     MAX_LENGTH,
     configurations,
+    cost_of,
     cyclic_length,
     direct,
     factors_of,
@@ -33,9 +34,24 @@ def test_factors_multiply_to_the_length_and_fit_the_tile():
             continue
         padded = padded_factors(factors)
         assert math.prod(factors) == n
-        assert all(p >= f and p in (1, 16, 32, 64) for f, p in zip(factors, padded, strict=True))
+        small = factors[0] in (3, 4) and factors[1] > 1
+        sizes = (padded[0] == factors[0], *(p in (1, 16, 32, 64) for p in padded[1:]))
+        assert all(p >= f for f, p in zip(factors, padded, strict=True))
+        assert all(sizes) if small else all(p in (1, 16, 32, 64) for p in padded)
         assert padded[2] >= 16 and padded[1] in (1, 16)
-        assert math.prod(padded) <= (64 if padded[0] == 1 else MAX_LENGTH)
+        assert math.prod(padded) <= (64 if padded[0] == 1 else 2048 if small else MAX_LENGTH)
+
+
+def test_a_length_costs_what_it_should():
+    """By the instructions of code for sm_90, a length up to 2,048 at most 0.52 of 4,096; without padding its share."""
+    assert cost_of(1536) <= 0.39 * cost_of(4096) and math.prod(padded_factors(factors_of(1536))) == 1536
+    for n in (1000, 1280, 1792, 2048):
+        assert cost_of(n) <= 0.52 * cost_of(4096) and math.prod(padded_factors(factors_of(n))) == 2048
+    lengths = [next_length(n) for n in range(1, MAX_LENGTH + 1)]
+    costs = [cost_of(length) for length in lengths]
+    # Of embeddings, which may be of any length: a longer one costs no less.
+    assert costs == sorted(costs)
+    assert max(costs[:2048]) < 0.52 * cost_of(4096) and max(costs[:1024]) < 0.19 * cost_of(4096)
 
 
 def test_next_length_holds_a_linear_convolution():
@@ -58,7 +74,19 @@ def test_leading_rows_hold_the_columns():
                 rest = plan.factors[1] * plan.factors[2]
                 assert plan.rows_in * rest >= n_in and plan.blocks_out * plan.rows_out * rest >= n_out
                 assert plan.padded[0] % plan.band == 0 and (plan.rows_in % plan.band == 0 or plan.rows_in < plan.band)
-                assert (plan.programs > 0) == backward and not (plan.fused and plan.band < plan.padded[0])
+                assert (plan.programs > 0) == backward
+                assert not plan.fused or plan.band == plan.padded[0] or plan.padded[0] < 16
+
+
+def test_a_chain_holds_all_frequencies_at_once():
+    found = [
+        plan_convolution(64, n, n, length, precision, n_mid=n)
+        for length in range(1, MAX_LENGTH + 1, 13) if direct(length)
+        for n in (length, (length + 1) // 2)
+        for precision in ("half", "split")
+    ]  # fmt: skip
+    assert all(plan.band == plan.padded[0] for plan in found if plan.chained)
+    assert {plan.chained for plan in found if plan.padded[0] < 16 < plan.points} == {True, False}
 
 
 def test_half_of_a_toeplitz_embedding_is_skipped():

@@ -125,8 +125,8 @@ CASES = {
     "circulant, transposed": (structure("circulant", 1536, transposed=True), 8),
     "skew_circulant": (structure("skew_circulant", 768), 8),
     "toeplitz": (structure("toeplitz", 3072, 768, dropout=True), 8),
-    "toeplitz_product": (structure("toeplitz_product", 768, dropout=True), 10),
-    "ldr": (structure("ldr", 2, 768, dropout=True), 12),
+    "toeplitz_product": (structure("toeplitz_product", 768, dropout=True), 11),
+    "ldr": (structure("ldr", 2, 768, dropout=True), 13),
     "kronecker": (structure("kronecker", 24, 24, 32, 32, add=True, dropout=True), 6),
     "kronecker, transposed": (structure("kronecker", 48, 24, 64, 32, transposed=True), 8),
 }

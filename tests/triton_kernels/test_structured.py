@@ -147,7 +147,7 @@ def check(case, device):
     assert not violations(got, truth, plain, factor=2.0 if case.columns[2] > 3 else 4.0)
 
 
-SIZES = [1, 2, 3, 7, 33, 208, 384, 768, 1000, 1536]
+SIZES = [1, 2, 3, 7, 33, 208, 384, 768, 1000, 1536, 2048]
 CASES = [
     *(Case(n_in=n, dtype=dtype) for n in SIZES for dtype in ("fp32", "bf16")),
     *(Case(n_in=n, dtype="fp16", M=3) for n in (7, 384, 1536)),
@@ -156,11 +156,12 @@ CASES = [
     Case(n_in=2100, n_out=2000, length=next_length(4099), M=2),
     Case(n_in=300, n_out=384, dtype="bf16", length=768, strided=True, add=True),
     *(Case(M=M, p=0.3, add=True) for M in (1, 2)),
-    Case(M=67, n_in=33, p=0.3, add=True),
+    *(Case(M=67, n_in=33, dtype=dtype, p=0.3, add=True) for dtype in ("fp32", "bf16")),
     *(Case(M=M, n_in=16, p=0.3) for M in (1, 150)),
     *(Case(n_in=n, dtype=dtype, p=0.3, strided=True) for n in (7, 384) for dtype in DTYPES),
     Case(n_in=1000, M=3, p=0.3, strided=True),
     *(Case(n_in=n, mask_output=True, transposed=True, p=0.3, add=True) for n in (33, 384, 1536)),
+    Case(n_in=384, dtype="bf16", mask_output=True, transposed=True, p=0.3, add=True),
     *(Case(n_in=n, n_mid=n, dtype=dtype, length=2 * n, p=0.2) for n in (16, 384) for dtype in DTYPES),
     Case(n_in=200, n_mid=150, n_out=250, length=512, add=True),
     *(Case(n_in=768, n_mid=700, dtype=dtype, length=1536, M=3, p=0.2) for dtype in ("fp32", "bf16")),
@@ -209,6 +210,21 @@ def test_types_and_precision_of_the_caller(device):
     assert not violations(got, truth, reference(case, t, FP32))
     half = convolve(t["x"], t["kernel"], 64, scale=1.75, out_dtype=FP32, precision="half")
     assert violations({"y": half}, truth, truth) and not violations({"y": half.to(BF16)}, truth, truth)
+
+
+@pytest.mark.parametrize("n", [384, 1536, 5120])
+def test_a_kernel_keeps_its_digits_beside_bf16_rows(n, device):
+    """In one pass, also of a small leading factor, and where dx is a convolution of its own."""
+    case = Case(n_in=n, dtype="bf16", M=3, p=0.2)
+    t = make(case, device)
+    drop = {"threshold": dropout_threshold(case.p), "seed": torch.tensor(case.seed, device=device)}
+    dx, dk = convolve_bwd(t["dy"], t["x"], t["kernel"], n, scale=1.75, precision="split", **drop)
+    assert dx.dtype == BF16 and dk.dtype == FP32
+    truth, plain = reference(case, t, torch.float64), reference(case, t, FP32)
+    # Without "y", of which `violations` takes the type of the rows, dk is held to fp32.
+    assert not violations({"dx": dx, "dk": dk, "y": dk}, truth | {"y": truth["dk"]}, plain | {"y": plain["dk"]})
+    _, half = convolve_bwd(t["dy"], t["x"], t["kernel"], n, scale=1.75, precision="half", **drop)
+    assert violations({"dk": half, "y": half}, truth | {"y": truth["dk"]}, plain | {"y": plain["dk"]})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -66,6 +66,13 @@ def matrix_of(problem, x, p, q) -> torch.Tensor:
     return matrix(problem.kind, p, q, problem.n, problem.k, work_dtype(x, p))
 
 
+def _product(a, b, scale) -> torch.Tensor:
+    """scale a b. On a GPU the product takes the factor, which would be a pass over memory by itself."""
+    if a.device.type == "cpu" or not isinstance(scale, float):
+        return scaled(split_k_product(a, b, TERMS), scale)
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
 def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> torch.Tensor:
     """y [m, n] in x2's type."""
     k, dtype = x2.shape[1], work_dtype(x2, p)
@@ -74,7 +81,7 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> t
     right = M if transposed else M.t()
     if add2 is not None and add2.dtype == dtype and isinstance(scale, float) and x2.is_cuda:
         return torch.addmm(add2, xd, right, alpha=scale)
-    delta = scaled(split_k_product(xd, right, TERMS), scale)
+    delta = _product(xd, right, scale)
     if add2 is not None:
         delta = delta.add_(add2)
     return delta.to(x2.dtype)
@@ -83,22 +90,21 @@ def forward(x2, p, q, add2, *, kind, n, scale, threshold, seed, transposed) -> t
 def backward(dy2, x2, p, q, *, kind, k, scale, threshold, seed, needs, correlate):
     """Gradients (dx, dp, dq).
 
-    correlate(): the same by FFT, of the vectors alone, for a GPU's 16-bit types, whose GEMM would round the gradient of
-    the matrix before it is summed along the diagonals.
+    correlate(): the same by transforms, of the vectors alone, for a GPU's 16-bit types, whose GEMM would round the
+    gradient of the matrix before it is summed along the diagonals.
     """
     need_x, need_p, need_q = needs
     n, dtype = dy2.shape[1], work_dtype(dy2, p)
-    gd = scaled(dy2.to(dtype), scale)
+    gd = dy2.to(dtype)
     dx = dp = dq = None
     if need_x:
-        dx = cast_and_drop(split_k_product(gd, matrix(kind, p, q, n, k, dtype), TERMS), dtype, seed, threshold).to(
-            dy2.dtype
-        )
+        product = _product(gd, matrix(kind, p, q, n, k, dtype), scale)
+        dx = cast_and_drop(product, dtype, seed, threshold).to(dy2.dtype)
     if need_p or need_q:
         forget(p)  # an optimizer that bypasses version counters is about to change it
         if dtype.itemsize < 4:
             return dx, *correlate()[1:]
-        gradient = split_k_product(gd.t(), cast_and_drop(x2, dtype, seed, threshold), TERMS)
+        gradient = _product(gd.t(), cast_and_drop(x2, dtype, seed, threshold), scale)
         wide = [None if t is None else t.to(dtype) for t in (p, q)]
         dp, dq = maps.fold_dense(kind, gradient, *wide)
         dp, dq = dp.to(p.dtype) if need_p else None, dq.to(q.dtype) if need_q else None

@@ -21,8 +21,12 @@ CONVOLUTIONS = ("circulant", "skew_circulant", "toeplitz")
 FFT_CALL, FFT_ELEMENT, PASS_ELEMENT, GEMM_ELEMENT = 20e3, 0.045, 0.15, 1 / 175
 # torch's FFT has kernels for these prime factors; a length with another one takes several times as long.
 FFT_PRIMES = (2, 3, 5, 7, 11, 13)
-# On a GPU, where a 16-bit GEMM runs on tensor cores and an fp32 one does not. Estimates until measured on one.
-DENSE_MOST_CUDA = {"bfloat16": 1024, "float16": 1024, "float32": 128}
+# Seconds on an H200, computed and not measured: a multiply-add of a 16-bit GEMM; one row and unit of fft_plan.cost of
+# a forward convolution, which is 12,480 instructions of a warp for 4,096 points, at 1.8 times the cycles that it takes
+# to issue them; an element of a dense matrix, made through two fp32 ones; and the launches that the dense form saves.
+GPU_GEMM_ELEMENT, GPU_TRANSFORM, GPU_MATRIX_ELEMENT, GPU_LAUNCHES = 2 / 780e12, 1.37e-14, 10 / 4e12, 4e-6
+# In fp32, whose GEMM does not run on tensor cores.
+DENSE_MOST_CUDA_FP32 = 128
 
 
 def largest_prime(n: int) -> int:
@@ -198,9 +202,22 @@ def plan_structured(problem: StructuredProblem) -> StructuredPlan:
 
 def _dense_is_cheaper(p: StructuredProblem, length: int) -> bool:
     if p.device == "cuda":
-        return max(p.n, p.k) <= DENSE_MOST_CUDA.get(p.dtype, 0)
+        return _dense_is_cheaper_on_a_gpu(p)
     # One training step: five transforms and three products along the rows, or three GEMMs and the matrix itself.
     elements = p.m * length
     fft = 5 * (FFT_CALL + FFT_ELEMENT * elements * math.log2(max(2, length))) + 6 * PASS_ELEMENT * elements
     dense = 3 * GEMM_ELEMENT * p.m * p.n * p.k + 4 * PASS_ELEMENT * p.n * p.k
     return dense < fft
+
+
+def _dense_is_cheaper_on_a_gpu(p: StructuredProblem) -> bool:
+    if p.dtype == "float32":
+        return max(p.n, p.k) <= DENSE_MOST_CUDA_FP32
+    if p.dtype == "float64" or p.lengths.triton > fft_plan.MAX_LENGTH:
+        return False
+    # Of one training step. The kernels make y in one pass, and dx and the gradient of the vectors in another, which
+    # takes as long as one and a half; the dense form has a GEMM for y and for dx, and the gradient by a pass of one.
+    passes = 1 + 1.5 - 1
+    kernels = passes * GPU_TRANSFORM * p.m * fft_plan.cost_of(p.lengths.triton) + GPU_LAUNCHES
+    dense = 2 * GPU_GEMM_ELEMENT * p.m * p.n * p.k + GPU_MATRIX_ELEMENT * p.n * p.k
+    return dense < kernels
