@@ -127,6 +127,7 @@ LowRankLaunch launch_of(const py::object& launch) {
   made.block_m = get("block_m"), made.block_n = get("block_n"), made.block_r = get("block_r");
   made.num_warps = get("num_warps"), made.num_stages = get("num_stages");
   made.block_k = get("block_k"), made.splits = get("splits");
+  if (const py::object most = launch.attr("maxnreg"); !most.is_none()) made.maxnreg = most.cast<int64_t>();
   return made;
 }
 
@@ -330,7 +331,7 @@ void configure_triton(const std::vector<std::string>& specialised, const py::obj
     for (const auto& a : arguments) described_arguments.append(described(a));
     py::dict options;
     options["num_warps"] = given.num_warps, options["num_stages"] = given.num_stages;
-    if (given.maxnreg >= 0) options["maxnreg"] = given.maxnreg > 0 ? py::object(py::int_(given.maxnreg)) : py::none();
+    options["maxnreg"] = given.maxnreg > 0 ? py::object(py::int_(given.maxnreg)) : py::none();
     const auto [handle, threads, shared] =
         py::reinterpret_borrow<py::function>(function)(kernel, device, described_arguments, options)
             .cast<std::tuple<uint64_t, unsigned, unsigned>>();

@@ -117,6 +117,7 @@ def linear(call, y, S, launch):
         *x.stride(), *weight.stride(), *stack_strides(A), *stack_strides(B),
         RAGGED=K % launch.block_k != 0, PREC=precision(), R=S.shape[1], BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k, GROUP_M=GROUP_M, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def reduce(call, N, K, of_b, of_a, found, launch):
         *((0, 0, 0) if dA is None else stack_strides(dA)),
         OF_B=count_b > 0, FROZEN=call.frozen, R=launch.block_r, BLOCK_P=launch.block_m, BLOCK_X=launch.block_n,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
@@ -240,6 +242,7 @@ def _shrink(x, A, strides, r, v, planes, scale, rank, expert, threshold, seed, l
         M, K, r, scale, rank, expert, threshold, _column_blocks(K, launch), *x.stride(), *strides,
         DROPOUT=threshold > 0, RAGGED=K % launch.block_n != 0, PREC=precision(), R=R, BLOCK_M=launch.block_m,
         BLOCK_K=launch.block_n, BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
@@ -255,6 +258,7 @@ def _expand(planes, B, strides, r, out, launch, *, u=None, v=None, bias=None, ad
         DROPOUT=threshold > 0, RAGGED=N % launch.block_n != 0, PREC=precision(), PLANES=_planes_of(planes), R=R,
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_R=launch.block_r,
         num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
@@ -268,6 +272,7 @@ def _one_pass_b(dy, B, S, v, dSu, partials, sums, scale, rank, expert, launch):
         M, N, r, scale, rank, expert, _column_blocks(N, launch), *dy.stride(), *stack_strides(B),
         RAGGED=N % launch.block_n != 0, PREC=precision(), R=dSu.shape[-1], BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
@@ -285,4 +290,5 @@ def _over_rows(x, K, dSu, r, dtype, launch, *, A=None, S=None, u=None, dx=None, 
         NEED_DX=dx is not None, NEED_DA=partials is not None, DROPOUT=threshold > 0, RAGGED=K % launch.block_n != 0,
         PREC=precision(), DTYPE=_DTYPES[dtype], PLANES=_planes_of(dSu), R=R, BLOCK_M=launch.block_m,
         BLOCK_K=launch.block_n, BLOCK_R=launch.block_r, num_warps=launch.num_warps, num_stages=launch.num_stages,
+        maxnreg=launch.maxnreg,
     )  # fmt: skip

@@ -69,6 +69,7 @@ class LowRankLaunch:
 
     block_n counts columns of the wide matrix (x, y, dY or dx), block_r ranks, block_k steps of the inner product of the
     single kernel. splits: how many programs share the columns of a block of rows, or the rows of a block of columns.
+    maxnreg: registers of a thread, if not the compiler's own choice.
     """
 
     block_m: int
@@ -78,6 +79,7 @@ class LowRankLaunch:
     num_stages: int
     block_k: int = 0
     splits: int = 1
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ SHRINK = {
 EXPAND = {
     "half": {16: (64, 128, 8, 1), 32: (64, 128, 8, 1), 64: (64, 128, 8, 1)},
     "split": {16: (64, 128, 8, 1), 32: (64, 64, 8, 1)},
-    "full": {16: (64, 64, 4, 1), 32: (64, 64, 4, 1)},
+    "full": {16: (64, 64, 4, 1)},
 }
 # Taller blocks leave fewer partial sums of dB: 4 r / block_m bytes, written and read, for every 2 bytes of 16-bit dY.
 # With more ranks a second pass over dY costs less than these.
@@ -158,6 +160,8 @@ NARROW_MAX_RANK = 16
 # Partial sums at most that the next kernel adds up, of so many ranks at most, and columns at least that each is of.
 MOST_PLANES = 4
 PLANES_MAX_RANK = 16
+# Of a thread, where the compiler would rather leave a few numbers in local memory than have fewer blocks.
+MAXNREG = 255
 LEAST_COLUMNS = 256
 
 
@@ -180,6 +184,10 @@ def _plan(problem: LowRankProblem) -> LowRankPlan:
     if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
         raise ValueError(f"unsupported types: activations {problem.dtype}, adapter {problem.adapter_dtype}")
     chosen = _default_plan(problem)
+    if problem.gpu.capability != 90:
+        launches = {f.name: getattr(chosen, f.name) for f in fields(chosen)}
+        more = {n: replace(v, maxnreg=MAXNREG) for n, v in launches.items() if isinstance(v, LowRankLaunch)}
+        chosen = replace(chosen, **more)
     changes = tuned_table(problem.gpu.name).get(table_key(problem)) if problem.device == "cuda" else None
     return _merge(chosen, changes) if changes else chosen
 
@@ -307,7 +315,8 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
             flags |= {"BLOCK_K": launch.block_k, "GROUP_M": 8}
         flags["RAGGED"] = columns % (launch.block_k or launch.block_n) != 0
         types = problem.dtype, problem.adapter_dtype
-        configs.append(KernelConfig(kernel, *types, tuple(sorted(flags.items())), launch.num_warps, launch.num_stages))
+        options = launch.num_warps, launch.num_stages, launch.maxnreg
+        configs.append(KernelConfig(kernel, *types, tuple(sorted(flags.items())), *options))
 
     k, n, dropout = problem.k, problem.n, problem.dropout
     if chosen.forward == "single_kernel":
@@ -326,7 +335,8 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     last = chosen.reduce
     constants = {"R": last.block_r, "BLOCK_P": last.block_m, "BLOCK_X": last.block_n, "FROZEN": True, "OF_B": True}
     types = problem.dtype, problem.adapter_dtype
-    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), last.num_warps, 1))
+    options = last.num_warps, last.num_stages, last.maxnreg
+    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), *options))
     return configs
 
 

@@ -16,6 +16,7 @@ class KernelConfig:
     constexprs: tuple[tuple[str, object], ...]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 def next_power_of_2(value: int) -> int:

@@ -132,7 +132,7 @@ void reduce(const FactorSums& down, const FactorSums& up, int64_t r, const Contr
                 down.strides.column, up.value(), up.slots, up.row_splits, up.width, up.strides.expert, up.strides.row,
                 up.strides.column)
       .constants(plan.reduce_p, plan.reduce_x, plan.reduce_r)
-      .run({down_programs + up_programs, 1, 1}, {plan.reduce_warps, 1});
+      .run({down_programs + up_programs, 1, 1}, {plan.reduce_warps, 1, 0});
 }
 
 }  // namespace

@@ -46,6 +46,8 @@ Tensor partial_sums(const Tensor& like, at::IntArrayRef sizes) {
 
 // ------------------------------------------------------------------------------------------------------------ launches
 
+triton::Options options(const LowRankLaunch& launch) { return {launch.num_warps, launch.num_stages, launch.maxnreg}; }
+
 void shrink(const Tensor& x, const Tensor& A, const Strides& s, int64_t r, const Tensor& v, const Tensor& out,
             const Control& scale, const Control& rank, const Control& expert, int64_t threshold, const Tensor& seed,
             int precision, const LowRankLaunch& launch) {
@@ -60,7 +62,7 @@ void shrink(const Tensor& x, const Tensor& A, const Strides& s, int64_t r, const
       .flag(k % launch.block_n != 0)
       .word(precision)
       .constants(R, launch.block_m, launch.block_n, launch.block_r)
-      .run({cdiv(m, launch.block_m), launch.splits, R / launch.block_r}, {launch.num_warps, launch.num_stages});
+      .run({cdiv(m, launch.block_m), launch.splits, R / launch.block_r}, options(launch));
 }
 
 struct Expansion {
@@ -82,7 +84,7 @@ void expand(const Tensor& in, const Tensor& B, const Strides& s, int64_t r, cons
       .flag(n % launch.block_n != 0)
       .word(precision)
       .constants(planes_of(in), R, launch.block_m, launch.block_n, launch.block_r)
-      .run({cdiv(m, launch.block_m) * cdiv(n, n_blocks * launch.block_n), 1, 1}, {launch.num_warps, launch.num_stages});
+      .run({cdiv(m, launch.block_m) * cdiv(n, n_blocks * launch.block_n), 1, 1}, options(launch));
 }
 
 void linear(const LowRankTritonCall& c, const Tensor& y, const Tensor& S, const LowRankLaunch& launch) {
@@ -98,7 +100,7 @@ void linear(const LowRankTritonCall& c, const Tensor& y, const Tensor& S, const 
       .flag(k % launch.block_k != 0)
       .word(c.precision)
       .constants(S.size(1), launch.block_m, launch.block_n, launch.block_k, kGroupM)
-      .run({cdiv(m, launch.block_m) * cdiv(n, launch.block_n), 1, 1}, {launch.num_warps, launch.num_stages});
+      .run({cdiv(m, launch.block_m) * cdiv(n, launch.block_n), 1, 1}, options(launch));
 }
 
 void one_pass_b(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, const Tensor& dSu,
@@ -114,7 +116,7 @@ void one_pass_b(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, c
       .flag(n % launch.block_n != 0)
       .word(c.precision)
       .constants(dSu.size(-1), launch.block_m, launch.block_n)
-      .run({cdiv(m, launch.block_m), launch.splits, 1}, {launch.num_warps, launch.num_stages});
+      .run({cdiv(m, launch.block_m), launch.splits, 1}, options(launch));
 }
 
 struct OverRows {
@@ -141,7 +143,7 @@ void over_rows(const Tensor& x, int64_t k, const Tensor& dSu, int64_t r, at::Sca
       .word(precision)
       .type(type)
       .constants(planes_of(dSu), R, launch.block_m, launch.block_n, launch.block_r)
-      .run({columns, splits.count, R / launch.block_r}, {launch.num_warps, launch.num_stages});
+      .run({columns, splits.count, R / launch.block_r}, options(launch));
 }
 
 struct Sums {
@@ -169,7 +171,7 @@ void reduce(const LowRankTritonCall& c, int64_t n, int64_t k, const Sums& sums, 
       .flag(count_b > 0)
       .flag(c.frozen)
       .constants(launch.block_r, launch.block_m, launch.block_n)
-      .run({blocks, 1, 1}, {launch.num_warps, launch.num_stages});
+      .run({blocks, 1, 1}, options(launch));
 }
 
 // The kernels write all of a gradient except the other slots of a stack.

@@ -6,7 +6,7 @@ namespace peft_fused {
 
 // LowRankLaunch and LowRankPlan of triton_kernels/lowrank_plan.py.
 struct LowRankLaunch {
-  int64_t block_m = 0, block_n = 0, block_r = 0, num_warps = 0, num_stages = 0, block_k = 0, splits = 1;
+  int64_t block_m = 0, block_n = 0, block_r = 0, num_warps = 0, num_stages = 0, block_k = 0, splits = 1, maxnreg = 0;
 };
 
 struct LowRankPlan {

@@ -39,9 +39,9 @@ struct Argument {
 };
 constexpr const char* kWords[] = {"tf32x3", "tf32", "gelu", "gelu_tanh", "relu", "silu", "tanh", "identity"};
 
-// How a kernel is compiled. maxnreg: 0 leaves it to the compiler, and -1 does not mention it.
+// How a kernel is compiled. maxnreg: 0 leaves it to the compiler.
 struct Options {
-  int64_t num_warps, num_stages, maxnreg = -1;
+  int64_t num_warps, num_stages, maxnreg;
 };
 
 // Compiles, by Python and Triton: called once for arguments of one kind, with the kernel's name.

@@ -261,6 +261,22 @@ def ones(name, backend, m=300, n=64, dtype=F32):
     return x
 
 
+@some_types
+@pytest.mark.parametrize("name", [*LOWRANK, "bottleneck", "bottleneck, routed"])
+def test_launched_from_cpp_is_launched_by_python(name, types):
+    """The same kernels on the same arguments: equal bits, from the C++ node and from Triton's own launcher."""
+    if not dispatch.native_allowed():
+        pytest.skip("needs the C++ extension")
+    case = call(name, types=types, **live(CONTROLS[name])[0], **seeded(name))
+    skip_unless(name, "triton", case)
+    fn, found = entry(name).fn, []
+    for native in (True, False):
+        with peft_fused.use_backend("triton", native=native):
+            y = case.call(fn)
+        found.append([y.detach(), *torch.autograd.grad(y, [case.tensors[n] for n in case.wrt], torch.ones_like(y))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @every_backend
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", DROPPING)

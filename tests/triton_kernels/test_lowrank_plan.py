@@ -81,6 +81,7 @@ def test_a_plan_fits_its_gpu():
     for shared_memory, capability, block_m, rows_of_a in ((227, 90, 256, 64), (163, 80, 128, 32), (99, 89, 128, 32)):
         plan = plan_lowrank(replace(PROBLEM, gpu=Gpu("", 132, shared_memory * 1024, capability)))
         assert (plan.grad_b.block_m, plan.grad_a.block_m) == (block_m, rows_of_a)
+        assert plan.shrink.maxnreg == (None if capability == 90 else 255)
 
 
 def test_any_problem_has_a_plan():
