@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test quick aot test-newest fuzz check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test quick aot aot-versions test-newest fuzz check format bench gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -45,6 +45,17 @@ quick: check
 aot: export OMP_NUM_THREADS ?= 1
 aot: venv
 	PEFT_FUSED_AOT=all $(BIN)/pytest -q $(PARALLEL) -m aot
+
+# What `make test` compiles, by the other versions of Triton that the package is for.
+TRITONS := $(addprefix aot-,3.6 3.8 3.9)
+.PHONY: $(TRITONS)
+aot-versions: $(TRITONS)
+$(TRITONS): export OMP_NUM_THREADS ?= 1
+$(TRITONS): aot-%: build/triton-%
+	PYTHONPATH=$(CURDIR)/$< $(BIN)/pytest -q $(PARALLEL) tests/triton_kernels/test_aot*.py
+
+build/triton-%: | venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ "triton==$*.*"
 
 # Random cases, kills and full disks that `make test` has a few of: what was tried, and what became of it.
 fuzz: venv

@@ -42,7 +42,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """A table of what the compiled Triton kernels take, by kernel the worst of each resource: triton_kernels/aot.py."""
+    """A table of what the compiled Triton kernels take, by kernel: the worst of each resource, and how many have each
+    instruction. See triton_kernels/aot.py."""
     tables = {}
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         for name, value in getattr(report, "user_properties", ()):
@@ -52,13 +53,14 @@ def pytest_terminal_summary(terminalreporter):
     for title, kernels in sorted(tables.items()):
         terminalreporter.write_line(f"\n{title}")
         terminalreporter.write_line(
-            "kernel       configurations  registers  spilled bytes  shared KiB  with wgmma  with mma.sync"
+            "kernel       configurations  registers  spilled bytes  shared KiB  wgmma  tcgen05  mma.sync"
         )
         for kernel, found in sorted(kernels.items()):
             registers, stack, shared = (max(r[field] for r in found) for field in ("registers", "stack", "shared"))
-            wgmma, mma = (sum(r[field] > 0 for r in found) for field in ("wgmma", "mma"))
+            wgmma, tcgen05, mma = (sum(r[field] > 0 for r in found) for field in ("wgmma", "tcgen05", "mma"))
             terminalreporter.write_line(
-                f"{kernel:12} {len(found):14} {registers:10} {stack:14} {shared / 1024:11.1f} {wgmma:11} {mma:14}"
+                f"{kernel:12} {len(found):14} {registers:10} {stack:14} {shared / 1024:11.1f} {wgmma:6} {tcgen05:8} "
+                f"{mma:9}"
             )
 
 

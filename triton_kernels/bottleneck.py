@@ -86,11 +86,14 @@ def bottleneck_bwd(dy, call, z, *, like, needs, plan=None):
                 None if down is None else down.mT, None, dy if residual_is_h else None, z, dz, a, grads.get("h"),
                 scale, route_u, route_d, backward=True,
             )  # fmt: skip
+        sums_d = sums_u = _NO_SUMS
         if need_units:
             x = h if "down" in needs else None
-            _gradients(plan.grad_down, x, dz, route_d, 1.0, _mT(grads.get("down")), None, grads.get("down_bias"))
+            sums_d = _sums(plan.grad_down, x, dz, route_d, _mT(grads.get("down")), unit_bias=grads.get("down_bias"))
         if not needs.isdisjoint(("up", "up_bias")):
-            _gradients(plan.grad_up, dy, a, route_u, scale, grads.get("up"), grads.get("up_bias"), None)
+            sums_u = _sums(plan.grad_up, dy, a, route_u, grads.get("up"), bias=grads.get("up_bias"))
+        if sums_d.experts + sums_u.experts:
+            _reduce(sums_d, sums_u, r, scale)
     return grads
 
 
@@ -151,13 +154,40 @@ def _rows(
         *_strides(w_in), _bias_stride(b_in), *_strides(w_out), _bias_stride(b_out),
         *((0, 0) if add is None else add.stride()),
         **rows_constexprs(launch, activation, backward), PREC=precision(),
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg,
     )  # fmt: skip
 
 
-def _gradients(launch, x, s, route, scale, weight, bias, unit_bias):
-    """Fills weight [E, X, r] = scale * x^T s, bias [E, X] and unit_bias [E, r] = scale * the column sums of x and of s,
-    each of the rows of one expert and without E where there is one; None for what is not needed."""
+@dataclass(frozen=True)
+class _Sums:
+    """Partial sums of a factor's gradient [experts, width, r] and of its bias', and where their sums go."""
+
+    partials: torch.Tensor | None
+    vectors: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    route: _Route
+    experts: int
+    slots: int
+    row_splits: int
+    width: int
+
+    # One index per group leaves nothing to choose: there is a slot for each expert, or one expert in all.
+    def pointers(self):
+        index = self.route.pointer if self.route.groups == 1 else None
+        return self.partials, self.vectors, self.weight, self.bias, index
+
+    def sizes(self):
+        index = self.route.value if self.route.groups == 1 else 0
+        return index, self.slots, self.row_splits, self.width, *_strides(self.weight)
+
+
+_NO_SUMS = _Sums(None, None, None, None, _Route.of(False, None), 0, 1, 0, 1)
+
+
+def _sums(launch, x, s, route, weight, bias=None, unit_bias=None) -> _Sums:
+    """First stage of weight [E, X, r] = x^T s, bias [E, X] and unit_bias [E, r], the column sums of x and of s, each of
+    the rows of one expert and without E where there is one; None for what is not needed. There is at most one bias."""
     rows = s if x is None else x
     M, X, r = rows.shape[0], 1 if x is None else x.shape[1], 1 if s is None else s.shape[1]
     outputs = [(weight, (X, r)), (bias, (X,)), (unit_bias, (r,))]
@@ -169,18 +199,25 @@ def _gradients(launch, x, s, route, scale, weight, bias, unit_bias):
     blocks = groups * row_blocks
     row_split_blocks = cdiv(blocks, launch.splits)
     row_splits = cdiv(blocks, row_split_blocks)
-    partial = [
+    partials, sums, unit_sums = (
         None if out is None else out.new_empty(slots, row_splits, *shape, dtype=torch.float32) for out, shape in outputs
-    ]
+    )
     kernels.grad_kernel[(cdiv(X, launch.block_x), row_splits, slots * cdiv(r, launch.block_r))](
-        x, s, *partial, route.pointer if slots > 1 else None, group_rows, row_blocks, blocks, row_split_blocks, X, r,
-        route.stride, *((0, 0) if x is None else x.stride()),
-        **grad_constexprs(launch), PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        x, s, partials, sums, unit_sums, route.pointer if slots > 1 else None,
+        group_rows, row_blocks, blocks, row_split_blocks, X, r, route.stride, *((0, 0) if x is None else x.stride()),
+        **grad_constexprs(launch), PREC=precision(),
+        num_warps=launch.num_warps, num_stages=launch.num_stages, maxnreg=launch.maxnreg,
     )  # fmt: skip
-    single = route.groups == 1  # one index per group leaves nothing to choose: a slot each, or one expert in all
+    vectors, bias = (sums, bias) if unit_sums is None else (unit_sums, unit_bias)
+    return _Sums(partials, vectors, weight, bias, route, experts, slots, row_splits, X)
+
+
+def _reduce(down: _Sums, up: _Sums, r, scale):
+    """Second stage: one launch for both factors."""
     scale_ptr, scale = control(scale, 1.0)
     tile, num_warps = reduce_launch(r)
-    kernels.reduce_kernel[(cdiv(X, tile["BLOCK_X"]), experts)](
-        *partial, weight, bias, unit_bias, scale_ptr, route.pointer if single else None, slots, row_splits, X, r,
-        scale, route.value if single else 0, *_strides(weight), **tile, num_warps=num_warps,
+    down_programs, up_programs = (side.experts * cdiv(side.width, tile["BLOCK_X"]) for side in (down, up))
+    kernels.reduce_kernel[(down_programs + up_programs,)](
+        *down.pointers(), *up.pointers(), scale_ptr, down_programs, r, scale, *down.sizes(), *up.sizes(),
+        **tile, num_warps=num_warps,
     )  # fmt: skip

@@ -11,9 +11,10 @@ import triton.language as tl
 from .lowrank_kernels import UNALIGNED, control, dot
 
 # These change from call to call; specialising on 1 or on divisibility would compile again.
-VOLATILE = ["scale", "expert", "expert_in", "expert_out", "stride_gi", "stride_go", "stride_g"]
-VOLATILE += ["group_rows", "row_blocks", "n_blocks", "blocks", "row_split_blocks", "row_splits", "slots"]
-UNALIGNED = [*UNALIGNED, "expert_in_ptr", "expert_out_ptr"]
+VOLATILE = ["scale", "expert_in", "expert_out", "stride_gi", "stride_go", "stride_g", "down_expert", "up_expert"]
+VOLATILE += ["group_rows", "row_blocks", "n_blocks", "blocks", "row_split_blocks"]
+VOLATILE += ["down_row_splits", "up_row_splits", "down_slots", "up_slots"]
+UNALIGNED = [*UNALIGNED, "expert_in_ptr", "expert_out_ptr", "down_expert_ptr", "up_expert_ptr"]
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -287,22 +288,22 @@ def grad_kernel(
         tl.store(unit_sums_ptr + partial * r + ranks, unit_sums, mask=(ranks < r) & (tl.program_id(0) == 0))
 
 
-@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
-def reduce_kernel(
+@triton.jit
+def reduce_side(
+    program,
     partials_ptr,
     sums_ptr,
     unit_sums_ptr,
     out_ptr,
     bias_ptr,
     unit_bias_ptr,
-    scale_ptr,
     expert_ptr,
+    expert,
     slots,
     row_splits,
     X,
     r,
-    scale,
-    expert,
+    factor,
     stride_oe,
     stride_ox,
     stride_or,
@@ -310,16 +311,16 @@ def reduce_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Second stage: for each expert, out [experts, X, r], bias [experts, X] and unit_bias [experts, r] are scale * the
-    sum over the splits of partials, sums and unit_sums. Every output is optional.
+    """For each expert, out [experts, X, r], bias [experts, X] and unit_bias [experts, r] are factor * the sum over the
+    splits of partials, sums and unit_sums. Every output is optional.
 
     With one slot its sums are those of `expert` and all others get zeros.
     """
-    cols = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X)
-    slot = tl.program_id(1)
+    x_blocks = tl.cdiv(X, BLOCK_X)
+    slot = program // x_blocks
+    cols = program % x_blocks * BLOCK_X + tl.arange(0, BLOCK_X)
     ranks = tl.arange(0, BLOCK_R)
     wide_cols = cols.to(tl.int64)
-    factor = control(scale_ptr, scale, tl.float32)
     mine = (slots > 1) | (control(expert_ptr, expert, tl.int64) == slot)
     first = tl.where(slots > 1, slot, 0).to(tl.int64) * row_splits
     count = tl.where(mine, row_splits, 0)
@@ -353,5 +354,57 @@ def reduce_kernel(
             loaded = tl.load(unit_sums_ptr + (first + row_split)[:, None] * r + ranks[None, :], mask=mask, other=0.0)
             unit_bias += tl.sum(loaded, 0)
         to = unit_bias_ptr + slot.to(tl.int64) * r + ranks
-        written = (ranks < r) & (tl.program_id(0) == 0)
+        written = (ranks < r) & (program % x_blocks == 0)
         tl.store(to, (unit_bias * factor).to(unit_bias_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
+def reduce_kernel(
+    down_partials_ptr,
+    unit_sums_ptr,
+    down_ptr,
+    unit_bias_ptr,
+    down_expert_ptr,
+    up_partials_ptr,
+    sums_ptr,
+    up_ptr,
+    bias_ptr,
+    up_expert_ptr,
+    scale_ptr,
+    down_programs,
+    r,
+    scale,
+    down_expert,
+    down_slots,
+    down_row_splits,
+    K,
+    stride_de,
+    stride_dk,
+    stride_dr,
+    up_expert,
+    up_slots,
+    up_row_splits,
+    N,
+    stride_ue,
+    stride_un,
+    stride_ur,
+    BLOCK_P: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Second stage of both factors: the first programs sum what grad_kernel has left of down [experts, K, r] and its
+    bias [experts, r], the others that of up [experts, N, r] and its bias [experts, N], times the scale. A program per
+    BLOCK_X columns of an expert."""
+    program = tl.program_id(0)
+    if program < down_programs:
+        reduce_side(
+            program, down_partials_ptr, None, unit_sums_ptr, down_ptr, None, unit_bias_ptr, down_expert_ptr,
+            down_expert, down_slots, down_row_splits, K, r, 1.0, stride_de, stride_dk, stride_dr,
+            BLOCK_P, BLOCK_X, BLOCK_R,
+        )  # fmt: skip
+    else:
+        reduce_side(
+            tl.maximum(program - down_programs, 0), up_partials_ptr, sums_ptr, None, up_ptr, bias_ptr, None,
+            up_expert_ptr, up_expert, up_slots, up_row_splits, N, r, control(scale_ptr, scale, tl.float32),
+            stride_ue, stride_un, stride_ur, BLOCK_P, BLOCK_X, BLOCK_R,
+        )  # fmt: skip

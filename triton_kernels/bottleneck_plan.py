@@ -1,15 +1,20 @@
 """Launch plans of the bottleneck kernels: a pure function, without torch or triton, like lowrank_plan.py.
 
 The rows of a group never share a block with those of another, so the number of rows of a group picks the block. Tiles
-were chosen from the compiler's resource report (no register spills, at most 163 KB of shared memory), not from timings.
+were chosen from the compiler's resource report (no register spills, at most the 99 KB of shared memory that every GPU
+has), not from timings.
 """
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
-from .problem import H200, Problem
+from .problem import H200, Gpu, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
+
+# Bytes of shared memory of a block: GPUs with less have no wgmma.
+LARGE = 227 * 1024
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
@@ -56,8 +61,9 @@ class RowsLaunch:
     """One launch of rows_kernel, over rows of one group at a time.
 
     block_k: columns read in a step of the product into the units. block_n: columns of a tile of the result. block_r:
-    units of a block, all of them where one launch does both, which are `shrink` and `expand`. splits: programs that
-    share the columns of the result; each finds the units of its rows again.
+    units of a block, all of them where one launch does both, which are `shrink` and `expand`. maxnreg: registers of a
+    thread, if not the compiler's own choice. splits: programs that share the columns of the result; each finds the
+    units of its rows again.
     """
 
     shrink: bool
@@ -68,6 +74,7 @@ class RowsLaunch:
     block_r: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
     splits: int = 1
 
 
@@ -80,6 +87,7 @@ class GradLaunch:
     block_r: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
     splits: int = 1
 
 
@@ -97,31 +105,58 @@ class BottleneckPlan:
         return len(self.forward) == 1
 
 
-# By class of operands (see lowrank_plan.py) and block of units: (most rows, block_k, block_n, num_warps, num_stages).
-# More units than the largest key of FUSED take two launches, with blocks of units in both.
+class RowsTile(NamedTuple):
+    """most_rows: of a block; small_rows: the same on a GPU with less shared memory than LARGE. The other names are as
+    in RowsLaunch."""
+
+    most_rows: int
+    block_k: int
+    block_n: int
+    num_warps: int
+    maxnreg: int | None = None
+    small_rows: int | None = None
+
+
+# By class of operands (see lowrank_plan.py) and block of units. More units than the largest key of FUSED take two
+# launches, with blocks of units in both. Without maxnreg the compiler would rather leave a few numbers in local memory
+# than have fewer blocks on a multiprocessor. Without wgmma, 64 rows of the most units are more than the registers hold.
 FUSED = {
-    "half": {16: (64, 128, 64, 4, 3), 32: (64, 128, 64, 4, 3), 64: (64, 64, 64, 8, 3), 128: (32, 64, 64, 8, 3)},
-    "split": {16: (64, 64, 64, 4, 3), 32: (64, 64, 64, 4, 3), 64: (32, 64, 64, 8, 3)},
-    "full": {16: (64, 32, 64, 4, 3), 32: (64, 32, 32, 4, 3), 64: (64, 32, 32, 8, 3)},
+    "half": {
+        16: RowsTile(64, 128, 64, 4),
+        32: RowsTile(64, 128, 64, 4, 255),
+        64: RowsTile(64, 64, 64, 8, 255),
+        128: RowsTile(32, 64, 64, 8),
+    },
+    "split": {16: RowsTile(64, 64, 64, 4), 32: RowsTile(64, 64, 64, 4, 255), 64: RowsTile(32, 64, 64, 8)},
+    "full": {
+        16: RowsTile(64, 32, 64, 4, 255),
+        32: RowsTile(64, 32, 32, 4),
+        64: RowsTile(64, 32, 32, 8, small_rows=32),
+    },
 }
 SHRINK = {
-    "half": {128: (32, 64, 64, 8, 3)},
-    "split": {64: (64, 64, 64, 8, 3)},
-    "full": {64: (64, 32, 32, 8, 3)},
+    "half": {128: RowsTile(32, 64, 64, 8)},
+    "split": {64: RowsTile(64, 64, 64, 8, 255, small_rows=32)},
+    "full": {64: RowsTile(64, 32, 32, 8)},
 }
 EXPAND = {
-    "half": {64: (64, 64, 64, 4, 3)},
-    "split": {32: (32, 64, 32, 4, 3)},
-    "full": {32: (64, 32, 32, 4, 3)},
+    "half": {64: RowsTile(64, 64, 64, 4)},
+    "split": {32: RowsTile(32, 64, 32, 4)},
+    "full": {32: RowsTile(64, 32, 32, 4)},
 }
+ROWS_STAGES = 3
 # (most rows, block_x, num_warps, num_stages).
 GRAD = {
     "half": {16: (64, 64, 4, 3), 32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 64, 8, 2)},
     "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 3)},
     "full": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (32, 64, 8, 3)},
 }
-# Rows of a block, the most first: as many as leave every multiprocessor a block.
+# Each program costs a partial sum, so there are few for a multiprocessor: no use in saving registers for more of them.
+GRADS_PER_SM = 2
+GRAD_MAXNREG = 255
+# Rows of a block, the most first: as many as leave the multiprocessors a block each, but for one in IDLE at most.
 ROWS = (64, 32, 16)
+IDLE = 32
 # Least columns of a part: with fewer, finding the units again costs more than the part.
 PART_COLUMNS = 256
 
@@ -154,15 +189,18 @@ def _block_r(table: dict, r: int) -> int:
 
 def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[RowsLaunch, ...]:
     rows = cdiv(p.m, p.groups)
-    enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= p.gpu.sm_count and rows >= b), ROWS[-1])
+    busy = p.gpu.sm_count - p.gpu.sm_count // IDLE
+    enough = next((b for b in ROWS if p.groups * cdiv(rows, b) >= busy and rows >= b), ROWS[-1])
 
     def launch(table, shrink, expand):
         block_r = _block_r(table, p.r)
-        most_rows, block_k, block_n, num_warps, num_stages = table[block_r]
-        block_m = min(enough, most_rows)
+        tile = table[block_r]
+        small = tile.small_rows and p.gpu.shared_memory < LARGE
+        block_m = min(enough, tile.small_rows if small else tile.most_rows)
         blocks = p.groups * cdiv(rows, block_m)
-        splits = max(1, min(cdiv(p.gpu.sm_count, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
-        return RowsLaunch(shrink, expand, block_m, block_k, block_n, block_r, num_warps, num_stages, splits)
+        splits = max(1, min(cdiv(busy, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1
+        sizes = block_m, tile.block_k, tile.block_n, block_r, tile.num_warps, ROWS_STAGES
+        return RowsLaunch(shrink, expand, *sizes, tile.maxnreg, splits)
 
     if p.r <= max(FUSED[kind]):
         return (launch(FUSED[kind], True, True),)
@@ -174,10 +212,10 @@ def _grad(p: BottleneckProblem, kind: str, columns: int) -> GradLaunch:
     block_m, block_x, num_warps, num_stages = GRAD[kind][block_r]
     rows = cdiv(p.m, p.groups)
     block_m = max(16, min(block_m, next_power_of_2(rows)))
-    # Two programs per multiprocessor, but at least four blocks of rows each: every split costs a partial sum.
-    row_splits = cdiv(2 * p.gpu.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
+    # At least four blocks of rows each.
+    row_splits = cdiv(GRADS_PER_SM * p.gpu.sm_count, cdiv(columns, block_x) * cdiv(p.r, block_r))
     splits = max(1, min(row_splits, p.groups * cdiv(rows, block_m) // 4))
-    return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, splits)
+    return GradLaunch(block_m, block_x, block_r, num_warps, num_stages, GRAD_MAXNREG, splits)
 
 
 def rows_constexprs(launch: RowsLaunch, activation: str, backward: bool) -> dict[str, object]:
@@ -196,14 +234,20 @@ def shrink_only(launches: tuple[RowsLaunch, ...]) -> tuple[RowsLaunch, ...]:
     return (replace(launches[0], expand=False, splits=1),)
 
 
-def kernel_configs(problem: BottleneckProblem) -> list[KernelConfig]:
+@dataclass(frozen=True)
+class BottleneckConfig(KernelConfig):
+    maxnreg: int | None
+
+
+def kernel_configs(problem: BottleneckProblem) -> list[BottleneckConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
     chosen = plan_bottleneck(problem)
     configs = []
 
-    def add(kernel, constants, num_warps, num_stages):
+    def add(kernel, constants, num_warps, num_stages, maxnreg=None):
         found = tuple(sorted(constants.items()))
-        configs.append(KernelConfig(kernel, problem.dtype, problem.adapter_dtype, found, num_warps, num_stages))
+        types = problem.dtype, problem.adapter_dtype
+        configs.append(BottleneckConfig(kernel, *types, found, num_warps, num_stages, maxnreg))
 
     for backward, launches in (
         (False, chosen.forward),
@@ -212,24 +256,24 @@ def kernel_configs(problem: BottleneckProblem) -> list[KernelConfig]:
     ):
         for launch in launches:
             constants = rows_constexprs(launch, problem.activation, backward) | {"PREC": "tf32x3"}
-            add("rows_kernel", constants, launch.num_warps, launch.num_stages)
+            add("rows_kernel", constants, launch.num_warps, launch.num_stages, launch.maxnreg)
     for launch, absent in ((chosen.grad_down, "sums_ptr"), (chosen.grad_up, "unit_sums_ptr")):
         constants = grad_constexprs(launch) | {"PREC": "tf32x3", absent: None}
-        add("grad_kernel", constants, launch.num_warps, launch.num_stages)
+        add("grad_kernel", constants, launch.num_warps, launch.num_stages, launch.maxnreg)
     blocks, num_warps = reduce_launch(problem.r)
     add("reduce_kernel", blocks, num_warps, 1)
     return list(dict.fromkeys(configs))
 
 
-def configurations() -> list[KernelConfig]:
-    """Every distinct kernel configuration of the plans over all supported types, ranks and sizes with gelu, and for the
-    other activations those of one size."""
+def configurations(gpu: Gpu = H200) -> list[BottleneckConfig]:
+    """Every distinct kernel configuration of the plans for a GPU over all supported types, ranks and sizes with gelu,
+    and for the other activations those of one size."""
     found = {}
     types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
     for (dtype, adapter), r, m in product(types, (16, 32, 64, 128, 256), (1, 32, 64, 4096, 6144, 32768)):
-        problem = BottleneckProblem(m, 1024, 1024, dtype, adapter, "cpu", H200, r, 1, "gelu")
+        problem = BottleneckProblem(m, 1024, 1024, dtype, adapter, "cpu", gpu, r, 1, "gelu")
         found |= dict.fromkeys(kernel_configs(problem))
     for (dtype, adapter), activation in product(types, BOTTLENECK_ACTIVATIONS):
-        problem = BottleneckProblem(4096, 1024, 1024, dtype, adapter, "cpu", H200, 16, 1, activation)
+        problem = BottleneckProblem(4096, 1024, 1024, dtype, adapter, "cpu", gpu, 16, 1, activation)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

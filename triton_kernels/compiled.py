@@ -17,7 +17,7 @@ from .lowrank_plan import LowRankPlan
 from .tiles import operand_class
 
 # Versions of Triton whose kernels take their arguments, and after them two pointers to scratch memory.
-VERSIONS = ("3.6.", "3.7.")
+VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 _MODULES = {"lowrank_kernels": lowrank_kernels, "bottleneck_kernels": bottleneck_kernels}
 _TORCH = {
     "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
@@ -40,7 +40,7 @@ def why_not() -> str:
     """Why kernels are not launched from C++; empty if they are."""
     if triton.__version__.startswith(VERSIONS):
         return ""
-    versions = " and ".join(f"{version}x" for version in VERSIONS)
+    versions = ", ".join(f"{version}x" for version in VERSIONS)
     return f"Triton is {triton.__version__}; the C++ node launches kernels of {versions}"
 
 

@@ -47,46 +47,51 @@ def kronecker_bwd(dy, x, A, B, *, scale=1.0, threshold=0, seed=None, needs=froze
     Of dropout it knows that of x alone. x may be None unless the gradient of A or B is needed.
     """
     problem = _problem(dy, A, B)
-    grads = {}
+    grads, partials = {}, {}
     for group, launch in backward_passes(problem, frozenset(needs)):
         if launch is None:
             grads["x"] = kronecker_fwd(dy, A.t(), B.t(), scale=scale, threshold=threshold, seed=seed, mask_output=True)
         else:
-            grads |= _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group)
+            dx, sums = _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group)
+            grads |= {} if dx is None else {"x": dx}
+            partials |= sums
+    if partials:
+        grads |= _reduce(partials, A.dtype, scale)
     return {name: grads[name] for name in needs}
 
 
 def _backward_pass(dy, x, A, B, problem, launch, scale, threshold, seed, group):
+    """dx, or None, and the partial sums of the gradients of the factors by name."""
     row_splits, columns = launch.grid
     dx = dy.new_empty(x.shape) if "x" in group else None
     partials = {
-        name: dy.new_empty(count, *factor.shape, dtype=torch.float32) if name in group else None
+        name: dy.new_empty(count, *factor.shape, dtype=torch.float32)
         for name, factor, count in (("A", A, row_splits), ("B", B, row_splits * columns))
+        if name in group
     }
     scale_ptr, value = control(scale, 1.0)
     if problem.m:
         with torch.cuda.device_of(dy):
             kernels.backward_kernel[launch.grid](
-                dy, x, A, B, dx, partials["A"], partials["B"], scale_ptr, seed, problem.m, value, threshold,
+                dy, x, A, B, dx, partials.get("A"), partials.get("B"), scale_ptr, seed, problem.m, value, threshold,
                 launch.m_blocks, *dy.stride(), *x.stride(), *A.stride(), *B.stride(),
                 **constexprs(problem, launch), NEED_DX="x" in group, NEED_DA="A" in group, NEED_DB="B" in group,
                 DROPOUT=threshold > 0, PREC=precision(), num_warps=launch.num_warps, num_stages=launch.num_stages,
             )  # fmt: skip
-    sums = {
-        name: _reduce(partials[name], factor.dtype, scale) for name, factor in (("A", A), ("B", B)) if name in group
-    }
-    return sums | ({} if dx is None else {"x": dx})
+    return dx, partials
 
 
 def _reduce(partials, dtype, scale):
-    """scale * the sum of partials over their first axis, in their order; of no partials, zeros."""
-    out = partials.new_empty(partials.shape[1:], dtype=dtype)
+    """By name scale * the sum of partials over their first axis, in their order; of no partials, zeros."""
+    sums = {name: given.new_empty(given.shape[1:], dtype=dtype) for name, given in partials.items()}
+    pointers = [tensors.get(name) for name in ("A", "B") for tensors in (partials, sums)]
+    counts = [(partials[name].shape[0], sums[name].numel()) if name in sums else (0, 0) for name in ("A", "B")]
     scale_ptr, scale = control(scale, 1.0)
-    with torch.cuda.device_of(partials):
-        kernels.reduce_kernel[(cdiv(out.numel(), REDUCE["BLOCK"]),)](
-            partials, out, scale_ptr, partials.shape[0], out.numel(), scale, **REDUCE, num_warps=REDUCE_WARPS
+    with torch.cuda.device_of(next(iter(sums.values()))):
+        kernels.reduce_kernel[(sum(cdiv(size, REDUCE["BLOCK"]) for _, size in counts),)](
+            *pointers, scale_ptr, scale, *counts[0], *counts[1], **REDUCE, num_warps=REDUCE_WARPS
         )
-    return out
+    return sums
 
 
 def _problem(rows, A, B) -> KroneckerProblem:

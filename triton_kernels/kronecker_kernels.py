@@ -14,6 +14,8 @@ import triton.language as tl
 
 from .lowrank_kernels import UNALIGNED, VOLATILE, control, dot, keep_scale
 
+VOLATILE = [*VOLATILE, "a_count", "b_count"]
+
 
 @triton.jit
 def factor_tile(ptr, i, j, stride_i, stride_j, ROWS: tl.constexpr, COLS: tl.constexpr):
@@ -128,8 +130,8 @@ def backward_kernel(
     a_ptr,
     b_ptr,
     dx_ptr,
-    partials_a_ptr,
-    partials_b_ptr,
+    a_partials_ptr,
+    b_partials_ptr,
     scale_ptr,
     seed_ptr,
     M,
@@ -160,7 +162,7 @@ def backward_kernel(
     BLOCK_B2: tl.constexpr,
 ):
     """Of dY and x, per row with G = dY, E = B^T G and H = drop(X) A^T: dx = drop^T(scale * E A), and sums over the rows
-    of a program, partials_a [programs(0), A1, A2] of E^T drop(X) and partials_b [programs(0) programs(1), B1, B2] of
+    of a program, a_partials [programs(0), A1, A2] of E^T drop(X) and b_partials [programs(0) programs(1), B1, B2] of
     G H^T.
 
     A program takes m_blocks blocks of rows and BLOCK_A1 columns of every G; dx needs all of them. The partials lack the
@@ -220,35 +222,52 @@ def backward_kernel(
         if DROPOUT:
             da *= keep_scale(threshold)
         a_col = tl.arange(0, BLOCK_A2)[:, None]
-        partial = partials_a_ptr + tl.program_id(0).to(tl.int64) * (A1 * A2)
+        partial = a_partials_ptr + tl.program_id(0).to(tl.int64) * (A1 * A2)
         tl.store(partial + a_row[None, :] * A2 + a_col, da, mask=(a_row[None, :] < A1) & (a_col < A2))
     if NEED_DB:
         if DROPOUT:
             db *= keep_scale(threshold)
         partial = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-        partial = partials_b_ptr + partial * (B1 * B2)
+        partial = b_partials_ptr + partial * (B1 * B2)
         tl.store(partial + b_row * B2 + b_col, db, mask=(b_row < B1) & (b_col < B2))
+
+
+@triton.jit
+def reduce_factor(program, partials_ptr, out_ptr, count, size, factor, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """out [size] = factor * the sum of partials [count, size] over its first axis, a block of it per program."""
+    cols = program * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    # BLOCK_P partials are in flight at a time: one after the other, the sum would wait for memory at each.
+    for p in range(0, count, BLOCK_P):
+        partial = p + tl.arange(0, BLOCK_P)
+        offsets = partial.to(tl.int64)[:, None] * size + cols[None, :]
+        mask = (partial < count)[:, None] & (cols < size)[None, :]
+        total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
+    tl.store(out_ptr + cols, (total * factor).to(out_ptr.dtype.element_ty), mask=cols < size)
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
 def reduce_kernel(
-    partials_ptr,
-    out_ptr,
+    a_partials_ptr,
+    a_ptr,
+    b_partials_ptr,
+    b_ptr,
     scale_ptr,
-    partials,
-    size,
     scale,
+    a_count,
+    a_size,
+    b_count,
+    b_size,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [size] = scale * the sum of partials [partials, size] over its first axis."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    # BLOCK_P partials are in flight at a time: one after the other, the sum would wait for memory at each.
-    for p in range(0, partials, BLOCK_P):
-        partial = p + tl.arange(0, BLOCK_P)
-        offsets = partial.to(tl.int64)[:, None] * size + cols[None, :]
-        mask = (partial < partials)[:, None] & (cols < size)[None, :]
-        total += tl.sum(tl.load(partials_ptr + offsets, mask=mask, other=0.0), 0)
-    total *= control(scale_ptr, scale, tl.float32)
-    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < size)
+    """dA and dB, either of which may be absent: scale * the sums of their partials. The first programs take dA's."""
+    factor = control(scale_ptr, scale, tl.float32)
+    program = tl.program_id(0)
+    a_programs = tl.cdiv(a_size, BLOCK)
+    if program < a_programs:
+        if a_ptr is not None:
+            reduce_factor(program, a_partials_ptr, a_ptr, a_count, a_size, factor, BLOCK_P, BLOCK)
+    else:
+        if b_ptr is not None:
+            reduce_factor(program - a_programs, b_partials_ptr, b_ptr, b_count, b_size, factor, BLOCK_P, BLOCK)

@@ -1,7 +1,8 @@
 """Launch plans of the Kronecker kernels: a pure function, without torch or triton, like lowrank_plan.py.
 
-Tiles depend on the factors' sizes and types alone, so that no number of rows compiles a kernel again. They were chosen
-from the compiler's resource report (no register spills, at most 163 KB of shared memory), not from timings.
+Tiles depend on the factors' sizes and types and on the GPU's shared memory alone, so that no number of rows compiles a
+kernel again. They were chosen from the compiler's resource report (no register spills, no more shared memory than the
+GPU has), not from timings.
 """
 
 from dataclasses import dataclass, replace
@@ -44,38 +45,62 @@ class KroneckerLaunch:
     grid: tuple[int, int]
 
 
+# Bytes of shared memory of a block that all GPUs have, that some have, and that those with wgmma have (`problem.Gpu`).
+SMALL, MEDIUM, LARGE = 99 * 1024, 163 * 1024, 227 * 1024
+TOGETHER, DX_ALONE, ALONE = ("xAB",), ("x", "AB"), ("x", "A", "B")
+
+
 @dataclass(frozen=True)
 class Tile:
-    """How large a tile may be: elements of its largest matrix, and columns of Y_m, whose number divides the work."""
+    """How large a tile may be: elements of its largest matrix, and columns of Y_m, whose number divides the work.
+
+    passes: of a backward, which gradients one pass takes together; dx by itself is the forward kernel on dY. More
+    operands, or wider ones, do not fit the registers together.
+    shared_memory: bytes of a block that a GPU must have to take the tile; every one has SMALL.
+    """
 
     elements: int
     columns: int
     num_warps: int
     num_stages: int = 2
+    passes: tuple[str, ...] = TOGETHER
+    shared_memory: int = SMALL
 
 
-# By class of operands (see lowrank_plan.py) and by the largest padded size, which must be in the table.
+# By class of operands (see lowrank_plan.py) and by the largest padded size, which must be in the table: tiles, of which
+# a GPU takes the first for which it has the shared memory.
 FORWARD = {
-    "half": {16: Tile(8192, 16, 4), 32: Tile(8192, 32, 4), 64: Tile(8192, 64, 4), 128: Tile(16384, 128, 8)},
-    "split": {16: Tile(4096, 16, 4), 32: Tile(4096, 32, 4), 64: Tile(4096, 32, 4)},
-    "full": {16: Tile(4096, 16, 4), 32: Tile(4096, 32, 4), 64: Tile(2048, 32, 4)},
+    "half": {
+        16: (Tile(8192, 16, 8),),
+        32: (Tile(8192, 32, 4),),
+        64: (Tile(8192, 64, 4),),
+        128: (Tile(16384, 128, 8, shared_memory=MEDIUM), Tile(16384, 64, 8, 1)),
+    },
+    "split": {16: (Tile(4096, 16, 4),), 32: (Tile(4096, 32, 8),), 64: (Tile(4096, 32, 8),)},
+    "full": {16: (Tile(2048, 16, 4),), 32: (Tile(4096, 32, 4),), 64: (Tile(2048, 32, 4),)},
 }
 BACKWARD = {
-    "half": {16: Tile(2048, 16, 4), 32: Tile(2048, 32, 4), 64: Tile(4096, 64, 4), 128: Tile(16384, 32, 8, 1)},
-    "split": {16: Tile(1024, 16, 4), 32: Tile(2048, 32, 4), 64: Tile(2048, 32, 8)},
-    "full": {16: Tile(1024, 16, 4), 32: Tile(2048, 32, 4), 64: Tile(2048, 32, 4)},
-}
-ALONE = ("x", "A", "B")
-# Which gradients one backward pass takes together; dx by itself is the forward kernel on dY. More operands, or wider
-# ones, do not fit the registers together.
-TOGETHER = {
-    "half": {16: ("xAB",), 32: ("xAB",), 64: ("xAB",), 128: ALONE},
-    "split": {16: ("xAB",), 32: ("x", "AB"), 64: ("x", "AB")},
-    "full": {16: ALONE, 32: ALONE, 64: ALONE},
+    "half": {
+        16: (Tile(2048, 16, 4),),
+        32: (Tile(2048, 32, 4),),
+        # Without wgmma, operands that it reads from shared memory take registers.
+        64: (Tile(4096, 64, 4, shared_memory=LARGE), Tile(4096, 64, 4, passes=DX_ALONE)),
+        128: (Tile(16384, 32, 8, 1, ALONE),),
+    },
+    "split": {
+        16: (Tile(1024, 16, 4),),
+        32: (Tile(2048, 32, 8, 2, DX_ALONE),),
+        64: (Tile(2048, 32, 8, 2, DX_ALONE, LARGE), Tile(2048, 16, 8, 2, DX_ALONE)),
+    },
+    "full": {
+        16: (Tile(1024, 16, 4, 2, ALONE),),
+        32: (Tile(2048, 32, 4, 2, ALONE),),
+        64: (Tile(2048, 32, 4, 2, ALONE, MEDIUM), Tile(2048, 32, 4, 1, ALONE)),
+    },
 }
 # Several programs for each multiprocessor, but each of backward's costs a partial of partial sums.
 PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
-REDUCE = {"BLOCK_P": 32, "BLOCK": 128}
+REDUCE = {"BLOCK_P": 16, "BLOCK": 128}
 REDUCE_WARPS = 4
 
 # Factors of common layers as (a1, a2, b1, b2): 768 = 32 x 24 to itself and to 3072 = 64 x 48, 4096 = 64 x 64 and
@@ -115,15 +140,17 @@ def backward_passes(
     problem: KroneckerProblem, needs: frozenset[str]
 ) -> list[tuple[frozenset[str], KroneckerLaunch | None]]:
     """The passes of a backward: gradients taken together, and their launch. dx alone has none: it is a forward."""
-    passes = [frozenset(group) & needs for group in _entry(TOGETHER, problem)]
+    passes = [frozenset(group) & needs for group in _tile(problem, "backward").passes]
     return [(group, None if group == {"x"} else _launch(problem, "backward")) for group in passes if group]
 
 
-def _entry(table: dict, p: KroneckerProblem):
+def _tile(p: KroneckerProblem, direction: str) -> Tile:
     reasons = limits(p.a1, p.a2, p.b1, p.b2, p.dtype, p.factor_dtype)
     if reasons:
         raise ValueError("; ".join(reasons))
-    return table[operand_class(p.dtype, p.factor_dtype)][padded(max(p.a1, p.a2, p.b1, p.b2))]
+    table = FORWARD if direction == "forward" else BACKWARD
+    tiles = table[operand_class(p.dtype, p.factor_dtype)][padded(max(p.a1, p.a2, p.b1, p.b2))]
+    return next(tile for tile in tiles if tile.shared_memory <= p.gpu.shared_memory)
 
 
 def padded(size: int) -> int:
@@ -133,7 +160,7 @@ def padded(size: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _launch(p: KroneckerProblem, direction: str) -> KroneckerLaunch:
-    tile = _entry(FORWARD if direction == "forward" else BACKWARD, p)
+    tile = _tile(p, direction)
     block_a1 = min(padded(p.a1), tile.columns)
     block_a2, block_b1, block_b2 = padded(p.a2), padded(p.b1), padded(p.b2)
     block_m = max(1, tile.elements // (max(block_a1, block_a2) * max(block_b1, block_b2)))
@@ -183,12 +210,12 @@ def kernel_configs(problem: KroneckerProblem) -> list[KernelConfig]:
     return list(dict.fromkeys(configs))
 
 
-def configurations(shapes=SHAPES) -> list[KernelConfig]:
-    """Every distinct kernel configuration for the factors in `shapes`, over all supported types."""
+def configurations(gpu: Gpu = H200) -> list[KernelConfig]:
+    """Every distinct kernel configuration for the factors in SHAPES on a GPU, over all supported types."""
     found = {}
     for dtype in DTYPES:
         for factor_dtype in dict.fromkeys((dtype, "float32")):
-            for shape in shapes:
+            for shape in SHAPES:
                 if not limits(*shape, dtype, factor_dtype):
-                    found |= dict.fromkeys(kernel_configs(KroneckerProblem(4096, *shape, dtype, factor_dtype, H200)))
+                    found |= dict.fromkeys(kernel_configs(KroneckerProblem(4096, *shape, dtype, factor_dtype, gpu)))
     return list(found)

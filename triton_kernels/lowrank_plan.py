@@ -152,7 +152,7 @@ LINEAR_LARGE = (128, 128, 64, 8, 3)
 
 FEW_ROWS = 64
 # S on the fly repeats the product with A in every column of tiles; past this rank that outweighs reading W once.
-FEW_ROWS_MAX_RANK = 64
+FEW_ROWS_MAX_RANK = 32
 # With more rows the single kernel has to keep up with the library's GEMM: where both sides are short, what it saves is
 # most of the time, and where operands are of one 16-bit type, the product with A is one more step on the tensor cores.
 NARROW = 1536

@@ -10,10 +10,12 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 
 import triton
+from peft_fused.triton_kernels.problem import H200, Gpu
 from peft_fused.triton_kernels.tiles import operand_class
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -22,7 +24,15 @@ from triton.compiler import ASTSource, make_backend
 # Every configuration, as `make aot` sets it; otherwise the largest that ask for most.
 EVERY = os.environ.get("PEFT_FUSED_AOT") == "all"
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes of a block, by compute capability
+# By compute capability a GPU to make plans for. Of those whose code is of one shape, the first is compiled.
+GPUS = {
+    90: H200,
+    80: Gpu("NVIDIA A100", 108, 163 * 1024),
+    86: Gpu("NVIDIA A40", 84, 99 * 1024),
+    89: Gpu("NVIDIA L40S", 142, 99 * 1024),
+    120: Gpu("NVIDIA RTX PRO 6000", 188, 99 * 1024),
+    100: Gpu("NVIDIA B200", 148, 227 * 1024),
+}
 # Bytes of a thread. What Triton 3.6 compiles leaves a number or two of some kernels there.
 STACK_LIMIT = 16 if triton.__version__.startswith("3.6") else 0
 TRITON_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -38,20 +48,21 @@ class Resources:
     stack: int
     shared: int
     wgmma: int
+    tcgen05: int
     mma: int
     copies: int  # asynchronous copies of 16 bytes
 
     def __str__(self):
         return (
             f"sm_{self.target} registers {self.registers:3} stack {self.stack} shared {self.shared:6} "
-            f"wgmma {self.wgmma:3} mma {self.mma:3} copies {self.copies:2}"
+            f"wgmma {self.wgmma:3} tcgen05 {self.tcgen05:3} mma {self.mma:3} copies {self.copies:2}"
         )
 
     def problems(self):
         """What no kernel may do; the instructions to expect are up to the caller."""
         found = ["spills"] if self.stack > STACK_LIMIT else []
-        # What multiplies by mma.sync is the code of sm_80 too, and is not compiled for that again: see `to_compile`.
-        limit = SHARED_LIMIT[self.target if self.wgmma else 80]
+        # What multiplies by mma.sync on sm_90 is the code of sm_80 too, and may not be compiled for that again.
+        limit = GPUS[80 if self.target == 90 and not self.wgmma else self.target].shared_memory
         return found + (["shared memory"] if self.shared > limit else [])
 
 
@@ -95,7 +106,7 @@ def compile_for(source, target, *, num_warps, num_stages, maxnreg=None):
         command = [CUOBJDUMP, "-res-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    patterns = r"wgmma\.mma_async", r"\bmma\.sync", r"cp\.async\.cg"
+    patterns = r"wgmma\.mma_async", r"tcgen05\.mma", r"\bmma\.sync", r"cp\.async\.cg"
     counts = (len(re.findall(pattern, made["ptx"])) for pattern in patterns)
     return Resources(target, registers, stack + local, metadata["shared"], *counts)
 
@@ -115,19 +126,39 @@ class Row:
     text: str
     source: Callable[[], ASTSource]
     aligned: bool = True
-    # Rows of the left operands of its products: of 64 and more, sm_90 takes wgmma.
+    # Rows of the left operands of its products: of 64 and more, sm_90 takes wgmma and sm_100 tcgen05.
     products: tuple[int, ...] = ()
+    # Other compute capabilities with this configuration and with code of the same shape: see `to_compile`.
+    also: tuple[int, ...] = ()
 
     def __str__(self):
         return f"sm_{self.target}-" + "-".join(self.text.split())
+
+    @property
+    def instruction(self):
+        """What multiplies: code with the same is of one shape, and takes the same shared memory to a few KB."""
+        wide = max(self.products, default=0) >= 64
+        return {90: "wgmma", 100: "tcgen05"}.get(self.target, "mma.sync") if wide else "mma.sync"
+
+    @property
+    def limit(self):
+        """Bytes of shared memory of a block on the GPUs that it is for."""
+        return min(GPUS[target].shared_memory for target in (self.target, *self.also))
 
     @property
     def family(self):
         """What the compiler's choices hang on: rows with the same differ in their sizes and in what they ask for."""
         c = self.config
         words = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_number(*pair))
-        wgmma = max(self.products, default=0) >= 64
-        return self.target, c.kernel, operand_class(c.dtype, c.adapter_dtype), words, c.num_warps, wgmma
+        return self.limit, self.instruction, *self.kind, words, c.num_warps, self.maxnreg
+
+    @property
+    def maxnreg(self):
+        return getattr(self.config, "maxnreg", None)
+
+    @property
+    def kind(self):
+        return self.config.kernel, operand_class(self.config.dtype, self.config.adapter_dtype)
 
     @property
     def sizes(self):
@@ -165,23 +196,38 @@ class Row:
         """Compiles it, leaves its resources for the table, and fails with what problems(config, resources) names."""
         config = self.config
         launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        resources = compile_for(self.source(), self.target, **launch, maxnreg=getattr(config, "maxnreg", None))
+        resources = compile_for(self.source(), self.target, **launch, maxnreg=self.maxnreg)
         record_property("aot", [f"sm_{self.target}, {self.title}", self.kernel, asdict(resources)])
         print(f"{self.text} {resources}")  # for pytest -rP
         found = problems(config, resources)
+        found += [f"shared memory of sm_{other}" for other in self.also if resources.shared > GPUS[other].shared_memory]
         assert not found, f"{self.text} {resources}: {', '.join(found)}"
 
 
 def to_compile(rows):
-    """The rows of a run: all, or those than which no other is larger and asks for more, the first of equal ones; for
-    sm_80 only where sm_90 has wgmma. Where both multiply by mma.sync, their code is of one shape."""
-    rows, families, found = list(rows), defaultdict(list), {}
+    """The rows of a run: all, or those than which no other is larger and asks for more, the first of equal ones.
+
+    A configuration of several compute capabilities that multiply by the same instruction is compiled for one of them,
+    within the shared memory of all: their code is of one shape. The registers are not quite the same: each compute
+    capability has at least the largest aligned row of each kernel and class of operands.
+    """
+    rows, alike, families, found = list(rows), defaultdict(list), defaultdict(list), {}
     if EVERY:
         return rows
-    rows = [row for row in rows if row.target != 80 or max(row.products, default=0) >= 64]
+    order = list(GPUS)
     for row in rows:
+        alike[row.instruction, row.config, row.aligned].append(row)
+    for group in alike.values():
+        first, *others = sorted(group, key=lambda row: order.index(row.target))
+        row = replace(first, also=tuple(other.target for other in others))
         families[row.family].append(row)
-    for row in rows:
-        if not any(row.is_less_than(other) for other in families[row.family]):
-            found.setdefault((row.family, row.extent), row)
-    return list(found.values())
+    for family in families.values():
+        for row in family:
+            if not any(row.is_less_than(other) for other in family):
+                found.setdefault((row.family, row.extent), row)
+    chosen = list(found.values())
+    seen = {(row.target, row.kind) for row in chosen}
+    largest = {}
+    for row in sorted(rows, key=lambda row: (row.aligned, prod(row.sizes), len(row.demand))):
+        largest[row.target, row.kind] = row
+    return chosen + [row for key, row in largest.items() if key not in seen]

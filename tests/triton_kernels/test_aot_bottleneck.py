@@ -1,16 +1,17 @@
-"""Compiles the bottleneck kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py."""
+"""Compiles the bottleneck kernels of each GPU's plans, without a GPU: see aot.py."""
 
 from functools import partial
+from itertools import product
 
 import pytest
-from aot import TRITON_TYPES, Row, launch_source, to_compile
+from aot import GPUS, TRITON_TYPES, Row, launch_source, to_compile
 from peft_fused.triton_kernels import bottleneck_kernels
 from peft_fused.triton_kernels.bottleneck_plan import configurations
 
 pytestmark = pytest.mark.aot
 
 ROWS = {"x_ptr", "add_ptr", "y_ptr"}
-SUMS = {"partials_ptr", "sums_ptr", "unit_sums_ptr", "scale_ptr"}
+SUMS = {"partials_ptr", "down_partials_ptr", "up_partials_ptr", "sums_ptr", "unit_sums_ptr", "scale_ptr"}
 # Strides of contiguous operands; backward reads both factors transposed.
 FORWARD_UNIT = {"stride_xk", "stride_ik", "stride_or", "stride_dn"}
 BACKWARD_UNIT = {"stride_xk", "stride_ir", "stride_on", "stride_dn"}
@@ -20,7 +21,8 @@ def describe(config, aligned_rank):
     c = dict(config.constexprs)
     types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     blocks = "x".join(f"{name[6:]}{value}" for name, value in c.items() if name.startswith("BLOCK_"))
-    flags = "-".join([c.get("ACTIVATION", ""), *(name for name, value in c.items() if value is True)])
+    absent = (f"no_{name[:-4]}" for name, value in c.items() if value is None)
+    flags = "-".join([c.get("ACTIVATION", ""), *(name for name, value in c.items() if value is True), *absent])
     rank = "aligned" if aligned_rank else "unaligned"
     return f"{config.kernel[:-7]:6} {types:16} {blocks:22} {flags:31} {rank} warps {config.num_warps}"
 
@@ -37,8 +39,8 @@ def problems(config, resources):
     if not (products := rows_of_products(config)):
         return found
     (rows,) = products
-    if resources.target == 80 and (resources.wgmma or not resources.mma):
-        found.append("expected mma.sync")
+    if not (resources.wgmma or resources.tcgen05 or resources.mma):
+        found.append("expected tensor cores")
     # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
     if resources.target == 90 and bool(resources.wgmma) != (rows >= 64):
         found.append("expected wgmma")
@@ -59,7 +61,7 @@ def source(config, aligned_rank):
     c = dict(config.constexprs)
     unit = BACKWARD_UNIT if c.get("BACKWARD") else FORWARD_UNIT
     if config.kernel == "reduce_kernel":
-        unit = {"stride_or"}
+        unit = {"stride_dk", "stride_ur"}
     constants = c | {p.name: 1 for p in kernel.params if p.name in unit}
     if config.kernel == "rows_kernel":
         unused = ("b_in_ptr", "b_out_ptr") if c["BACKWARD"] else ("a_ptr",)
@@ -67,7 +69,7 @@ def source(config, aligned_rank):
     types = {}
     for parameter in kernel.params:
         name = parameter.name
-        if name.startswith("expert") and name.endswith("_ptr"):
+        if "expert" in name and name.endswith("_ptr"):
             types[name] = "*i64"
         elif name in SUMS:
             types[name] = "*fp32"
@@ -75,14 +77,14 @@ def source(config, aligned_rank):
             types[name] = "*" + TRITON_TYPES[config.dtype if name in ROWS else config.adapter_dtype]
         else:
             types[name] = "fp32" if name == "scale" else "i32"
-    ranked = {"r", "stride_on", "stride_be", "stride_ox"} | ({"stride_ik"} if c.get("BACKWARD") else set())
+    ranked = {"r", "stride_on", "stride_be", "stride_un"} | ({"stride_ik"} if c.get("BACKWARD") else set())
     return launch_source(kernel, types, constants, frozenset() if aligned_rank else ranked)
 
 
 def rows():
-    for target, aligned_rank in ((80, True), (90, True), (90, False)):
+    for (target, gpu), aligned_rank in product(GPUS.items(), (True, False)):
         title = f"bottleneck, r {'' if aligned_rank else 'not '}a multiple of 16"
-        for c in configurations():
+        for c in configurations(gpu):
             # fp16 differs from bf16 in the name of its instructions, and beside fp32 parameters it is upcast like fp32.
             # An unaligned rank changes how factors are loaded, whatever their type.
             if c.dtype != "float16" and (aligned_rank or c.adapter_dtype == "bfloat16"):

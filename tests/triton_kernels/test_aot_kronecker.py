@@ -1,17 +1,17 @@
-"""Compiles the Kronecker kernels of the default plans for sm_80 and sm_90, without a GPU: see test_aot.py."""
+"""Compiles the Kronecker kernels of each GPU's plans, without a GPU: see aot.py."""
 
 from functools import partial
 
 import pytest
-from aot import TRITON_TYPES, Row, launch_source, to_compile
+from aot import GPUS, TRITON_TYPES, Row, launch_source, to_compile
 from peft_fused.triton_kernels import kronecker_kernels
 from peft_fused.triton_kernels.kronecker_plan import configurations
 
 pytestmark = pytest.mark.aot
 
 ACTIVATION_POINTERS = {"x_ptr", "y_ptr", "dy_ptr", "dx_ptr", "add_ptr"}
-FACTORS = {"a_ptr", "b_ptr", "out_ptr"}
-SUMS = {"partials_ptr", "partials_a_ptr", "partials_b_ptr", "scale_ptr"}
+FACTORS = {"a_ptr", "b_ptr"}
+SUMS = {"a_partials_ptr", "b_partials_ptr", "scale_ptr"}
 
 
 def describe(config):
@@ -38,14 +38,14 @@ def problems(config, resources):
     if config.kernel == "reduce_kernel":
         return found
     c = dict(config.constexprs)
-    if resources.target == 80 and (resources.wgmma or not resources.mma):
-        found.append("expected mma.sync")
-    # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
+    # wgmma and tcgen05 multiply 64 rows at a time or more: a product of fewer takes mma.sync instead.
     rows = rows_of_products(c)
     if resources.target == 90 and bool(resources.wgmma) != any(m >= 64 for m in rows):
         found.append("expected wgmma")
     if resources.target == 90 and bool(resources.mma) != any(m < 64 for m in rows):
         found.append("expected no mma.sync")
+    if not (resources.wgmma or resources.tcgen05 or resources.mma):
+        found.append("expected tensor cores")
     # A load reaches shared memory by itself only where it is not transposed in fp32 on its way, nor of odd rows.
     pipelined = config.dtype != "float32" and c["A2"] % 8 == 0 and config.num_stages > 1
     if resources.target == 90 and pipelined and not resources.copies:
@@ -84,12 +84,12 @@ def source(config):
 
 
 def rows():
-    # fp16 differs from bf16 in the name of its instructions, and beside fp32 factors it is upcast like fp32.
-    configs = [config for config in configurations() if config.dtype != "float16"]
-    for target in (80, 90):
-        for c in configs:
-            products = () if c.kernel == "reduce_kernel" else tuple(rows_of_products(dict(c.constexprs)))
-            yield Row(target, "Kronecker", c.kernel[:-7], c, describe(c), partial(source, c), products=products)
+    for target, gpu in GPUS.items():
+        for c in configurations(gpu):
+            # fp16 differs from bf16 in the name of its instructions, and beside fp32 factors it is upcast like fp32.
+            if c.dtype != "float16":
+                products = () if c.kernel == "reduce_kernel" else tuple(rows_of_products(dict(c.constexprs)))
+                yield Row(target, "Kronecker", c.kernel[:-7], c, describe(c), partial(source, c), products=products)
 
 
 @pytest.mark.parametrize("row", to_compile(rows()), ids=str)

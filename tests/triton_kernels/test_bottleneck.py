@@ -16,10 +16,7 @@ from peft_fused.triton_kernels.bottleneck_plan import BOTTLENECK_ACTIVATIONS
 from peft_fused.triton_kernels.problem import Gpu
 from rule import TYPES, check_draws, violations
 
-import peft_fused
-from peft_fused.ops.accuracy import unseen, wrong
 from peft_fused.ops.bottleneck import BOTTLENECK, BottleneckCall
-from peft_fused.ops.cases import bottleneck_cases, make_bottleneck
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
@@ -201,6 +198,7 @@ CASES = [
     *(replace(SMALL, types=types, residual="h", strided=True, K=50, N=50) for types in TYPES),
     *(Case(types=types, residual="other", strided=True, biases=False) for types in ("fp32", "fp16-fp32", "bf16")),
     *(Case(rows=1, groups=groups, sm_count=132, draws=8) for groups in (1, 2, 7)),
+    *(Case(rows=1, types=types, sm_count=132, draws=8) for types in ("bf16", "bf16-fp32")),
     *(Case(rows=97, groups=groups, types=types) for groups in (1, 2) for types in ("fp32", "fp16", "bf16-fp32")),
     # Several splits of the rows, with parts of groups and with several groups, and of the columns.
     *(
@@ -323,18 +321,3 @@ def test_nan_and_the_kink(activation, device):
     dh = bottleneck_bwd(one.expand(2, 1), call, z, like=BOTTLENECK.likeness(call), needs={"h"})["h"]
     (expected,) = torch.autograd.grad(ACT[activation](h).sum(), [h])
     torch.testing.assert_close(dh, expected, equal_nan=True)
-
-
-@pytest.mark.parametrize("types", ["fp32", "fp16", "fp16-fp32"])
-def test_the_public_op(types, device, poisoned):
-    """Through the dispatch and the autograd node of a GPU."""
-    with peft_fused.use_backend("triton"):
-        for case in bottleneck_cases("bottleneck", *TYPES[types], device=str(device)):
-            assert not wrong(case)
-
-
-def test_defects_of_the_public_op_do_not_pass(device):
-    expert = torch.tensor([2, 0], device=device)
-    case = make_bottleneck(38, 40, 24, 4, experts=(3, 3), expert=expert, device=str(device))
-    with peft_fused.use_backend("triton"):
-        assert not unseen(case)
