@@ -131,7 +131,10 @@ def paths(dropout: float) -> list[Path]:
     torch.manual_seed(0)
     base = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     dylora = _layer(_model(peft_fused.DyLoraConfig(r=RANK, lora_dropout=dropout, target_modules=["linear"])))
-    adamix = _layer(_model(peft_fused.AdaMixConfig(r=RANK, num_experts=4, kind="lora", target_modules=["linear"])))
+    adamix = {
+        kind: _layer(_model(peft_fused.AdaMixConfig(r=RANK, num_experts=4, kind=kind, target_modules=["linear"])))
+        for kind in ("lora", "adapter")
+    }
     return [
         Path("base layer", base),
         Path("PEFT", _lora(dropout, accelerated=False)),
@@ -139,7 +142,10 @@ def paths(dropout: float) -> list[Path]:
         Path("accelerated, Triton from C++", _lora(dropout, accelerated=True), lambda: on_triton(cpp=True)),
         Path("accelerated, Triton from Python", _lora(dropout, accelerated=True), lambda: on_triton(cpp=False)),
         Path("DyLoRA, Triton from C++", dylora, lambda: on_triton(cpp=True)),
-        Path("AdaMix, Triton from C++", adamix, lambda: on_triton(cpp=True)),
+        *(
+            Path(f"AdaMix ({kind}), Triton from C++", layer, lambda: on_triton(cpp=True))
+            for kind, layer in adamix.items()
+        ),
     ]
 
 

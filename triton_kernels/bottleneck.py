@@ -24,11 +24,12 @@ from .bottleneck_plan import (
     BottleneckProblem,
     grad_constexprs,
     plan_bottleneck,
+    reduce_constexprs,
     rows_constexprs,
     shrink_only,
 )
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .tiles import cdiv, reduce_launch
+from .tiles import cdiv
 
 
 def bottleneck_fwd(call, *, plan=None):
@@ -93,7 +94,7 @@ def bottleneck_bwd(dy, call, z, *, like, needs, plan=None):
         if not needs.isdisjoint(("up", "up_bias")):
             sums_u = _sums(plan.grad_up, dy, a, route_u, grads.get("up"), bias=grads.get("up_bias"))
         if sums_d.experts + sums_u.experts:
-            _reduce(sums_d, sums_u, r, scale)
+            _reduce(sums_d, sums_u, r, scale, plan.reduce)
     return grads
 
 
@@ -212,12 +213,11 @@ def _sums(launch, x, s, route, weight, bias=None, unit_bias=None) -> _Sums:
     return _Sums(partials, vectors, weight, bias, route, experts, slots, row_splits, X)
 
 
-def _reduce(down: _Sums, up: _Sums, r, scale):
+def _reduce(down: _Sums, up: _Sums, r, scale, launch):
     """Second stage: one launch for both factors."""
     scale_ptr, scale = control(scale, 1.0)
-    tile, num_warps = reduce_launch(r)
-    down_programs, up_programs = (side.experts * cdiv(side.width, tile["BLOCK_X"]) for side in (down, up))
+    down_programs, up_programs = (side.experts * cdiv(side.width, launch.block_x) for side in (down, up))
     kernels.reduce_kernel[(down_programs + up_programs,)](
         *down.pointers(), *up.pointers(), scale_ptr, down_programs, r, scale, *down.sizes(), *up.sizes(),
-        **tile, num_warps=num_warps,
+        **reduce_constexprs(launch), num_warps=launch.num_warps, num_stages=1, maxnreg=None,
     )  # fmt: skip

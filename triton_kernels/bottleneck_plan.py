@@ -45,7 +45,7 @@ class BottleneckProblem(Problem):
         return ("triton", "torch")
 
     def native(self, backend: str) -> bool:
-        return backend == "torch" and self.device == "cpu"
+        return backend == "triton" or (backend == "torch" and self.device == "cpu")
 
     def launch_plan(self, backend: str):
         return plan_bottleneck(self) if backend == "triton" else None
@@ -92,6 +92,16 @@ class GradLaunch:
 
 
 @dataclass(frozen=True)
+class ReduceLaunch:
+    """Tile of the second stage: of partial sums, columns and units."""
+
+    block_p: int
+    block_x: int
+    block_r: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class BottleneckPlan:
     """How a problem runs. forward, backward (to dz and dh): one launch for both products, or two."""
 
@@ -99,6 +109,7 @@ class BottleneckPlan:
     backward: tuple[RowsLaunch, ...]
     grad_down: GradLaunch
     grad_up: GradLaunch
+    reduce: ReduceLaunch
 
     @property
     def fused(self) -> bool:
@@ -175,11 +186,13 @@ def _plan(p: BottleneckProblem) -> BottleneckPlan:
     if p.dtype not in DTYPES or p.adapter_dtype not in (p.dtype, "float32"):
         raise ValueError(f"unsupported types: h {p.dtype}, parameters {p.adapter_dtype}")
     kind = operand_class(p.dtype, p.adapter_dtype)
+    tile, reduce_warps = reduce_launch(p.r)
     return BottleneckPlan(
         forward=_rows(p, kind, p.n),
         backward=_rows(p, kind, p.k),
         grad_down=_grad(p, kind, p.k),
         grad_up=_grad(p, kind, p.n),
+        reduce=ReduceLaunch(*tile.values(), reduce_warps),
     )
 
 
@@ -234,12 +247,11 @@ def shrink_only(launches: tuple[RowsLaunch, ...]) -> tuple[RowsLaunch, ...]:
     return (replace(launches[0], expand=False, splits=1),)
 
 
-@dataclass(frozen=True)
-class BottleneckConfig(KernelConfig):
-    maxnreg: int | None
+def reduce_constexprs(launch: ReduceLaunch) -> dict[str, int]:
+    return {name.upper(): getattr(launch, name) for name in ("block_p", "block_x", "block_r")}
 
 
-def kernel_configs(problem: BottleneckProblem) -> list[BottleneckConfig]:
+def kernel_configs(problem: BottleneckProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
     chosen = plan_bottleneck(problem)
     configs = []
@@ -247,7 +259,7 @@ def kernel_configs(problem: BottleneckProblem) -> list[BottleneckConfig]:
     def add(kernel, constants, num_warps, num_stages, maxnreg=None):
         found = tuple(sorted(constants.items()))
         types = problem.dtype, problem.adapter_dtype
-        configs.append(BottleneckConfig(kernel, *types, found, num_warps, num_stages, maxnreg))
+        configs.append(KernelConfig(kernel, *types, found, num_warps, num_stages, maxnreg))
 
     for backward, launches in (
         (False, chosen.forward),
@@ -260,12 +272,11 @@ def kernel_configs(problem: BottleneckProblem) -> list[BottleneckConfig]:
     for launch, absent in ((chosen.grad_down, "sums_ptr"), (chosen.grad_up, "unit_sums_ptr")):
         constants = grad_constexprs(launch) | {"PREC": "tf32x3", absent: None}
         add("grad_kernel", constants, launch.num_warps, launch.num_stages, launch.maxnreg)
-    blocks, num_warps = reduce_launch(problem.r)
-    add("reduce_kernel", blocks, num_warps, 1)
+    add("reduce_kernel", reduce_constexprs(chosen.reduce), chosen.reduce.num_warps, 1)
     return list(dict.fromkeys(configs))
 
 
-def configurations(gpu: Gpu = H200) -> list[BottleneckConfig]:
+def configurations(gpu: Gpu = H200) -> list[KernelConfig]:
     """Every distinct kernel configuration of the plans for a GPU over all supported types, ranks and sizes with gelu,
     and for the other activations those of one size."""
     found = {}

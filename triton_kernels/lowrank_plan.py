@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from .problem import H200, Problem
+from .problem import H200, Gpu, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, padded_rank, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
@@ -340,13 +340,13 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     return configs
 
 
-def configurations() -> list[KernelConfig]:
-    """Every distinct kernel configuration of the default plans, over all supported types, ranks and sizes."""
+def configurations(gpu: Gpu = H200) -> list[KernelConfig]:
+    """Every distinct kernel configuration of the default plans for a GPU, over all supported types, ranks and sizes."""
     found = {}
     types = [(dtype, adapter) for dtype in DTYPES for adapter in dict.fromkeys((dtype, "float32"))]
     rows = [1 << i for i in range(0, 18)]
     ranks = [16, 32, 64, 128, 256]
     for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096, 4104), ranks, (False, True)):
-        problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", H200, r, dropout, True)
+        problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", gpu, r, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
     return list(found)

@@ -44,6 +44,6 @@ def test_a_path_is_what_it_says(monkeypatch):
             native.module.triton_launches()
             by_python.clear()
             step(path.layer)
-            kernels = 4 if "AdaMix" in name else 5
+            kernels = 4 if "(lora)" in name else 5
             expected = (0, kernels) if "Python" in name else (kernels, 0)
             assert (len(native.module.triton_launches()), len(by_python)) == expected

@@ -27,11 +27,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # By compute capability a GPU to make plans for. Of those whose code is of one shape, the first is compiled.
 GPUS = {
     90: H200,
-    80: Gpu("NVIDIA A100", 108, 163 * 1024),
-    86: Gpu("NVIDIA A40", 84, 99 * 1024),
-    89: Gpu("NVIDIA L40S", 142, 99 * 1024),
-    120: Gpu("NVIDIA RTX PRO 6000", 188, 99 * 1024),
-    100: Gpu("NVIDIA B200", 148, 227 * 1024),
+    80: Gpu("NVIDIA A100", 108, 163 * 1024, 80),
+    86: Gpu("NVIDIA A40", 84, 99 * 1024, 86),
+    89: Gpu("NVIDIA L40S", 142, 99 * 1024, 89),
+    120: Gpu("NVIDIA RTX PRO 6000", 188, 99 * 1024, 120),
+    100: Gpu("NVIDIA B200", 148, 227 * 1024, 100),
 }
 # Bytes of a thread. What Triton 3.6 compiles leaves a number or two of some kernels there.
 STACK_LIMIT = 16 if triton.__version__.startswith("3.6") else 0
@@ -164,7 +164,7 @@ class Row:
     def sizes(self):
         """The sides of its tiles and the stages of its loop, which decide its registers and memory; other numbers are
         constants of its code."""
-        sides = tuple(value for name, value in self.config.constexprs if name.startswith("BLOCK"))
+        sides = tuple(v for name, v in self.config.constexprs if name.startswith("BLOCK") or name in ("PLANES", "R"))
         return *sides, self.config.num_stages
 
     @property

@@ -1,5 +1,5 @@
-"""Compiles every kernel configuration of the default plans for sm_80 and sm_90, without a GPU, and reads the resource
-report: no register spills, shared memory within the limit, tensor-core instructions of the generation.
+"""Compiles every kernel configuration of the default plans for six GPUs, without one, and reads the resource report:
+no register spills, shared memory within the limit, tensor-core instructions of the generation.
 
 A test each; the end of the run has a table by kernel, and `pytest -rP` shows every configuration.
 """
@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import triton.language as tl
-from aot import TRITON_TYPES, Row, launch_source, to_compile
+from aot import GPUS, TRITON_TYPES, Row, launch_source, to_compile
 from peft_fused.triton_kernels import lowrank_kernels
 from peft_fused.triton_kernels.lowrank_plan import configurations
 
@@ -106,9 +106,9 @@ def source(config, aligned_rank):
 
 
 def rows():
-    for target, aligned_rank in product((80, 90), (True, False)):
+    for (target, gpu), aligned_rank in product(GPUS.items(), (True, False)):
         title = f"low rank, r {'a multiple of 16' if aligned_rank else 'of any size'}"
-        for c in configurations():
+        for c in configurations(gpu):
             # One full pass is enough: fp16 differs from bf16 in the name of its instructions only.
             full = target == 90 and aligned_rank
             if full or c.dtype != "float16" or (aligned_rank and c.adapter_dtype == "float32"):

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
 from peft_fused.ops import cases, native
-from peft_fused.ops.cases.lowrank import make_lowrank
+from peft_fused.ops.cases import make_bottleneck, make_lowrank
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the C++ extension is not built")
 
@@ -120,7 +120,7 @@ def launched(case, dy) -> tuple[list, list, list]:
 
 
 def all_cases():
-    for op in ("lowrank_linear", "lowrank"):
+    for op in ("lowrank_linear", "lowrank", "bottleneck"):
         for name, types in TYPES.items():
             for i, case in enumerate(cases.OPS[op].cases(op, *types, "cpu")):
                 yield pytest.param(case, id=f"{op}-{name}-{i}")
@@ -143,6 +143,19 @@ def all_cases():
             dtype, adapter = TYPES[name]
             case = make_lowrank("lowrank_linear", *sizes, dtype=dtype, adapter_dtype=adapter, **options)
             yield pytest.param(case, id=f"large-{name}-{i}")
+        dtype, adapter = TYPES[name]
+        for i, (sizes, options) in enumerate(
+            (
+                ((512, 768, 768, 16), {"experts": (4, 4), "expert": torch.tensor([0, 3])}),
+                ((512, 768, 3072, 200), {"experts": (4, None), "expert": torch.tensor(2), "wrt": ("h", "up")}),
+                ((96, 64, 64, 8), {"experts": (3, 2), "expert": (torch.tensor([0, 2, 1]), torch.tensor([1, 0]))}),
+                ((96, 64, 64, 8), {"wrt": ("up_bias",)}),
+                ((96, 64, 64, 8), {"wrt": ("down_bias",), "activation": "swish"}),
+                ((96, 64, 64, 8), {"wrt": ("h",), "activation": "identity"}),
+            )
+        ):
+            case = make_bottleneck(*sizes, dtype=dtype, adapter_dtype=adapter, **options)
+            yield pytest.param(case, id=f"bottleneck-large-{name}-{i}")
 
 
 @pytest.mark.parametrize("case", all_cases())
@@ -235,7 +248,8 @@ def test_the_driver_is_given_what_it_needs(with_driver):
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_drivers_error_is_told(with_driver):
     child = with_driver(13)
-    assert child.returncode == 1 and "RuntimeError: peft_fused: lowrank_kernels.shrink_kernel: CUDA_ERROR_OF_A_TEST" in child.stderr
+    said = "RuntimeError: peft_fused: lowrank_kernels.shrink_kernel: CUDA_ERROR_OF_A_TEST"
+    assert child.returncode == 1 and said in child.stderr
 
 
 def test_threads_share_what_is_compiled(to_list):

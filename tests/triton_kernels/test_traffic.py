@@ -1,7 +1,7 @@
 """How many kernels the low-rank op launches on an H200, and how many bytes they move, without one: see launches.py.
 
-Counted above the base layer, which reads x and W and writes y, and backward reads dY and W and writes dx: of each kernel
-every operand once, and what the base product reads again because it adds to it.
+Counted above the base layer, which reads x and W and writes y, and backward reads dY and W and writes dx: of each
+kernel every operand once, and what the base product reads again because it adds to it.
 """
 
 from dataclasses import dataclass
@@ -52,9 +52,9 @@ def traffic(m, n, k, r, adapter, dropout=0.0) -> Traffic:
 
 
 FORWARD, BACKWARD = ["shrink", "expand"], ["grad_b", "grad_a", "reduce"]
-# Of 4096 rows: m, n, k, r, type of the adapter, dropout -> MB at most. What no design avoids that leaves the base
-# product to the library is x read, the adapter's y written and read by the base product, 100.7 MB of the wide layer, and
-# backward dY and x read, dx written and read, 134.2 MB. The rest is S, the factors, and partial sums.
+# m, n, k, r, type of the adapter, dropout -> MB at most. What no design avoids that leaves the base product to the
+# library is x read, the adapter's y written and read by the base product, 100.7 MB of the wide layer, and backward dY
+# and x read, dx written and read, 134.2 MB. The rest is S, the factors, and partial sums.
 WIDE, NARROW = (4096, 4096, 4096, 16), (4096, 768, 768, 8)
 LIMITS = {
     (*WIDE, BF16, 0.0): (101.2, 148.3),
