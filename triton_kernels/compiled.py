@@ -88,6 +88,8 @@ def configured(module) -> None:
 def for_node(module, problem, plan):
     """The plan of a problem as the C++ node takes it."""
     configured(module)
-    kind = module.LowRankOnTriton if isinstance(plan, LowRankPlan) else module.BottleneckOnTriton
-    full = operand_class(problem.dtype, problem.adapter_dtype) == "full"
-    return kind(plan, precision if full else None)
+    if isinstance(plan, LowRankPlan):  # whose fp32 factors meet bf16 rows, and each other, as bf16 terms
+        kind, of_fp32 = module.LowRankOnTriton, operand_class(problem.dtype, problem.adapter_dtype) == "full"
+    else:
+        kind, of_fp32 = module.BottleneckOnTriton, problem.adapter_dtype == "float32"
+    return kind(plan, precision if of_fp32 else None)

@@ -166,6 +166,24 @@ def test_launch_for_launch(case, to_list):
         assert one == other == third
 
 
+@pytest.fixture
+def tf32_allowed():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("op, types", [("lowrank_linear", "fp32"), ("lowrank_linear", "fp16+fp32"), ("bottleneck", "fp32"),
+                                       ("bottleneck", "bf16+fp32")])  # fmt: skip
+def test_a_precision_that_pytorch_may_use_is_passed_on(op, types, to_list, tf32_allowed):
+    """Whoever lets PyTorch's fp32 products use tf32 gets that here too, where a product is one of fp32."""
+    case = cases.OPS[op].control(op, *TYPES[types], "cpu")
+    dy = torch.ones(*case.input.shape[:-1], case.outputs, dtype=case.input.dtype)
+    by_python, by_node, by_operation = launched(case, dy)
+    assert by_python == by_node == by_operation
+
+
 def test_a_wrong_argument_shows(to_list, monkeypatch):
     """A control: a scale that differs by one bit is another argument of every launch that has it."""
     case = make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32)
