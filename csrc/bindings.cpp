@@ -85,37 +85,31 @@ bool read_tensor(const py::object& value, at::Tensor& tensor, bool required) {
   return true;
 }
 
-// What becomes of a call on x, by the decisions that Python keeps by their keys (ops/operation.py): None for one that is
+// What becomes of a call, by the decisions that Python keeps by their keys (ops/operation.py): None for one that is
 // unusual (see Key), its key where nothing is decided yet, the decision where it is for another node, else the result of
-// run(decision). Under autocast the key is that of what autocast makes of the call; Python has to cast what runs
-// elsewhere, and for it the call is unusual.
+// run(decision). Under autocast a call is unusual until what becomes of it has been decided, and wherever it does not run
+// here: Python has to cast it then.
 template <typename Arguments, typename Run>
-py::object decided(const py::dict& decisions, Arguments& arguments, const at::Tensor& x, bool readable, Run run) {
+py::object decided(const py::dict& decisions, Arguments& arguments, bool readable, Run run) {
   if (!readable) return py::none();
-  auto key = peft_fused::key_of(arguments);
-  if (!key.usual()) return py::none();
-  const bool cast = at::autocast::is_autocast_enabled(x.device().type());
-  if (cast) {
-    if constexpr (requires { peft_fused::autocast(arguments); }) {
-      peft_fused::autocast(arguments);
-      key = peft_fused::key_of(arguments);
-    } else {
-      return py::none();
-    }
-  }
-  if (!key.usual()) return py::none();
+  const auto key = peft_fused::key_of(arguments);
+  constexpr bool castable = requires { peft_fused::autocast(arguments); };
+  if (!key.usual() || (key.cast() && !castable)) return py::none();
   py::bytes bytes(key.data(), key.size());
   PyObject* found = PyDict_GetItemWithError(decisions.ptr(), bytes.ptr());
   if (found == nullptr) {
     if (PyErr_Occurred()) throw py::error_already_set();
-    return cast ? py::object(py::none()) : std::move(bytes);
+    return key.cast() ? py::object(py::none()) : std::move(bytes);
   }
   static PyObject* const native = PyUnicode_InternFromString("native");
   const auto decision = py::reinterpret_borrow<py::object>(found);
   const auto here = py::reinterpret_steal<py::object>(PyObject_GetAttr(found, native));
   if (!here) throw py::error_already_set();
-  if (here.ptr() == Py_True) return py::cast(run(decision));
-  return cast ? py::object(py::none()) : decision;
+  if (here.ptr() != Py_True) return key.cast() ? py::object(py::none()) : decision;
+  if constexpr (castable) {
+    if (key.cast()) peft_fused::autocast(arguments);
+  }
+  return py::cast(run(decision));
 }
 
 // ---------------------------------------------------------------------------------- Triton's kernels, launched from C++
@@ -362,7 +356,7 @@ py::object lowrank(const py::dict& decisions, const py::object& x, const py::obj
       read_index(rank, a.rank, a.has_rank) &&
       read_pair(expert, a.expert_a, a.has_expert_a, a.expert_b, a.has_expert_b) &&
       read_dropout(dropout_p, seed, a.dropout) && read_flag(frozen, a.frozen);
-  return decided(decisions, a, a.x, readable, [&](const py::object& decision) {
+  return decided(decisions, a, readable, [&](const py::object& decision) {
     auto plan = on_triton<LowRankPlan>(decision);
     const py::gil_scoped_release release;
     return peft_fused::lowrank(a, std::move(plan));
@@ -380,7 +374,7 @@ py::object bottleneck(const py::dict& decisions, const py::object& h, const py::
                         read_pair(expert, a.expert_d, a.has_expert_d, a.expert_u, a.has_expert_u) &&
                         PyUnicode_Check(activation.ptr());
   if (readable) a.activation = py::cast<std::string>(activation);
-  return decided(decisions, a, a.h, readable, [&](const py::object& decision) {
+  return decided(decisions, a, readable, [&](const py::object& decision) {
     auto plan = on_triton<BottleneckPlan>(decision);
     const py::gil_scoped_release release;
     return peft_fused::bottleneck(a, std::move(plan));
@@ -411,7 +405,7 @@ py::object structured(const py::dict& decisions, const py::object& x, const py::
                         !outputs.tensor.defined() && std::abs(outputs.number) < 1e15 && read_control(scale, a.scale) &&
                         read_dropout(dropout_p, seed, a.dropout) && read_flag(transposed, a.transposed);
   if (has_outputs) a.out_features = static_cast<int64_t>(outputs.number);
-  return decided(decisions, a, a.x, readable, [&](const py::object& decision) {
+  return decided(decisions, a, readable, [&](const py::object& decision) {
     const auto [method, length, n, matrix] =
         decision.attr("plan").cast<std::tuple<std::string, int64_t, int64_t, py::object>>();
     const auto [p_name, q_name] = names.cast<std::pair<std::string, std::optional<std::string>>>();

@@ -80,9 +80,7 @@ def _specialised(kernel) -> str:
 @cache
 def configured(module) -> None:
     """Tells the extension of the kernels, once."""
-    module.configure_triton(
-        [_specialised(_kernel(name)) for name in module.triton_kernels], compile_kernel
-    )
+    module.configure_triton([_specialised(_kernel(name)) for name in module.triton_kernels], compile_kernel)
 
 
 def for_node(module, problem, plan):

@@ -21,10 +21,9 @@ import triton.language as tl
 
 from . import lowrank_kernels as kernels
 from .launching import control, dense, gpu_of, name_of, precision, stack_strides
-from .lowrank_plan import LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank
+from .lowrank_plan import GROUP_M, LowRankLaunch, LowRankPlan, LowRankProblem, plan_lowrank
 from .tiles import cdiv, padded_rank
 
-GROUP_M = 8
 _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 

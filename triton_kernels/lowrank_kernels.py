@@ -170,7 +170,7 @@ def shrink_kernel(
         wide_cols = cols.to(tl.int64)
         x_mask = and_if((rows < M)[:, None], (cols < K)[None, :], RAGGED)
         x = tl.load(x_rows + wide_cols[None, :] * stride_xk, mask=x_mask, other=0.0)
-        # Dead ranks are not even read: their columns of S come out as exact zeros.
+        # Dead ranks are not even read.
         a_mask = and_if(live[None, :], (cols < K)[:, None], RAGGED)
         a = tl.load(a_ranks + wide_cols[:, None] * stride_ak, mask=a_mask, other=0.0)
         if v_ptr is not None:
@@ -178,6 +178,7 @@ def shrink_kernel(
         if DROPOUT:
             x = tl.where(keep_mask(seed_ptr, rows, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, a, acc, PREC)
+    acc = tl.where(live[None, :], acc, 0.0)  # zeros times an x that is not finite are none
     factor = control(scale_ptr, scale, tl.float32)
     if DROPOUT:
         factor *= keep_scale(threshold)
@@ -345,6 +346,7 @@ def linear_kernel(
         a = tl.load(a_ranks + wide[:, None] * stride_ak, mask=a_mask, other=0.0)
         acc = dot(x, w, acc, PREC)
         s = dot(x, a, s, PREC)
+    s = tl.where(live[None, :], s, 0.0)
     if pid_n == 0:
         saved = s_ptr + wide_rows[:, None] * R + ranks[None, :]
         tl.store(saved, s.to(s_ptr.dtype.element_ty), mask=(rows < M)[:, None])
@@ -431,7 +433,7 @@ def grad_b_kernel(
                 tl.store(partial, db)
         if sums_ptr is not None:
             tl.store(sums_ptr + row_block.to(tl.int64) * N + cols, tl.sum(dy.to(tl.float32), 0), mask=cols < N)
-    dsu *= control(scale_ptr, scale, tl.float32)
+    dsu = tl.where(live[None, :], dsu, 0.0) * control(scale_ptr, scale, tl.float32)
     out = dsu_ptr + (plane * M.to(tl.int64) + rows)[:, None] * R + ranks[None, :]
     tl.store(out, dsu.to(dsu_ptr.dtype.element_ty), mask=(rows < M)[:, None])
 

@@ -3,7 +3,7 @@
 Nothing here needs triton, torch or a GPU. A plan comes from a table measured on the GPU at hand,
 `tuned/<gpu name>.json`, where there is one, and otherwise from the defaults below, which hold on any GPU: nothing is
 measured at run time and an unknown GPU is no error. The defaults were chosen from the compiler's resource report (no
-register spills, at most 163 KB of shared memory, so that they also run on sm_80), not from timings.
+register spills, no more shared memory than a GPU has), not from timings.
 
 A tuned file maps `table_key(problem)` to the fields that replace the default, for example
     {"m4096_n4096_k4096_r16_bfloat16_bfloat16": {"forward": "shrink_expand_gemm", "shrink": {"block_m": 32}}}
@@ -150,6 +150,8 @@ LINEAR_FEW_ROWS = {"half": (64, 32, 128, 4, 3), "split": (64, 32, 32, 4, 4), "fu
 LINEAR_SMALL = (64, 64, 64, 4, 3)
 LINEAR_LARGE = (128, 128, 64, 8, 3)
 
+# Rows of tiles of the single kernel that share their columns of W.
+GROUP_M = 8
 FEW_ROWS = 64
 # S on the fly repeats the product with A in every column of tiles; past this rank that outweighs reading W once.
 FEW_ROWS_MAX_RANK = 32
@@ -189,7 +191,12 @@ def _plan(problem: LowRankProblem) -> LowRankPlan:
         more = {n: replace(v, maxnreg=MAXNREG) for n, v in launches.items() if isinstance(v, LowRankLaunch)}
         chosen = replace(chosen, **more)
     changes = tuned_table(problem.gpu.name).get(table_key(problem)) if problem.device == "cuda" else None
-    return _merge(chosen, changes) if changes else chosen
+    chosen = _merge(chosen, changes) if changes else chosen
+    if chosen.forward == "single_kernel" and (chosen.linear is None or problem.dropout or not problem.has_weight):
+        raise ValueError(
+            f"a tuned plan has the single kernel, which it does not describe or which cannot run {problem}"
+        )
+    return chosen
 
 
 @lru_cache(maxsize=64)
@@ -261,9 +268,10 @@ def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
         shape = LINEAR_FEW_ROWS[kind]
         shape = (max(16, min(shape[0], next_power_of_2(p.m))), *shape[1:])
     elif kind == "half" and max(p.n, p.k) <= NARROW and p.r <= NARROW_MAX_RANK:
-        shape = LINEAR_LARGE
-        if cdiv(p.m, shape[0]) * cdiv(p.n, shape[1]) < p.gpu.sm_count:
-            shape = LINEAR_SMALL
+        # Without operands in shared memory the larger tile does not fit the registers.
+        large = p.gpu.capability in (90, 100)
+        many = cdiv(p.m, LINEAR_LARGE[0]) * cdiv(p.n, LINEAR_LARGE[1]) >= p.gpu.sm_count
+        shape = LINEAR_LARGE if large and many else LINEAR_SMALL
     else:
         return None
     block_m, block_n, block_k, num_warps, num_stages = shape
@@ -312,7 +320,7 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         if kernel in ("shrink_kernel", "expand_kernel", "grad_a_kernel"):
             flags["BLOCK_R"] = launch.block_r
         if launch.block_k:
-            flags |= {"BLOCK_K": launch.block_k, "GROUP_M": 8}
+            flags |= {"BLOCK_K": launch.block_k, "GROUP_M": GROUP_M}
         flags["RAGGED"] = columns % (launch.block_k or launch.block_n) != 0
         types = problem.dtype, problem.adapter_dtype
         options = launch.num_warps, launch.num_stages, launch.maxnreg

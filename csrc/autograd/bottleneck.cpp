@@ -307,7 +307,8 @@ void autocast(BottleneckArguments& a) {
 
 Key key_of(BottleneckArguments& a) {
   Key key(a.h);
-  for (const Tensor* t : {&a.h, &a.down, &a.down_bias, &a.up, &a.up_bias, &a.residual}) key.add(*t);
+  for (const Tensor* t : {&a.h, &a.residual}) key.add(*t);
+  for (const Tensor* t : {&a.down, &a.down_bias, &a.up, &a.up_bias}) key.add(*t, /*parameter=*/true);
   key.add(a.activation);
   key.add(a.scale);
   key.add(a.expert_d, a.has_expert_d);

@@ -39,6 +39,8 @@ bool plain(const Tensor& t) {
 
 Key::Key(const Tensor& x) {
   usual_ = plain(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled();
+  const auto device = x.device().type();
+  if (usual_ && at::autocast::is_autocast_enabled(device)) cast_ = at::autocast::get_autocast_dtype(device);
 }
 
 void autocast(const Tensor& x, at::ArrayRef<Tensor*> tensors, at::ArrayRef<Tensor*> parameters) {
@@ -49,12 +51,18 @@ void autocast(const Tensor& x, at::ArrayRef<Tensor*> tensors, at::ArrayRef<Tenso
     if (t->defined() && t->scalar_type() != at::kFloat) *t = at::autocast::cached_cast(type, *t, device);
 }
 
-void Key::add(const Tensor& t) {
+void Key::add(const Tensor& t, bool parameter) {
   if (!t.defined()) return put('-');
+  const auto type = t.scalar_type();
+  const bool casts = cast_ && at::isFloatingType(type) && type != at::kDouble && !(parameter && type == at::kFloat);
+  add_as(t, casts ? *cast_ : type);
+}
+
+void Key::add_as(const Tensor& t, at::ScalarType type) {
   usual_ = usual_ && plain(t);
   if (!usual_) return;
   const auto device = t.device();
-  const std::array<int8_t, 4> kind{static_cast<int8_t>(t.scalar_type()), static_cast<int8_t>(device.type()),
+  const std::array<int8_t, 4> kind{static_cast<int8_t>(type), static_cast<int8_t>(device.type()),
                                    static_cast<int8_t>(device.index()), static_cast<int8_t>(t.dim())};
   put(kind);
   put(t.sizes().data(), t.dim() * sizeof(int64_t));
@@ -64,7 +72,8 @@ void Key::add(double number) { put(number); }
 
 void Key::add(const Dropout& dropout) {
   put(dropout.p);
-  add(dropout.seed_tensor);
+  if (!dropout.seed_tensor.defined()) return put('-');
+  add_as(dropout.seed_tensor, dropout.seed_tensor.scalar_type());
 }
 
 void Key::add(const std::string& word) {
@@ -79,7 +88,7 @@ void Key::add(Control& control, bool present) {
     put('n');
     return put(control.number);
   }
-  add(t);
+  add_as(t, t.scalar_type());
   usual_ = usual_ && !t.requires_grad() && !t.is_complex();
   if (!usual_ || !t.is_cpu() || settings().cpu_is_device) return;
   if (t.dim() == 0) {

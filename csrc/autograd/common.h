@@ -47,12 +47,15 @@ bool plain(const at::Tensor& t);
 // All of a call that its checks and the choice of its path depend on, in bytes: calls of one key are checked and decided
 // once, by ops/operation.py. A call that cannot be told by its key is unusual: something of it is no plain tensor, a
 // number is none, a graph is traced, or a dispatch mode, such as selective checkpointing or fake tensors, has to see one
-// operation where a node would show it pieces.
+// operation where a node would show it pieces. Under autocast the key is that of what autocast makes of the call.
 class Key {
  public:
   // Begins the key of a call on x.
   explicit Key(const at::Tensor& x);
-  void add(const at::Tensor& t);  // undefined where absent
+  // An input of the op, undefined where absent; a parameter in fp32 stays that under autocast.
+  void add(const at::Tensor& t, bool parameter = false);
+  // Whether autocast is on where x is.
+  bool cast() const { return cast_.has_value(); }
   // A control on the CPU is read; one on a device stays there.
   void add(Control& control, bool present = true);
   void add(double number);
@@ -74,6 +77,9 @@ class Key {
   template <typename T>
   void put(T value) { put(&value, sizeof(T)); }
 
+  void add_as(const at::Tensor& t, at::ScalarType type);
+
+  std::optional<at::ScalarType> cast_;
   std::array<char, 1024> bytes_;
   size_t size_ = 0;
   bool usual_ = true;

@@ -321,7 +321,8 @@ void autocast(LowRankArguments& a) {
 
 Key key_of(LowRankArguments& a) {
   Key key(a.x);
-  for (const Tensor* t : {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v}) key.add(*t);
+  for (const Tensor* t : {&a.x, &a.weight, &a.add, &a.bias}) key.add(*t);
+  for (const Tensor* t : {&a.A, &a.B, &a.u, &a.v}) key.add(*t, /*parameter=*/true);
   key.add(a.scale);
   key.add(a.rank, a.has_rank);
   key.add(a.expert_a, a.has_expert_a);

@@ -11,7 +11,7 @@ namespace {
 using at::Tensor;
 using triton::Launch;
 
-constexpr int64_t kGroupM = 8;  // GROUP_M of triton_kernels/lowrank.py
+constexpr int64_t kGroupM = 8;  // GROUP_M of triton_kernels/lowrank_plan.py
 
 int64_t padded_rank(int64_t r) {
   int64_t padded = 16;

@@ -204,6 +204,8 @@ void Launch::run(std::array<int64_t, 3> grid, const Options& options) {
   void* stream = nullptr;
   if (!device_.is_cpu())
     stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).native_handle();
+  TORCH_CHECK(grid[0] < (int64_t{1} << 31) && grid[1] < 65536 && grid[2] < 65536, kKernelNames[kernel_],
+              " would need a grid of ", grid[0], " x ", grid[1], " x ", grid[2]);
   const auto side = [&](int i) { return static_cast<unsigned>(grid[i]); };
   switch (table().destination) {
     case Destination::driver: {

@@ -1,7 +1,7 @@
 """Which implementation runs an operation, and why not the others.
 
-A backend is usable when its list of reasons against it is empty. `decide` is a pure function of the problem and of what
-is forced; nothing is tried and caught. What depends on the op, its problem answers (triton_kernels/problem.py).
+A backend is usable when its list of reasons against it is empty. `decide` is a function of the problem and of what is
+forced; nothing is tried and caught. What depends on the op, its problem answers (triton_kernels/problem.py).
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def forced() -> str | None:
 
 
 def native_allowed() -> bool:
-    """Whether the C++ node may host the torch and cuda backends."""
+    """Whether the C++ node may host a backend."""
     return state.native and native.module is not None
 
 
@@ -187,12 +187,16 @@ def in_graph() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How a call runs: by which backend, in the C++ autograd node or in Python's, and by what plan of the problem."""
+    """How a call runs: by which backend, in the C++ autograd node or in Python's, and by what plan of the problem.
+
+    triton: whether Triton's kernels may have a part in it, because they can run it and nothing is forced.
+    """
 
     backend: str
     native: bool
     problem: object
     plan: object
+    triton: bool = False
 
 
 NO_CUDA_IN_GRAPH = (
@@ -230,7 +234,7 @@ def _decide(problem, asked: str | None, node: bool, native_wanted: bool, interpr
 
         hosted = not (interpret or _launched_by_python(compiled.why_not()))
         plan = compiled.for_node(native.module, problem, plan) if hosted else plan
-    return Decision(backend, hosted and node, problem, plan)
+    return Decision(backend, hosted and node, problem, plan, asked is None and not _against("triton", problem))
 
 
 @cache

@@ -8,8 +8,8 @@ A call is decided once: `dispatch.decide` says of its problem which backend runs
 plan, and whatever runs gets that `Decision`. (On Triton a structured op is one convolution or several, and the launcher
 plans each by its sizes: triton_kernels/fft_plan.py.) The C++ extension makes of a usual call a key, on which its checks
 and its decision depend alone: both are made once per key, and where the decision is for the C++ node, the extension
-runs the call. Autocast casts a call, which then begins anew. What else is unusual (tensor subclasses, dispatch modes,
-lazy values) is checked in full and decided without that node.
+runs the call, which it casts under autocast. Python casts what it does not run, and the call then begins anew. What
+else is unusual (tensor subclasses, dispatch modes, lazy values) is checked in full and decided without that node.
 """
 
 from dataclasses import dataclass, replace
@@ -470,7 +470,7 @@ class Operation:
 
 
 class _Node(torch.autograd.Function):
-    """An op without the C++ node: what eager mode runs when the extension is missing or the kernels are Triton's.
+    """An op without the C++ node: what eager mode runs when the extension is missing or has no node for a call.
 
     forward takes ctx, because torch inspects the signature of a separate setup_context on every call.
     """

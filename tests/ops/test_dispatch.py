@@ -24,7 +24,7 @@ from peft_fused.ops import (
     lowrank_torch,
     native,
 )
-from peft_fused.ops.cases import OPS
+from peft_fused.ops.cases import OPS, make_lowrank
 from peft_fused.ops.lowrank import LOWRANK, lowrank_problem
 from peft_fused.ops.operation import Operation
 from peft_fused.ops.structured import engine, fft, gemm, kernels, materialized
@@ -322,6 +322,18 @@ def test_an_aflora_layer_in_half_precision_is_explained_by_the_node_that_runs_it
 def test_explain_refuses_rows(rows, error, told):
     with pytest.raises(error, match=told):
         peft_fused.explain(LoraLinear.from_linear(torch.nn.Linear(8, 8)), rows=rows)
+
+
+def test_under_autocast_a_control_is_checked_as_without():
+    """A call with a number has been decided; one with a tensor in its place is another call."""
+    case = make_lowrank("lowrank_linear", 6, 16, 12, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            case.with_options(rank=2).call(OPS["lowrank_linear"].fn)
+        for rank in (torch.tensor(2.0), torch.tensor(True)):
+            with pytest.raises((TypeError, ValueError), match="rank"):
+                case.with_options(rank=rank).call(OPS["lowrank_linear"].fn)
+        assert case.with_options(rank=torch.tensor(2)).call(OPS["lowrank_linear"].fn).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["lowrank_linear", "bottleneck"])

@@ -49,7 +49,7 @@ def describe(config, aligned_rank):
 def problems(config, resources):
     found = resources.problems()
     rows = rows_of_products(config)
-    if rows and resources.target == 80 and (resources.wgmma or not resources.mma):
+    if rows and resources.target not in (90, 100) and (resources.wgmma or resources.tcgen05 or not resources.mma):
         found.append("expected mma.sync")
     # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
     if resources.target == 90 and bool(resources.wgmma) != any(m >= 64 for m in rows):

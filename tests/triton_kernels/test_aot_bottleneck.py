@@ -41,6 +41,8 @@ def problems(config, resources):
     (rows,) = products
     if not (resources.wgmma or resources.tcgen05 or resources.mma):
         found.append("expected tensor cores")
+    if resources.target not in (90, 100) and (resources.wgmma or resources.tcgen05):
+        found.append("expected mma.sync")
     # wgmma multiplies 64 rows at a time: a product of fewer takes mma.sync instead.
     if resources.target == 90 and bool(resources.wgmma) != (rows >= 64):
         found.append("expected wgmma")

@@ -46,6 +46,8 @@ def problems(config, resources):
         found.append("expected no mma.sync")
     if not (resources.wgmma or resources.tcgen05 or resources.mma):
         found.append("expected tensor cores")
+    if resources.target not in (90, 100) and (resources.wgmma or resources.tcgen05):
+        found.append("expected mma.sync")
     # A load reaches shared memory by itself only where it is not transposed in fp32 on its way, nor of odd rows.
     pipelined = config.dtype != "float32" and c["A2"] % 8 == 0 and config.num_stages > 1
     if resources.target == 90 and pipelined and not resources.copies:

@@ -304,6 +304,23 @@ def test_other_experts_get_zero(device):
     assert not got["dA"][[0, 2]].any() and not got["dB"][[0, 1]].any()
 
 
+@pytest.mark.parametrize("types", ["fp32", "bf16", "bf16-fp32"])
+@pytest.mark.parametrize("base", ["none", "weight"])
+def test_what_is_not_finite_stays_in_its_row(base, types, device):
+    """Ranks that are not there, padded or beyond `rank`, are zero whatever x and dY are, and pass nothing on."""
+    case = Case(base=base, types=types, T=21, N=24, K=16, r=5, rank=3)
+    t = make(case, device)
+    t["x"][3, 2] = t["dy"][7, 1] = float("inf")
+    c = controls(case)
+    call = LowRankCall(**{n: t[n] for n in ("x", "weight", "add", "bias", "A", "B", "u", "v")}, **c)
+    y, S = lowrank_fwd(call)
+    grads = lowrank_bwd(t["dy"], call, S, needs={"x", "A", "B"})
+    others = torch.arange(case.T, device=device) != 3
+    assert not S[:, 3:].any() and y[others].isfinite().all() and not S[3, :3].isfinite().any()
+    assert grads["x"][torch.arange(case.T, device=device) != 7].isfinite().all()
+    assert not grads["A"][3:, 3:].any() and not grads["B"][2:, 3:].any()
+
+
 def test_single_kernel_refuses_dropout(device):
     t = make(Case(base="weight"), device)
     plan = lowrank._plan(t["x"], t["A"].dtype, 80, 5, 0)

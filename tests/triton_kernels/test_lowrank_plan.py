@@ -127,6 +127,17 @@ def test_tuned_file_replaces_fields(tuned):
     assert plan_lowrank(replace(PROBLEM, gpu=Gpu("Another", 132))) == default
 
 
+@pytest.mark.parametrize("change", [{}, {"dropout": True}, {"has_weight": False}])
+def test_a_tuned_single_kernel_has_to_be_possible(tuned, change):
+    problem = replace(PROBLEM, **change)
+    linear = (
+        {"linear": dict(block_m=128, block_n=256, block_r=16, num_warps=8, num_stages=3, block_k=64)} if change else {}
+    )
+    tuned({table_key(problem): {"forward": "single_kernel", **linear}})
+    with pytest.raises(ValueError, match="single kernel"):
+        plan_lowrank(problem)
+
+
 def test_tuned_file_with_an_unknown_field_raises(tuned):
     tuned({table_key(PROBLEM): {"shrnk": {"block_m": 32}}})
     with pytest.raises(ValueError, match="shrnk"):

@@ -174,14 +174,25 @@ def tf32_allowed():
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("op, types", [("lowrank_linear", "fp32"), ("lowrank_linear", "fp16+fp32"), ("bottleneck", "fp32"),
-                                       ("bottleneck", "bf16+fp32")])  # fmt: skip
+OF_FP32 = [
+    ("lowrank_linear", "fp32"),
+    ("lowrank_linear", "fp16+fp32"),
+    ("bottleneck", "fp32"),
+    ("bottleneck", "bf16+fp32"),
+]
+
+
+@pytest.mark.parametrize(("op", "types"), OF_FP32)
 def test_a_precision_that_pytorch_may_use_is_passed_on(op, types, to_list, tf32_allowed):
     """Whoever lets PyTorch's fp32 products use tf32 gets that here too, where a product is one of fp32."""
     case = cases.OPS[op].control(op, *TYPES[types], "cpu")
     dy = torch.ones(*case.input.shape[:-1], case.outputs, dtype=case.input.dtype)
     by_python, by_node, by_operation = launched(case, dy)
     assert by_python == by_node == by_operation
+    with recording(cpp=True) as recorder, peft_fused.use_backend("triton"):
+        torch.autograd.grad(case.call(cases.OPS[op].fn), [case.tensors[name] for name in case.wrt], dy)
+    words = {value for one in recorder.compilations for value in one.constants.values() if isinstance(value, str)}
+    assert "tf32" in words and "tf32x3" not in words
 
 
 def test_a_wrong_argument_shows(to_list, monkeypatch):
@@ -194,8 +205,8 @@ def test_a_wrong_argument_shows(to_list, monkeypatch):
     assert different == [f"lowrank_kernels.{name}_kernel" for name in ("expand", "grad_b", "reduce")]
 
 
-def test_once_compiled_nothing_runs_python(to_list):
-    """A second call of a kind neither compiles nor launches from Python, whatever its controls."""
+def test_once_compiled_python_neither_compiles_nor_launches(to_list):
+    """Whatever the controls of a further call are."""
     make = lambda **options: make_lowrank("lowrank_linear", 70, 64, 96, 8, dtype=BF16, adapter_dtype=FP32, **options)  # noqa: E731
     dy = torch.ones(70, 96, dtype=BF16)
 
@@ -275,5 +286,6 @@ def test_threads_share_what_is_compiled(to_list):
     with recording(cpp=True) as recorder, peft_fused.use_backend("triton"), ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(case.call, cases.OPS[case.op].fn) for _ in range(40)]:
             done.result()
-        assert len({c.name for c in recorder.compilations}) == 2 and not recorder.launches
+        # Threads that come to a kernel at the same time may each compile it.
+        assert 2 <= len(recorder.compilations) <= 2 * 4 and not recorder.launches
     assert len(native.module.triton_launches()) == 80

@@ -285,11 +285,7 @@ def _gradients(decision, dy2, x2, p, q, scale, threshold, seed, needs):
         del options["kind"], options["k"]
         return gemm.backward(dy2, x2, p, q, **options)
     if method == "dense":
-        # With the dense form chosen because it is the faster one, and not because torch alone is asked for.
-        if dispatch.forced() is None and not dispatch.why_not("triton", decision.problem):
-            transforms = kernels.backward
-        else:
-            transforms = partial(fft.backward, length=length)
+        transforms = kernels.backward if decision.triton else partial(fft.backward, length=length)
         vectors = options | {"needs": (False, *needs[1:])}
         correlate = partial(transforms, dy2, x2, p, q, **vectors)
         return materialized.backward(dy2, x2, p, q, **options, correlate=correlate)
