@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import recording
+from rule import BF16, FP32, TYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
@@ -24,15 +25,6 @@ from peft_fused.ops import cases, native
 from peft_fused.ops.cases import make_bottleneck, make_lowrank
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the C++ extension is not built")
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TYPES = {
-    "fp32": (FP32, FP32),
-    "fp16": (FP16, FP16),
-    "bf16": (BF16, BF16),
-    "bf16+fp32": (BF16, FP32),
-    "fp16+fp32": (FP16, FP32),
-}
 
 
 @pytest.fixture
@@ -124,7 +116,7 @@ def all_cases():
         for name, types in TYPES.items():
             for i, case in enumerate(cases.OPS[op].cases(op, *types, "cpu")):
                 yield pytest.param(case, id=f"{op}-{name}-{i}")
-    for name in ("bf16", "bf16+fp32", "fp32"):
+    for name in ("bf16", "bf16-fp32", "fp32"):
         # Large enough to be shared out to planes; of ranks that take two passes; by all options at once.
         for i, (sizes, options) in enumerate(
             (
@@ -176,9 +168,9 @@ def tf32_allowed():
 
 OF_FP32 = [
     ("lowrank_linear", "fp32"),
-    ("lowrank_linear", "fp16+fp32"),
+    ("lowrank_linear", "fp16-fp32"),
     ("bottleneck", "fp32"),
-    ("bottleneck", "bf16+fp32"),
+    ("bottleneck", "bf16-fp32"),
 ]
 
 
@@ -229,6 +221,7 @@ import sys
 import torch
 sys.path.append(sys.argv[2])
 from launches import recording
+from rule import BF16, FP32, TYPES
 import peft_fused
 from peft_fused.ops import lowrank_adapter
 from peft_fused.triton_kernels import compiled
