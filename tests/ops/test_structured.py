@@ -307,7 +307,7 @@ def test_the_dense_form_on_a_gpu_is_chosen_by_arithmetic():
 
 
 def test_the_gradient_of_the_vectors_is_by_triton_where_it_runs(monkeypatch):
-    """Beside a dense matrix, in 16-bit types, unless plain torch is asked for."""
+    """Beside a dense matrix, in 16-bit types, unless plain torch is asked for: when the forward is decided."""
     ran, x, c = [], torch.randn(4, 8).bfloat16(), torch.randn(8, requires_grad=True)
     for module in (engine.kernels, engine.fft):
         name = module.__name__.rsplit(".", 1)[-1]
@@ -316,15 +316,19 @@ def test_the_gradient_of_the_vectors_is_by_triton_where_it_runs(monkeypatch):
         )
     monkeypatch.setattr(materialized, "work_dtype", lambda x, p: x.dtype)  # as on a GPU
 
-    def step():
-        structured.circulant_matmul(x, c).sum().backward()
+    def forward():
+        return structured.circulant_matmul(x, c).sum()
 
+    against = engine.dispatch._against
     with peft_fused.use_backend(None, native=False):
-        step()
-        monkeypatch.setattr(engine.dispatch, "why_not", lambda backend, problem: [])
-        step()
+        forward().backward()
+        monkeypatch.setattr(engine.dispatch, "_against", lambda b, p: () if b == "triton" else against(b, p))
+        engine.dispatch.forget()
+        forward().backward()
     with peft_fused.use_backend("torch", native=False):
-        step()
+        y = forward()
+    y.backward()
+    engine.dispatch.forget()
     assert ran == ["fft", "kernels", "fft"]
 
 
