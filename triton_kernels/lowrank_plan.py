@@ -154,7 +154,7 @@ LINEAR_LARGE = (128, 128, 64, 8, 3)
 GROUP_M = 8
 FEW_ROWS = 64
 # S on the fly repeats the product with A in every column of tiles; past this rank that outweighs reading W once.
-FEW_ROWS_MAX_RANK = 32
+FEW_ROWS_MAX_RANK = {"half": 32, "split": 32, "full": 16}
 # With more rows the single kernel has to keep up with the library's GEMM: where both sides are short, what it saves is
 # most of the time, and where operands are of one 16-bit type, the product with A is one more step on the tensor cores.
 NARROW = 1536
@@ -264,7 +264,7 @@ def _launch(table: dict, block_r: int) -> LowRankLaunch:
 def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
     if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
         return None
-    if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK:
+    if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK[kind]:
         shape = LINEAR_FEW_ROWS[kind]
         shape = (max(16, min(shape[0], next_power_of_2(p.m))), *shape[1:])
     elif kind == "half" and max(p.n, p.k) <= NARROW and p.r <= NARROW_MAX_RANK:
