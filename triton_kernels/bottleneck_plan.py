@@ -10,11 +10,8 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from .problem import H200, Gpu, Problem
+from .problem import H200, LARGE, Gpu, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, reduce_launch
-
-# Bytes of shared memory of a block: GPUs with less have no wgmma.
-LARGE = 227 * 1024
 
 BOTTLENECK_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swish", "tanh", "identity")
 
@@ -208,7 +205,7 @@ def _rows(p: BottleneckProblem, kind: str, columns: int) -> tuple[RowsLaunch, ..
     def launch(table, shrink, expand):
         block_r = _block_r(table, p.r)
         tile = table[block_r]
-        small = tile.small_rows and p.gpu.shared_memory < LARGE
+        small = tile.small_rows and p.gpu.shared_memory < LARGE  # and no wgmma
         block_m = min(enough, tile.small_rows if small else tile.most_rows)
         blocks = p.groups * cdiv(rows, block_m)
         splits = max(1, min(cdiv(busy, max(1, blocks)), columns // PART_COLUMNS)) if expand else 1

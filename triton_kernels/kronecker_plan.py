@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from .problem import H200, Gpu
+from .problem import H200, LARGE, MEDIUM, SMALL, Gpu
 from .tiles import DTYPES, KernelConfig, cdiv, next_power_of_2, operand_class
 
 
@@ -45,8 +45,6 @@ class KroneckerLaunch:
     grid: tuple[int, int]
 
 
-# Bytes of shared memory of a block that all GPUs have, that some have, and that those with wgmma have (`problem.Gpu`).
-SMALL, MEDIUM, LARGE = 99 * 1024, 163 * 1024, 227 * 1024
 TOGETHER, DX_ALONE, ALONE = ("xAB",), ("x", "AB"), ("x", "A", "B")
 
 

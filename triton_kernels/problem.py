@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass, field
 
+# Bytes of shared memory that a block may have: of sm_86, 89 and 120, of sm_80, and of sm_90 and 100.
+SMALL, MEDIUM, LARGE = 99 * 1024, 163 * 1024, 227 * 1024
+
 
 @dataclass(frozen=True)
 class Gpu:
     """A GPU as far as plans depend on it; by itself, one of which nothing is known. shared_memory: bytes that a block
-    may have: 99 KB of sm_86, 89 and 120, 163 of sm_80, 227 of sm_90 and 100. capability: 90 for sm_90."""
+    may have. capability: 90 for sm_90."""
 
     name: str = ""
     sm_count: int = 1
-    shared_memory: int = 227 * 1024
+    shared_memory: int = LARGE
     capability: int = 90
 
 

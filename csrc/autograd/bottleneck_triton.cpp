@@ -51,8 +51,8 @@ struct RowsOperands {
   bool backward = false;
 };
 
-void launch_rows(const BottleneckRowsLaunch& launch, int64_t groups, const BottleneckTritonCall& c, const RowsOperands& t,
-          const Route& route_in, const Route& route_out) {
+void launch_rows(const BottleneckRowsLaunch& launch, int64_t groups, const BottleneckTritonCall& c,
+                 const RowsOperands& t, const Route& route_in, const Route& route_out) {
   const Tensor b_in = dense(t.b_in), b_out = dense(t.b_out);
   const int64_t k = t.x.defined() ? t.x.size(1) : 0, n = t.y.defined() ? t.y.size(1) : 0;
   const int64_t group_rows = t.m / groups, row_blocks = cdiv(group_rows, launch.block_m);

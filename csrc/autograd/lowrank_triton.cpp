@@ -13,12 +13,6 @@ using triton::Launch;
 
 constexpr int64_t kGroupM = 8;  // GROUP_M of triton_kernels/lowrank_plan.py
 
-int64_t padded_rank(int64_t r) {
-  int64_t padded = 16;
-  while (padded < r) padded *= 2;
-  return padded;
-}
-
 int64_t planes_of(const Tensor& t) { return t.dim() == 3 ? t.size(0) : 1; }
 
 // For a sum [m, R] that `count` programs share: whole, or planes of fp32.
@@ -184,7 +178,7 @@ Tensor gradient_like(const Tensor& like) {
 std::pair<Tensor, Tensor> lowrank_triton_fwd(const LowRankTritonCall& c, const LowRankPlan& plan) {
   const int64_t m = c.x.size(0), n = c.B.size(-2), r = c.B.size(-1);
   const c10::DeviceGuard guard(c.x.device());
-  const Tensor y = at::empty({m, n}, c.x.options()), S = at::empty({m, padded_rank(r)}, c.A.options());
+  const Tensor y = at::empty({m, n}, c.x.options()), S = at::empty({m, plan.reduce.block_r}, c.A.options());
   if (plan.single_kernel) {
     linear(c, y, S, plan.linear);
     return {y, S};
@@ -204,7 +198,7 @@ std::pair<Tensor, Tensor> lowrank_triton_fwd(const LowRankTritonCall& c, const L
 
 LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, const Tensor& S, const LowRankNeeds& needs,
                                 const LowRankPlan& plan) {
-  const int64_t m = dy.size(0), n = dy.size(1), r = c.B.size(-1), R = padded_rank(r);
+  const int64_t m = dy.size(0), n = dy.size(1), r = c.B.size(-1), R = plan.reduce.block_r;
   const int64_t k = c.A.defined() ? c.A.size(-1) : c.x.defined() ? c.x.size(-1) : n;
   const c10::DeviceGuard guard(dy.device());
   LowRankGrads out;

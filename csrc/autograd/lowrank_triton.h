@@ -11,7 +11,8 @@ struct LowRankLaunch {
 
 struct LowRankPlan {
   bool single_kernel = false, one_pass_b = false, fused_a = false;
-  LowRankLaunch shrink, expand, linear, grad_b, dsu, db, grad_a, reduce;
+  LowRankLaunch shrink, expand, linear, grad_b, dsu, db, grad_a;
+  LowRankLaunch reduce;  // its block_r are all ranks, padded as those of S are
 };
 
 // A call as the kernels take it, settled: of a control the tensor where there is one, else the number.

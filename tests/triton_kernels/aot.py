@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 
 import triton
-from peft_fused.triton_kernels.problem import H200, Gpu
+from peft_fused.triton_kernels.problem import H200, LARGE, MEDIUM, SMALL, Gpu
 from peft_fused.triton_kernels.tiles import operand_class
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -27,11 +27,11 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 # By compute capability a GPU to make plans for. Of those whose code is of one shape, the first is compiled.
 GPUS = {
     90: H200,
-    80: Gpu("NVIDIA A100", 108, 163 * 1024, 80),
-    86: Gpu("NVIDIA A40", 84, 99 * 1024, 86),
-    89: Gpu("NVIDIA L40S", 142, 99 * 1024, 89),
-    120: Gpu("NVIDIA RTX PRO 6000", 188, 99 * 1024, 120),
-    100: Gpu("NVIDIA B200", 148, 227 * 1024, 100),
+    80: Gpu("NVIDIA A100", 108, MEDIUM, 80),
+    86: Gpu("NVIDIA A40", 84, SMALL, 86),
+    89: Gpu("NVIDIA L40S", 142, SMALL, 89),
+    120: Gpu("NVIDIA RTX PRO 6000", 188, SMALL, 120),
+    100: Gpu("NVIDIA B200", 148, LARGE, 100),
 }
 # Bytes of a thread. What Triton 3.6 compiles leaves a number or two of some kernels there.
 STACK_LIMIT = 16 if triton.__version__.startswith("3.6") else 0
