@@ -7,6 +7,7 @@
 
 #include "autograd/bottleneck.h"
 #include "autograd/lowrank.h"
+#include "autograd/shared_shrink.h"
 #include "autograd/structured.h"
 #include "dropout.h"
 #include "triton_launch/launch.h"
@@ -346,13 +347,13 @@ py::list recorded_launches() {
 
 py::object lowrank(const py::dict& decisions, const py::object& x, const py::object& weight, const py::object& add,
                    const py::object& bias, const py::object& A, const py::object& B, const py::object& u, const py::object& v,
-                   const py::object& scale, const py::object& rank, const py::object& expert,
+                   const py::object& S, const py::object& scale, const py::object& rank, const py::object& expert,
                    const py::object& dropout_p, const py::object& seed, const py::object& frozen) {
   LowRankArguments a;
   const bool readable =
       read_tensor(x, a.x, true) && read_tensor(weight, a.weight, false) && read_tensor(add, a.add, false) &&
-      read_tensor(bias, a.bias, false) && read_tensor(A, a.A, true) && read_tensor(B, a.B, true) &&
-      read_tensor(u, a.u, false) && read_tensor(v, a.v, false) && read_control(scale, a.scale) &&
+      read_tensor(bias, a.bias, false) && read_tensor(A, a.A, S.is_none()) && read_tensor(B, a.B, true) &&
+      read_tensor(u, a.u, false) && read_tensor(v, a.v, false) && read_tensor(S, a.S, false) && read_control(scale, a.scale) &&
       read_index(rank, a.rank, a.has_rank) &&
       read_pair(expert, a.expert_a, a.has_expert_a, a.expert_b, a.has_expert_b) &&
       read_dropout(dropout_p, seed, a.dropout) && read_flag(frozen, a.frozen);
@@ -378,6 +379,25 @@ py::object bottleneck(const py::dict& decisions, const py::object& h, const py::
     auto plan = on_triton<BottleneckPlan>(decision);
     const py::gil_scoped_release release;
     return peft_fused::bottleneck(a, std::move(plan));
+  });
+}
+
+py::object shared_shrink(const py::dict& decisions, const py::object& x, const py::sequence& factors,
+                         const py::object& dropout_p, const py::object& out_features) {
+  peft_fused::SharedShrinkArguments a;
+  Control outputs;
+  bool has_outputs = false;
+  bool readable = read_tensor(x, a.x, true) && read_dropout(dropout_p, py::none(), a.dropout) &&
+                  read_index(out_features, outputs, has_outputs) && !outputs.tensor.defined();
+  for (const auto& factor : factors) {
+    a.factors.emplace_back();
+    readable = readable && read_tensor(py::reinterpret_borrow<py::object>(factor), a.factors.back(), true);
+  }
+  a.out_features = static_cast<int64_t>(outputs.number);
+  return decided(decisions, a, readable && !a.factors.empty(), [&](const py::object& decision) {
+    auto plan = on_triton<LowRankPlan>(decision);
+    const py::gil_scoped_release release;
+    return peft_fused::shared_shrink(a, std::move(plan));
   });
 }
 
@@ -426,6 +446,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Autograd functions of peft_fused in C++.";
   m.def("lowrank", &lowrank, "The op of ops/lowrank.py, if the decisions say so of this call.");
   m.def("bottleneck", &bottleneck, "The op of ops/bottleneck.py, if the decisions say so of this call.");
+  m.def("shared_shrink", &shared_shrink, "The op of ops/shared_shrink.py, if the decisions say so of this call.");
+  m.def("shared_shrink_ran", &peft_fused::shared_shrink_ran, "Whether backward has run through what made this S.");
   m.def("structured", &structured, "A structured op of ops/structured/engine.py, if the decisions say so of this call.");
   m.def("drop", [](const at::Tensor& x, const at::Tensor& seed, int64_t threshold, int64_t first_row) {
     py::gil_scoped_release release;

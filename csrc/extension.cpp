@@ -4,6 +4,7 @@
 #include "autograd/common.cpp"
 #include "autograd/lowrank.cpp"
 #include "autograd/lowrank_triton.cpp"
+#include "autograd/shared_shrink.cpp"
 #include "autograd/structured.cpp"
 #include "bindings.cpp"
 #include "dropout.cpp"

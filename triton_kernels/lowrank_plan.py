@@ -30,13 +30,24 @@ class LowRankProblem(Problem):
     has_weight: bool
     uv: bool = False  # whether there is u or v
     stacked: bool = False  # whether A or B are stacks of experts
+    given: bool = False  # whether S is given in place of A
+    members: int = 1  # factors of ranks up to r that share x, of which nothing but S is wanted
+
+    def shared_by(self, members: int) -> "LowRankProblem":
+        """The product with x alone, of so many layers like this one."""
+        return replace(self, n=members * self.r, has_weight=False, members=members)
 
     def describe(self) -> str:
         op = "lowrank_linear" if self.has_weight else "lowrank_adapter"
+        if self.members > 1:
+            op = f"shared_shrink of {self.members} factors"
         return self.sentence(op, f", r={self.r}", parameters="A, B", more=", dropout" if self.dropout else "")
 
     def limits(self, backend: str) -> list[str]:
-        return [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
+        reasons = [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
+        if backend == "cuda" and self.members > 1:
+            reasons.append("it has no kernel for factors that share x")
+        return reasons
 
     def preference(self) -> tuple[str, ...]:
         # For products of mixed types the CUDA backend converts the larger operand.

@@ -22,7 +22,7 @@ using torch::autograd::variable_list;
 
 // ------------------------------------------------------------------------------------------------------------ pieces
 
-enum LowRankInput { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kLowRankInputs };
+enum LowRankInput { kX, kWeight, kAdd, kBias, kA, kB, kU, kV, kS, kLowRankInputs };
 
 // Everything backward needs that is no tensor to be differentiated.
 struct LowRankCall : torch::CustomClassHolder {
@@ -30,6 +30,7 @@ struct LowRankCall : torch::CustomClassHolder {
   int64_t rank = 0, expert_a = 0, expert_b = 0, threshold = 0;
   bool frozen = false, mixed = false;
   bool grad = false;  // whether autograd records the call
+  int64_t given_columns = 0;  // of S, where it is an input
   c10::intrusive_ptr<LowRankOnTriton> on_triton;
   // Position of each input among the tensors that are present, as the node numbers its edges; -1 for an absent one.
   int edge[kLowRankInputs];
@@ -65,6 +66,8 @@ struct Adapter {
     }
   }
   Tensor mask(const Tensor& S) const { return kept.defined() ? S * kept : S; }
+  // Without the columns beyond the ranks, which S may have where it is given or comes from Triton's kernels.
+  Tensor live(const Tensor& S) const { return S.defined() && S.size(1) > width ? S.narrow(1, 0, width) : S; }
   // v . B
   Tensor weighted() const { return v.defined() ? B * v.unsqueeze(1) : B; }
   // v . B . u, by a scale of the device: the operand beside S forward and beside dY backward.
@@ -105,18 +108,19 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 }
 #endif
 
-// y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S.
+// y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S, computed unless it is given.
 std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
-                                const Tensor& A_stack, const Adapter& ad, const LowRankCall& c, const Device& d) {
+                                const Tensor& A_stack, const Tensor& given, const Adapter& ad, const LowRankCall& c,
+                                const Device& d) {
   const int64_t m = x2.size(0), n = ad.B.size(0);
   const Tensor W = weight.defined() ? weight.t() : weight;
   const bool base_first = W.defined() && uses_onednn(x2, W);
   const Tensor y = base_first ? onednn_linear(x2, weight, bias) : at::empty({m, n}, x2.options());
   const Tensor Q = ad.outer(d).t();
-  Tensor S;
-  bool have_S = false;
+  Tensor S = ad.live(given);
+  bool have_S = S.defined();
 #ifdef PEFT_FUSED_CUDA
-  if (x2.is_cuda()) {
+  if (x2.is_cuda() && !have_S) {
     S = shrink_cuda(x2, A_stack, ad, c, d);
     have_S = true;
   }
@@ -149,7 +153,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     }
   }
   if (W.defined() && !base_first) y.addmm_(x2, W);
-  return {y, S};
+  return {y, given.defined() ? given : S};
 }
 
 // The gradient of the live rows (columns) of a factor, in a tensor like the factor, zero elsewhere.
@@ -171,8 +175,8 @@ Tensor place(Tensor grad, const Tensor& factor, int64_t expert, const Tensor& de
 }
 
 LowRankTritonCall triton_call(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
-                              const Tensor& A, const Tensor& B, const Tensor& u, const Tensor& v, const LowRankCall& c,
-                              const Device& d) {
+                              const Tensor& A, const Tensor& B, const Tensor& u, const Tensor& v, const Tensor& S,
+                              const LowRankCall& c, const Device& d) {
   const auto control = [](const Tensor& t, double number) { return Control{t, number}; };
   LowRankTritonCall call{x2, weight, add2, bias, A, B, u, v, d.seed};
   call.scale = control(d.scale, c.scale);
@@ -180,6 +184,7 @@ LowRankTritonCall triton_call(const Tensor& x2, const Tensor& weight, const Tens
   call.expert_a = control(d.expert_a, static_cast<double>(c.expert_a));
   call.expert_b = control(d.expert_b, static_cast<double>(c.expert_b));
   call.threshold = c.threshold, call.frozen = c.frozen, call.precision = c.on_triton->precision;
+  call.S = S;
   return call;
 }
 
@@ -189,21 +194,23 @@ struct LowRank : torch::autograd::Function<LowRank> {
   using Optional = std::optional<Tensor>;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Optional& weight_, const Optional& add_,
-                        const Optional& bias_, const Tensor& A, const Tensor& B, const Optional& u_,
-                        const Optional& v_, const c10::intrusive_ptr<LowRankCall>& call, const Device& d) {
+                        const Optional& bias_, const Optional& A_, const Tensor& B, const Optional& u_,
+                        const Optional& v_, const Optional& S_, const c10::intrusive_ptr<LowRankCall>& call,
+                        const Device& d) {
     const BelowAutograd guard;
     const LowRankCall& c = *call;
     const auto get = [](const Optional& t) { return t ? *t : Tensor(); };
     const Tensor weight = get(weight_), add = get(add_), bias = get(bias_), u = get(u_), v = get(v_);
+    const Tensor A = get(A_), given = get(S_);
     const Tensor x2 = rows_of(x), add2 = add.defined() ? rows_of(add) : add;
     const auto [y, S] =
-        c.on_triton ? lowrank_triton_fwd(triton_call(x2, weight, add2, bias, A, B, u, v, c, d), c.on_triton->plan)
-                    : adapt(x2, weight, add2, bias, A, Adapter(A, B, u, v, c, d), c, d);
+        c.on_triton ? lowrank_triton_fwd(triton_call(x2, weight, add2, bias, A, B, u, v, given, c, d), c.on_triton->plan)
+                    : adapt(x2, weight, add2, bias, A, given, Adapter(A, B, u, v, c, d), c, d);
     if (!c.grad) return unflatten(y, x);
     const auto needs = [&](const Tensor& t) { return t.defined() && t.requires_grad(); };
-    const bool keeps_x = needs(A) || needs(weight), keeps_A = needs(A) || needs(x);
-    const bool keeps_S = needs(B) || needs(u) || needs(v), keeps_adapter = keeps_A || keeps_S;
-    const bool any = keeps_x || keeps_adapter;
+    const bool keeps_x = needs(A) || needs(weight), keeps_A = A.defined() && (needs(A) || needs(x));
+    const bool keeps_S = needs(B) || needs(u) || needs(v), keeps_adapter = keeps_A || keeps_S || needs(given);
+    const bool any = keeps_x || needs(x) || keeps_adapter;
     ctx->save_for_backward({kept(keeps_x, x, "x"), kept(needs(x), weight, "weight"), kept(keeps_A, A, "A"),
                             kept(keeps_adapter, B, "B"), kept(keeps_adapter, u, "u"), kept(keeps_adapter, v, "v"),
                             kept(keeps_S, S, "S"), kept(any, d.scale, "scale"), kept(any, d.rank, "rank"),
@@ -227,17 +234,20 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const auto need = [&](LowRankInput i) { return c.edge[i] >= 0 && ctx->needs_input_grad(c.edge[i]); };
 
     const Tensor dy2 = rows_of(dy);
-    const int64_t m = dy2.size(0), n = dy2.size(1), k = A.defined() ? A.size(-1) : 0;
+    const int64_t m = dy2.size(0), n = dy2.size(1);
+    const int64_t k = A.defined() ? A.size(-1) : weight.defined() ? weight.size(1) : 0;
+    const bool need_x = need(kX) && (A.defined() || weight.defined());
     auto of_x = dy.sizes().vec();
     of_x.back() = k;
     if (c.on_triton && B.defined()) {
       const Tensor x2 = x.defined() ? rows_of(x) : x;
-      const LowRankNeeds needs{need(kX), need(kWeight), need(kBias), need(kA), need(kB), need(kU), need(kV)};
-      const auto call = triton_call(x2, weight, Tensor(), Tensor(), A, B, u, v, c, d);
+      LowRankNeeds needs{need_x, need(kWeight), need(kBias), need(kA), need(kB), need(kU), need(kV)};
+      needs.S = need(kS);
+      const auto call = triton_call(x2, weight, Tensor(), Tensor(), A, B, u, v, Tensor(), c, d);
       const auto found = lowrank_triton_bwd(dy2, call, saved[6], needs, c.on_triton->plan);
       out[kWeight] = found.weight, out[kBias] = found.bias, out[kA] = found.A, out[kB] = found.B;
-      out[kU] = found.u, out[kV] = found.v;
-      if (need(kX)) out[kX] = found.x.view(of_x);
+      out[kU] = found.u, out[kV] = found.v, out[kS] = found.S;
+      if (need_x) out[kX] = found.x.view(of_x);
       if (need(kAdd)) out[kAdd] = dy;
       return out;
     }
@@ -252,11 +262,13 @@ struct LowRank : torch::autograd::Function<LowRank> {
       zeros(kU, u);
       zeros(kV, v);
       if (need(kWeight)) out[kWeight] = at::zeros({n, x.size(-1)}, x.options());
-      if (need(kX)) out[kX] = at::empty(of_x, dy.options());
+      if (need_x) out[kX] = at::empty(of_x, dy.options());
+      if (need(kS)) out[kS] = at::zeros({0, c.given_columns}, B.options());
       return out;
     }
-    const bool need_dS = need(kX) || need(kA), need_raw = need(kB) || need(kU) || need(kV);
-    const Tensor S = saved[6];
+    const bool adapter_dx = need_x && A.defined(), need_raw = need(kB) || need(kU) || need(kV);
+    const bool need_dS = adapter_dx || need(kA) || need(kS);
+    const Tensor S = ad.live(saved[6]);
 
     // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dY^T S, dA and dx.
     const auto type = B.defined() ? B.scalar_type() : dy2.scalar_type();
@@ -264,9 +276,13 @@ struct LowRank : torch::autograd::Function<LowRank> {
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;
     const Tensor outer = need_dS ? ad.mask(ad.outer(d)) : Tensor();
-    const bool base_first = need(kX) && weight.defined() && uses_onednn(dy2, weight);
+    const bool base_first = need_x && weight.defined() && uses_onednn(dy2, weight);
     Tensor dx;
-    if (need(kX)) dx = base_first ? onednn_linear(dy2, weight.t(), Tensor()) : at::empty({m, k}, dy2.options());
+    if (need_x) dx = base_first ? onednn_linear(dy2, weight.t(), Tensor()) : at::empty({m, k}, dy2.options());
+    if (need(kS)) {
+      out[kS] = c.given_columns > width ? at::zeros({m, c.given_columns}, B.options())
+                                        : at::empty({m, width}, B.options());
+    }
     Tensor raw, dA;
     const bool raw_transposed = m * n > kSmallProduct;
     for (int64_t i = 0; i < blocks.count; ++i) {
@@ -276,8 +292,9 @@ struct LowRank : torch::autograd::Function<LowRank> {
       }
       if (!need_dS) continue;
       const Tensor dS = product(dyi, outer, c.scale);
+      if (need(kS)) blocks.of(ad.live(out[kS]), i).copy_(dS);
       if (need(kA)) accumulate(dA, product(dS.t(), blocks.cast_and_drop(x2, i, type, c.threshold, d.seed), 1));
-      if (need(kX)) {
+      if (adapter_dx) {
         Tensor out_rows = blocks.of(dx, i);
         if (!base_first && !c.mixed) {
           at::mm_out(out_rows, dS, ad.A);
@@ -305,8 +322,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
     }
     if (need(kA)) out[kA] = place(dA, A, c.expert_a, d.expert_a, c, d, /*columns=*/false);
     if (need(kWeight)) out[kWeight] = dy2.t().mm(x2);
-    if (need(kX)) {
-      if (weight.defined() && !base_first) dx.addmm_(dy2, weight);
+    if (need_x) {
+      if (weight.defined() && !base_first) dx.addmm_(dy2, weight, /*beta=*/adapter_dx ? 1 : 0);
       out[kX] = dx.view(of_x);
     }
     return out;
@@ -316,13 +333,13 @@ struct LowRank : torch::autograd::Function<LowRank> {
 }  // namespace
 
 void autocast(LowRankArguments& a) {
-  autocast(a.x, {&a.x, &a.weight, &a.add, &a.bias}, {&a.A, &a.B, &a.u, &a.v});
+  autocast(a.x, {&a.x, &a.weight, &a.add, &a.bias}, {&a.A, &a.B, &a.u, &a.v, &a.S});
 }
 
 Key key_of(LowRankArguments& a) {
   Key key(a.x);
   for (const Tensor* t : {&a.x, &a.weight, &a.add, &a.bias}) key.add(*t);
-  for (const Tensor* t : {&a.A, &a.B, &a.u, &a.v}) key.add(*t, /*parameter=*/true);
+  for (const Tensor* t : {&a.A, &a.B, &a.u, &a.v, &a.S}) key.add(*t, /*parameter=*/true);
   key.add(a.scale);
   key.add(a.rank, a.has_rank);
   key.add(a.expert_a, a.has_expert_a);
@@ -335,21 +352,22 @@ Key key_of(LowRankArguments& a) {
 Tensor lowrank(const LowRankArguments& a, c10::intrusive_ptr<LowRankOnTriton> on_triton) {
   auto call = c10::make_intrusive<LowRankCall>();
   call->on_triton = std::move(on_triton);
-  call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.A.size(-2);
+  call->rank = a.has_rank ? static_cast<int64_t>(a.rank.number) : a.B.size(-1);
   call->expert_a = static_cast<int64_t>(a.expert_a.number);
   call->expert_b = static_cast<int64_t>(a.expert_b.number);
   call->threshold = a.dropout.threshold();
   call->frozen = a.frozen;
   call->grad = at::GradMode::is_enabled();
-  call->mixed = a.A.scalar_type() != a.x.scalar_type();
+  call->mixed = a.B.scalar_type() != a.x.scalar_type();
+  if (a.S.defined()) call->given_columns = a.S.size(1);
   Device d{a.scale.tensor, a.rank.tensor, a.expert_a.tensor, a.expert_b.tensor,
            a.dropout.seed_on(a.x.device())};
   call->scale = d.scale.defined() ? 1.0 : a.scale.number;
   int edges = 0;
-  const Tensor* inputs[kLowRankInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v};
+  const Tensor* inputs[kLowRankInputs] = {&a.x, &a.weight, &a.add, &a.bias, &a.A, &a.B, &a.u, &a.v, &a.S};
   for (int i = 0; i < kLowRankInputs; ++i) call->edge[i] = inputs[i]->defined() ? edges++ : -1;
-  return LowRank::apply(a.x, optional(a.weight), optional(a.add), optional(a.bias), a.A, a.B, optional(a.u),
-                        optional(a.v), call, d);
+  return LowRank::apply(a.x, optional(a.weight), optional(a.add), optional(a.bias), optional(a.A), a.B, optional(a.u),
+                        optional(a.v), optional(a.S), call, d);
 }
 
 }  // namespace peft_fused

@@ -6,7 +6,7 @@
 namespace peft_fused {
 
 struct LowRankArguments {
-  at::Tensor x, weight, add, bias, A, B, u, v;  // undefined where absent
+  at::Tensor x, weight, add, bias, A, B, u, v, S;  // undefined where absent; A where S is given
   Control scale, rank, expert_a, expert_b;
   bool has_rank = false, has_expert_a = false, has_expert_b = false;
   Dropout dropout;

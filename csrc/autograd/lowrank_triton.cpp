@@ -256,4 +256,9 @@ LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, co
   return out;
 }
 
+std::vector<Tensor> shared_shrink_triton_fwd(const SharedShrinkTritonCall&, const LowRankPlan&) { TORCH_CHECK(false, "stub"); }
+
+SharedShrinkGrads shared_shrink_triton_bwd(const std::vector<Tensor>&, const Tensor&, const SharedShrinkTritonCall&, bool,
+                                           const std::vector<bool>&, const LowRankPlan&) { TORCH_CHECK(false, "stub"); }
+
 }  // namespace peft_fused

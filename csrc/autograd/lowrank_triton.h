@@ -1,5 +1,7 @@
 // The low-rank op by Triton's kernels: what triton_kernels/lowrank.py launches, launched from here.
 #pragma once
+#include <vector>
+
 #include "common.h"
 
 namespace peft_fused {
@@ -18,6 +20,7 @@ struct LowRankPlan {
 // A call as the kernels take it, settled: of a control the tensor where there is one, else the number.
 struct LowRankTritonCall {
   at::Tensor x, weight, add, bias, A, B, u, v, seed;  // x and add by rows
+  at::Tensor S;  // given; A is then undefined
   Control scale, rank, expert_a, expert_b;
   int64_t threshold = 0;
   bool frozen = false;
@@ -28,15 +31,38 @@ struct LowRankTritonCall {
 std::pair<at::Tensor, at::Tensor> lowrank_triton_fwd(const LowRankTritonCall& call, const LowRankPlan& plan);
 
 struct LowRankNeeds {
-  bool x = false, weight = false, bias = false, A = false, B = false, u = false, v = false;
+  bool x = false, weight = false, bias = false, A = false, B = false, u = false, v = false, S = false;
 };
 
 struct LowRankGrads {
-  at::Tensor x, weight, bias, A, B, u, v;
+  at::Tensor x, weight, bias, A, B, u, v, S;
 };
 
 // The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B.
 LowRankGrads lowrank_triton_bwd(const at::Tensor& dy, const LowRankTritonCall& call, const at::Tensor& S,
                                 const LowRankNeeds& needs, const LowRankPlan& plan);
+
+// The products of several factors [r, K] with the rows x [M, K] that they share; seeds: one of each, [G] int64.
+struct SharedShrinkTritonCall {
+  at::Tensor x;
+  std::vector<at::Tensor> factors;
+  at::Tensor seeds;
+  int64_t threshold = 0;
+  int precision = 0;
+};
+
+// S [M, R] of every factor.
+std::vector<at::Tensor> shared_shrink_triton_fwd(const SharedShrinkTritonCall& call, const LowRankPlan& plan);
+
+struct SharedShrinkGrads {
+  at::Tensor x;
+  std::vector<at::Tensor> factors;
+};
+
+// From dS [M, R] of every factor, undefined where it has none: dx [M, K], added to `onto` in place where that is defined,
+// and dA of the factors that need one.
+SharedShrinkGrads shared_shrink_triton_bwd(const std::vector<at::Tensor>& grads, const at::Tensor& onto,
+                                           const SharedShrinkTritonCall& call, bool need_x,
+                                           const std::vector<bool>& needs, const LowRankPlan& plan);
 
 }  // namespace peft_fused

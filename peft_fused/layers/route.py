@@ -13,11 +13,12 @@ import torch
 class Step:
     """One part of a forward pass: subclasses hold the operands.
 
-    name: what it runs, as `explain` writes it.
+    name: what it runs, as `explain` writes it. shares: whether its product with x may come from elsewhere.
     """
 
     __slots__ = ()
     name: str
+    shares = False
 
     def run(self, x: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """The result up to here. x: the layer's input, [..., K]; y: the result of the steps before, None at first."""

@@ -10,6 +10,7 @@ the adapter, except by oneDNN, which accumulates no faster than a separate pass:
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from .common import base_product, blocks, cast_and_drop, product, rows, scaled, unflatten
 from .dropout import drop
@@ -61,7 +62,7 @@ def _widened(call):
     """The call with fp32 factors where u, v and scale, folded into B, may leave fp16's range; None where they stay."""
     if call.B is None or call.B.dtype != torch.float16 or (call.u is None and call.v is None):
         return None
-    wide = {name: getattr(call, name) for name in ("A", "B", "u", "v")}
+    wide = {name: getattr(call, name) for name in ("A", "B", "u", "v", "S")}
     return replace(call, **{name: None if t is None else t.float() for name, t in wide.items()})
 
 
@@ -69,21 +70,22 @@ def forward(call):
     """(y [..., N] in x's type, S [M, r] in A's type)."""
     if (wide := _widened(call)) is not None:
         y, S = forward(wide)
-        return y, S.to(call.A.dtype)
+        return y, S.to(call.B.dtype)
     ad = _Adapter(call)
-    x, weight, bias, A = call.x, call.weight, call.bias, call.A
+    x, weight, bias, dtype = call.x, call.weight, call.bias, call.B.dtype
     x2 = rows(x)
     M, N = x2.shape[0], call.B.shape[-2]
-    blocked = ad.c.threshold > 0 or A.dtype != x.dtype
-    S = x.new_zeros(M, ad.r, dtype=A.dtype) if ad.width < ad.r else x.new_empty(M, ad.r, dtype=A.dtype)
-    kept = S[:, : ad.width]
-    if blocked:
-        for i, j in blocks(M, x2.shape[1], x.device):
-            kept[i:j] = ad.mask(product(cast_and_drop(x2[i:j], A.dtype, ad.c.seed, ad.c.threshold, i), ad.A.t()))
-    else:
-        kept.copy_(ad.mask(product(x2, ad.A.t())))
+    S = call.S
+    if S is None:
+        S = x.new_zeros(M, ad.r, dtype=dtype) if ad.width < ad.r else x.new_empty(M, ad.r, dtype=dtype)
+        kept = S[:, : ad.width]
+        if ad.c.threshold > 0 or dtype != x.dtype:
+            for i, j in blocks(M, x2.shape[1], x.device):
+                kept[i:j] = ad.mask(product(cast_and_drop(x2[i:j], dtype, ad.c.seed, ad.c.threshold, i), ad.A.t()))
+        else:
+            kept.copy_(ad.mask(product(x2, ad.A.t())))
 
-    P, Q = kept, ad.outer().t()
+    P, Q = S[:, : ad.width], ad.outer().t()
     y = base_product(x2, weight, bias) if weight is not None else None
     onto = y
     if y is None and weight is None:
@@ -91,7 +93,7 @@ def forward(call):
         onto = None if call.add is None else rows(call.add)
     elif y is None:
         y = x.new_empty(M, N)
-    if A.dtype == x.dtype:
+    if dtype == x.dtype:
         if onto is not None:
             torch.addmm(onto, P, Q, out=y)
             if weight is None and bias is not None:
@@ -137,7 +139,8 @@ def backward(dy, call, S, like: dict, needs: set[str]) -> dict[str, torch.Tensor
     mixed = B.dtype != dy.dtype
     if S is not None:
         S = S[:, :b]
-    need_dS = not needs.isdisjoint(("x", "A"))
+    of_x = "x" in needs and A is not None  # whether the adapter has a part in dx
+    need_dS = of_x or not needs.isdisjoint(("A", "S"))
 
     dS = dy2.new_empty(M, b, dtype=B.dtype) if need_dS else None
     raw = None if needs.isdisjoint(("B", "u", "v")) else dy2.new_zeros(b, N, dtype=B.dtype)
@@ -161,14 +164,19 @@ def backward(dy, call, S, like: dict, needs: set[str]) -> dict[str, torch.Tensor
         grad = raw if v is None else raw * v
         grads["B"] = _place(grad.t(), B, c.expert_b, c, b, columns=True)
 
-    K = A.shape[-1] if need_dS else 0
+    if "S" in needs:
+        grads["S"] = F.pad(dS, (0, like["S"][0][1] - b))
+    K = like["x"][0][-1]
     blocked = c.threshold > 0 or mixed
     if "A" in needs:
         x2, grad = rows(x), dS.new_zeros(b, K)
         for i, j in blocks(M, K, dy.device) if blocked else [(0, M)]:
             grad += product(dS[i:j].t(), cast_and_drop(x2[i:j], A.dtype, c.seed, c.threshold, i))
         grads["A"] = _place(grad, A, c.expert_a, c, b, columns=False)
-    if "x" in needs:
+    if "x" in needs and not of_x:
+        dx = base_product(dy2, weight.t(), None)
+        grads["x"] = (dy2 @ weight if dx is None else dx).view(*dy.shape[:-1], K)
+    elif "x" in needs:
         dx = None if blocked or weight is None else base_product(dy2, weight.t(), None)
         if dx is not None:
             dx.addmm_(dS, ad.A)

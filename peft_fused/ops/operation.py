@@ -127,6 +127,10 @@ class Operation:
         """(columns of y, (columns, dtype) of what is hidden) for the shapes of a call."""
         raise NotImplementedError
 
+    def reached(self, call, needs: set[str]) -> set[str]:
+        """Of the inputs that a gradient is asked for, those that the output of this call depends on."""
+        return needs
+
     def reads(self, call, needs: set[str]) -> set[str]:
         """Names of what backward reads for the gradients of `needs`: of inputs, and "hidden"."""
         raise NotImplementedError
@@ -285,7 +289,7 @@ class Operation:
     def save(self, ctx, call, hidden, needs_input_grad) -> None:
         """Keeps of a call what backward reads; of its controls, tensors as saved ones."""
         needed = zip(self.names, needs_input_grad, strict=True)
-        ctx.needs = {name for name, need in needed if need and name in self.own}
+        ctx.needs = self.reached(call, {name for name, need in needed if need and name in self.own})
         ctx.passes = self.passing is not None and needs_input_grad[self.names.index(self.passing)]
         ctx.like = self.likeness(call)
         reads = self.reads(call, ctx.needs) if ctx.needs else set()

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from ....layers.route import CallBase, Route, Routed, Step
+from ....ops.shared_shrink import why_alone
 from ..base import base_operands
 from .kinds import Kind, kind_of
 from .operands import against_base, against_input
+from .sharing import SIBLING
 
 logger = logging.getLogger("peft_fused")
 
@@ -39,6 +41,9 @@ class PeftForward(Step):
 class AdapterStep(Step):
     """An adapter's part in a forward pass: `run` adds it to y.
 
+    Of a kind whose layers can share their input, it has the slots `A` [r, K], `p` and `shared`, and depends on x by
+    A drop(x), with probability p, alone. `shared` is None at first; set to (x, S) of `shared_shrink`, `run` takes these.
+
     Of a kind that has a `linear_op`, it has the slots `weight` and `bias`, the first None at first. The first adapter's
     are set to the base layer's, [N, K] and [N] or None, where `run` is to compute that product as well.
     """
@@ -60,9 +65,14 @@ class AcceleratedLayer(Routed):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """As PEFT's. Raises what the fused operations and the base layer raise on inputs that do not fit."""
+        steps = self._decided(x, args, kwargs)[0]
+        sibling = None if torch.compiler.is_compiling() else self.__dict__.get(SIBLING)
+        offered = sibling and sibling.share(self, x, steps)
         y = None
-        for step in self._decided(x, args, kwargs)[0]:
+        for step in steps:
             y = step.run(x, y)
+        if offered:
+            sibling.hold(offered, y)
         return y
 
     def route(self, x: torch.Tensor, args: tuple = (), kwargs: dict | None = None) -> Route:
@@ -82,16 +92,9 @@ class AcceleratedLayer(Routed):
         own = self.__dict__
         if own["merged_adapters"]:
             return [PeftForward(self, f"base layer alone: {', '.join(self.merged_adapters)} merged into it")], []
-        reason = against_input(x)
-        if reason is not None:
-            return self._left_to_peft(reason)
-        active, steps = own["_active_adapter"], []
-        for name in (active,) if isinstance(active, str) else active:
-            step = self.adapter_step(name, x)
-            if type(step) is str:
-                return self._left_to_peft(f"adapter {name!r}: {step}")
-            if step is not None:
-                steps.append(step)
+        steps = self._adapter_steps(x)
+        if type(steps) is str:
+            return self._left_to_peft(steps)
         if not steps:
             return [PeftForward(self, "base layer alone: no active adapter has weights here")], []
 
@@ -109,6 +112,46 @@ class AcceleratedLayer(Routed):
         first = steps[0]
         first.weight, first.bias = operands
         return steps, []
+
+    def _adapter_steps(self, x: torch.Tensor) -> list[AdapterStep] | str:
+        """Those of the active adapters, or the reason why PEFT has to compute them."""
+        reason = against_input(x)
+        if reason is not None:
+            return reason
+        active, steps = self.__dict__["_active_adapter"], []
+        for name in (active,) if isinstance(active, str) else active:
+            step = self.adapter_step(name, x)
+            if type(step) is str:
+                return f"adapter {name!r}: {step}"
+            if step is not None:
+                steps.append(step)
+        return steps
+
+    def steps_to_share(self, x: torch.Tensor) -> list[AdapterStep]:
+        """The steps that the layer is going to run on x, if nothing changes until then; none where PEFT runs."""
+        if self._disable_adapters or self.__dict__["merged_adapters"]:
+            return []
+        steps = self._adapter_steps(x)
+        return [] if type(steps) is str else steps
+
+    def explain_route(self, rows: int = 1):
+        """As `Routed`'s, and with whom the layer shares a pass over its input."""
+        path, reasons, problem = super().explain_route(rows)
+        if problem is None or SIBLING not in self.__dict__:
+            return path, reasons, problem
+        sibling = self.__dict__[SIBLING]
+        sharing = sibling and sibling.last_run()
+        if sibling is None:
+            reason = "accelerate was called with group=False"
+        elif sharing is None:
+            reason = "which siblings receive the same input is seen in the first forward pass"
+        elif len(sharing) == 1:
+            reason = "no sibling received the same input in the last forward pass"
+        else:
+            reason = why_alone(problem)
+        if reason is None:
+            return f"{path}, one pass over the input of {', '.join(sharing)}", reasons, problem
+        return path, [*reasons, f"shared_shrink: {reason}"], problem
 
     def _left_to_peft(self, reason: str) -> tuple[list[Step], list[tuple[str, str]]]:
         return [PeftForward(self, "PEFT's own forward", reason)], [(self.kind.ops, reason)]

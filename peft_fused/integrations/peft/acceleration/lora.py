@@ -21,10 +21,12 @@ VARIANTS: dict[type, Callable[[LoraLayer, str, torch.Tensor], AdapterStep | str]
 class LoraStep(AdapterStep):
     """y + scale * (B(A(dropout(x))) + B's bias), or x W^T + bias with that added."""
 
-    __slots__ = ("A", "B", "bias", "p", "scale", "up_bias", "weight")
+    __slots__ = ("A", "B", "bias", "p", "scale", "shared", "up_bias", "weight")
+    shares = True
 
     def __init__(self, A: torch.Tensor, B: torch.Tensor, up_bias: torch.Tensor | None, scale, p: float):
-        self.A, self.B, self.up_bias, self.scale, self.p, self.weight = A, B, up_bias, scale, p, None
+        self.A, self.B, self.up_bias, self.scale, self.p = A, B, up_bias, scale, p
+        self.weight = self.shared = None
 
     @property
     def name(self) -> str:
@@ -36,18 +38,25 @@ class LoraStep(AdapterStep):
         bias, extra = self.bias, self.up_bias
         if extra is not None:
             bias = (self.scale * extra if bias is None else bias + self.scale * extra).to(self.weight.dtype)
-        return lowrank_linear(x, self.weight, bias, self.A, self.B, scale=self.scale, dropout_p=self.p)
+        if self.shared is None:
+            return lowrank_linear(x, self.weight, bias, self.A, self.B, scale=self.scale, dropout_p=self.p)
+        x, S = self.shared
+        return lowrank_linear(x, self.weight, bias, None, self.B, scale=self.scale, S=S)
 
     def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """In y's dtype, for y from any base layer."""
         dtype, device = x.dtype, x.device.type
         if dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        if y.dtype == dtype and type(y) in PLAIN_TENSORS:
-            out = lowrank_adapter(x, self.A, self.B, add=y, scale=self.scale, dropout_p=self.p)
+        # A base layer that answers in a type of its own decides the type of the sum, as it does in PEFT.
+        add = y if y.dtype == dtype and type(y) in PLAIN_TENSORS else None
+        if self.shared is None:
+            out = lowrank_adapter(x, self.A, self.B, add=add, scale=self.scale, dropout_p=self.p)
         else:
-            # A base layer that answers in a type of its own decides the type of the sum, as it does in PEFT.
-            out = y + lowrank_adapter(x, self.A, self.B, scale=self.scale, dropout_p=self.p)
+            x, S = self.shared
+            out = lowrank_adapter(x, None, self.B, add=add, scale=self.scale, S=S)
+        if add is None:
+            out = y + out
         if self.up_bias is not None:
             out = out + self.scale * self.up_bias
         return out.to(y.dtype)

@@ -10,9 +10,11 @@ import warnings
 from torch import nn
 
 from ....layers.checks import check_module
+from ....ops.arguments import check_flag
 from .kinds import Kind, kind_of
 from .layer import AcceleratedLayer, is_accelerated
 from .report import AccelerationReport
+from .sharing import SIBLING, join_siblings
 
 
 def _why_not(kind: Kind, module: nn.Module, unused: dict[int, str]) -> str | None:
@@ -32,15 +34,19 @@ def _is_own(module: nn.Module) -> bool:
     return hasattr(type(module), "explain_route")
 
 
-def accelerate(model: nn.Module) -> AccelerationReport:
+def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
     """Make the LoRA linear layers of a PEFT model run on peft_fused's operations, in place.
+
+    group: layers of one parent that receive the same tensor, such as the projections to queries, keys and values, share
+    one pass over it, forward and backward; see sharing.py. False parts those that an earlier call grouped.
 
     Works on any module tree, before or after training steps, optimizer construction or `load_adapter`; layers that are
     added later need another call, which leaves the swapped ones alone. Second derivatives and forward-mode
     differentiation raise; they need `restore` first. Warns where no layer of the model is accelerated, layers of our
-    own methods included. Raises TypeError if model is not a torch.nn.Module.
+    own methods included. Raises TypeError if model is not a torch.nn.Module or group not a bool.
     """
     check_module("accelerate: model", model)
+    check_flag("accelerate: group", group)
     report, layers = AccelerationReport(), {}
     for name, module in model.named_modules():
         if (kind := kind_of(type(module))) is not None:
@@ -61,6 +67,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
                 report.swapped.append(name)
             if reasons := module.explain_route()[1]:
                 report.slower[name] = "; ".join(reasons)
+    report.groups = join_siblings(model, is_accelerated, group)
     if not report.swapped and not report.already:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -81,6 +88,7 @@ def restore(model: nn.Module) -> list[str]:
             raise RuntimeError(f"restore: the forward of {name!r} was replaced on the instance; undo that first")
     for _, module in layers:
         module.__class__ = module.peft_class
+        module.__dict__.pop(SIBLING, None)
     return [name for name, _ in layers]
 
 

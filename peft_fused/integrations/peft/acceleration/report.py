@@ -14,7 +14,8 @@ class AccelerationReport:
     swapped: layers that it changed. already: layers that an earlier call had changed. skipped: every other layer of the
     kinds of adapter that it knows, with the reason. slower: those of `swapped` and `already` that cannot use the
     fastest path as they are now, with the reason; `peft_fused.explain` gives the same answer at any later time. own:
-    layers of peft_fused's own methods, which have nothing to swap. kinds: which kinds of adapter the layers are.
+    layers of peft_fused's own methods, which have nothing to swap. kinds: which kinds of adapter the layers are. groups:
+    the layers of each parent that has several, of which those that receive the same tensor share one pass over it.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -23,6 +24,7 @@ class AccelerationReport:
     slower: dict[str, str] = field(default_factory=dict)
     own: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
+    groups: list[list[str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.already) + len(self.skipped)
@@ -40,6 +42,9 @@ class AccelerationReport:
         if self.slower:
             lines.append(f"  accelerated, but not on the fastest path: {len(self.slower)}")
             lines.extend(_counted(self.slower))
+        if self.groups:
+            lines.append(f"  siblings in {len(self.groups)} groups [{', '.join(self.groups[0])}]")
+            lines.append("    those that receive the same tensor share one pass over it, from their second forward on")
         if self.skipped:
             lines.append(f"  left to PEFT: {len(self.skipped)}")
             lines.extend(_counted(self.skipped))

@@ -1,0 +1,218 @@
+"""Accelerated layers of one parent that receive the same tensor share one pass over it (ops/shared_shrink.py).
+
+No name and no class tells which layers these are: it is seen when they run. Layers of one parent that are called one
+after the other on the same x are a run. The next time the first of them, the leader, is called on an x, it takes the
+products with x of all of them, and offers the others theirs. An offer is for this very x as it is, and for the factor
+and the dropout probability that it was made with; whoever finds anything else than was foreseen runs alone. So a plan
+that turns out wrong costs time and changes no result.
+
+Checkpointing runs a forward a second time and expects it to save the same tensors. A leader's plan therefore stays as
+it is while anything is alive that the leader saved under hooks for saved tensors.
+"""
+
+import weakref
+from threading import get_ident
+
+import torch
+
+from ....ops.shared_shrink import is_spent, shared_shrink
+
+# Where a layer keeps its `Sibling`; None there: `accelerate` was told not to group.
+SIBLING = "_sibling"
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_in_backward = torch._C._current_graph_task_id
+_modes = torch._C._len_torch_dispatch_stack
+
+
+class _Seen:
+    """A tensor and the circumstances of a call on it. No reference to it is kept, nor to hooks."""
+
+    __slots__ = ("context", "hook", "version", "x")
+
+    def __init__(self, x: torch.Tensor, context: tuple, hook, gone=None):
+        self.x, self.version, self.context = weakref.ref(x, gone), x._version, context
+        self.hook = None if hook is None else weakref.ref(hook)
+
+    def is_now(self, x: torch.Tensor, context: tuple, hook) -> bool:
+        """Whether x is that tensor, unchanged since, and the circumstances are the same."""
+        if self.x() is not x or self.version != x._version or self.context != context:
+            return False
+        return hook is None if self.hook is None else self.hook() is hook
+
+
+def _circumstances(x: torch.Tensor) -> tuple[tuple, object] | None:
+    """(what calls have to agree in, hook for saved tensors) of a call on x; None where it cannot be shown safe to share."""
+    if x.is_inference() or _modes() > 0:  # changes are not counted, or whoever records has to see each layer whole
+        return None
+    kind, hooks = x.device.type, _top_hooks(True)
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return (torch.is_grad_enabled(), x.requires_grad, cast, stream, get_ident()), hooks and hooks[1]
+
+
+class _Run:
+    """Siblings that were called one after the other on one tensor. repeated: in a backward, by checkpointing, which
+    may stop it halfway."""
+
+    __slots__ = ("members", "repeated", "seen")
+
+    def __init__(self, seen: _Seen, leader: "Sibling", repeated: bool):
+        self.seen, self.members, self.repeated = seen, [leader], repeated
+
+
+class _Offer:
+    """Products with x for siblings that are still to come. Whoever owns it must not outlive what x lives for."""
+
+    __slots__ = ("__weakref__", "products", "seen")
+
+    def __init__(self, x: torch.Tensor, context: tuple, hook):
+        self.products = products = {}  # by id of the factor: (factor, its version, p, S)
+        self.seen = _Seen(x, context, hook, lambda _: products.clear())
+
+    def give(self, step, x: torch.Tensor) -> None:
+        A, version, p, S = self.products.pop(id(step.A), (None, 0, 0.0, None))
+        if A is step.A and version == A._version and p == step.p and not is_spent(S):
+            step.shared = x, S
+
+
+class Family:
+    """The accelerated layers of one parent, and what they are at."""
+
+    __slots__ = ("held", "offer", "run")
+
+    def __init__(self):
+        self.run: _Run | None = None
+        self.offer = lambda: None  # a weak reference
+        self.held: _Offer | None = None
+
+    def __reduce__(self):  # a copy, or what is loaded, begins anew
+        return Family, ()
+
+    def end_run(self) -> None:
+        if self.run is not None and not self.run.repeated:
+            leader, *others = self.run.members
+            leader.observed = tuple(others)
+            names = tuple(member.name for member in self.run.members)
+            for member in self.run.members:
+                member.ran_with = names
+
+
+class Sibling:
+    """A layer's part in its family. name: below the parent."""
+
+    __slots__ = ("family", "frames", "layer", "name", "observed", "plan", "ran_with")
+
+    def __init__(self, family: Family, name: str):
+        self.family, self.name = family, name
+        self.layer = lambda: None  # a weak reference
+        # As a leader: those that are to be foreseen now, those of the last run, and hooks under which the plan was used.
+        self.plan: tuple[Sibling, ...] = ()
+        self.observed: tuple[Sibling, ...] = ()
+        self.frames: list[weakref.ref] = []
+        self.ran_with: tuple[str, ...] | None = None  # names of those of its last run, its own among them
+
+    def __reduce__(self):
+        return Sibling, (self.family, self.name)
+
+    def share(self, layer: torch.nn.Module, x: torch.Tensor, steps: list) -> _Offer | None:
+        """Gives to the steps of a layer, before they run on x, what is at hand for them. Returns an offer to others,
+        for `hold`."""
+        mine = [step for step in steps if step.shares]
+        found = _circumstances(x) if mine else None
+        if found is None:
+            return None
+        family, run = self.family, self.family.run
+        if run is None or self in run.members or not run.seen.is_now(x, *found):
+            family.end_run()
+            repeated = _in_backward() != -1
+            family.run = _Run(_Seen(x, *found), self, repeated)
+            if not repeated:
+                self.layer = weakref.ref(layer)
+                self._settle(found[1])
+            return self._lead(x, mine, found) if self.plan else None
+        self.layer = weakref.ref(layer)
+        run.members.append(self)
+        offer = family.offer()
+        if offer is not None and offer.seen.is_now(x, *found):
+            for step in mine:
+                offer.give(step, x)
+        return None
+
+    def hold(self, offer: _Offer, y: torch.Tensor) -> None:
+        """Keeps an offer while the graph of the leader's output lives, as that of each layer would keep x; where no
+        graph is recorded, while x lives."""
+        self.family.offer, self.family.held = weakref.ref(offer), None
+        if y.grad_fn is None:
+            self.family.held = offer
+        else:
+            y.grad_fn.metadata[SIBLING] = offer
+
+    def last_run(self) -> tuple[str, ...] | None:
+        """Names, its own among them, of those that had the same input when it last ran; None if it has not run yet."""
+        run = self.family.run
+        if run is not None and not run.repeated and self in run.members:
+            return tuple(member.name for member in run.members)
+        return self.ran_with
+
+    def _settle(self, hook) -> None:
+        self.frames = [frame for frame in self.frames if frame() is not None]
+        if self.plan != self.observed and not self.frames:
+            self.plan = self.observed
+        if hook is not None:
+            self.frames.append(weakref.ref(hook))
+
+    def _lead(self, x: torch.Tensor, mine: list, found: tuple) -> _Offer | None:
+        first, theirs = mine[0], []
+        for sibling in self.plan:
+            layer = sibling.layer()
+            if layer is not None and layer.__dict__.get(SIBLING) is sibling:
+                theirs += [step for step in layer.steps_to_share(x) if step.shares]
+        theirs = [step for step in theirs if _fits(step, first, x)]
+        if not theirs or not _fits(first, first, x):
+            return None
+        mine = [step for step in mine if _fits(step, first, x)]
+        factors = [step.A for step in (*mine, *theirs)]
+        shared = shared_shrink(x, factors, dropout_p=first.p, out_features=first.B.shape[0])
+        if shared is None:
+            return None
+        x_of_node, *products = shared
+        for step in mine:
+            step.shared = x_of_node, products.pop(0)
+        offer = _Offer(x, *found)
+        for step, S in zip(theirs, products, strict=True):
+            offer.products[id(step.A)] = step.A, step.A._version, step.p, S
+        return offer
+
+
+def _fits(step, first, x: torch.Tensor) -> bool:
+    """Whether a step's product with x can be one of those of the first step."""
+    A = step.A
+    return (
+        A.dtype == first.A.dtype
+        and A.device == x.device
+        and A.dim() == 2
+        and 0 < x.dim()
+        and A.shape[1] == x.shape[-1]
+        and step.p == first.p
+        and not A.is_inference()
+    )
+
+
+def join_siblings(model: torch.nn.Module, accelerated, group: bool) -> list[list[str]]:
+    """Makes families of the layers below each module that are `accelerated(layer)`; group=False parts them. Returns the
+    names of each family's layers."""
+    families = []
+    for parent_name, parent in model.named_modules():
+        layers = {name: child for name, child in parent.named_children() if accelerated(child)}
+        if not group:
+            for layer in layers.values():
+                layer.__dict__[SIBLING] = None
+        elif len(layers) > 1:
+            known = (layer.__dict__.get(SIBLING) for layer in layers.values())
+            family = next((sibling.family for sibling in known if sibling is not None), None) or Family()
+            for name, layer in layers.items():
+                if layer.__dict__.get(SIBLING) is None:
+                    layer.__dict__[SIBLING] = Sibling(family, name)
+            families.append([f"{parent_name}.{name}" if parent_name else name for name in layers])
+    return families
