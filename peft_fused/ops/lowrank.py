@@ -105,8 +105,9 @@ def lowrank_linear(
     dropout_p: in [0, 1). It acts whenever it is not 0; pass 0 in evaluation.
     seed: None draws one from torch's generator of x's device; an int or a 0-d int64 tensor fixes the mask.
     frozen: DyLoRA's frozen mode, only row `rank - 1` of A and that column of B receive a gradient.
-    S: [M, r] in B's dtype for the M rows of x, or None. It stands for A drop(x), in place of A, rank, dropout and frozen;
-    it may have the columns beyond r, zeros, that `shared_shrink` leaves. It receives a gradient, x that of x W^T alone.
+    S: [M, r] in B's dtype for the M rows of x, or None. It stands for A drop(x), in place of A, rank, dropout and
+    frozen, and receives a gradient; x then gets that of x W^T alone. It may have the columns of zeros beyond r that
+    `shared_shrink` leaves.
 
     0-d tensors belong on x's device; changing their value neither synchronises nor recompiles.
     Returns [..., N] in x's dtype. Under autocast x, weight and bias are cast as by torch.nn.functional.linear.

@@ -458,7 +458,7 @@ class Operation:
             shapes = [like and like[0] for like in ctx.like.values()]
             sizes = [size for shape in shapes if shape is not None for size in shape]
             dims = [-1 if shape is None else len(shape) for shape in shapes]
-            dtype = next(ctx.like[i.name][1] for i in self.inputs if i.parameter)
+            dtype = next(ctx.like[i.name][1] for i in self.inputs if i.parameter and ctx.like[i.name])
             needs = [name in ctx.needs for name in self.own]
             found = self._registered_backward(
                 dy, *tensors, hidden, sizes, dims, dtype, *controls, ctx.backend, needs

@@ -7,7 +7,7 @@ projections of attention; each layer then runs the second half, given S_i. Every
 The layers take x from here as well: what they give as its gradient, dx' in all, is then added to in place, where it
 would otherwise be one more tensor of x's size to be added up. Saved for backward: x, once for all layers, and seeds.
 
-Not an op of its own in graphs: whatever traces, or sees tensors of subclasses, is refused here, and the layers run whole.
+It is no op in graphs: whatever traces, or comes with tensors of subclasses, is refused here, and the layers run whole.
 """
 
 from functools import partial
@@ -81,7 +81,7 @@ def is_spent(S: torch.Tensor) -> bool:
 
 
 def why_alone(problem: LowRankProblem) -> str | None:
-    """Why a layer of this problem, with a weight or without, is better off with a pass of its own; None if it is not."""
+    """Why a layer of this problem is better off with a pass over x of its own; None if it is not."""
     decision = dispatch.decide(problem)
     if decision.backend == "reference":
         return "the reference is to be differentiated by torch"
@@ -115,32 +115,32 @@ def _run(x, factors, dropout_p, decision) -> list[torch.Tensor] | None:
     threshold, seeds = dropout_threshold(dropout_p), None
     if threshold:
         seeds = torch.randint(0, 2**63 - 1, (len(factors),), dtype=torch.int64, device=x.device)
-    found = _Node.apply(x, threshold, seeds, decision, *factors)
-    return list(found) if torch.is_grad_enabled() and x.requires_grad else [x, *found]
+    passes_x = torch.is_grad_enabled() and x.requires_grad
+    found = _Node.apply(x, threshold, seeds, decision, passes_x, *factors)
+    return list(found) if passes_x else [x, *found]
 
 
 class _Node(torch.autograd.Function):
     """csrc/autograd/shared_shrink.cpp in Python."""
 
     @staticmethod
-    def forward(ctx, x, threshold, seeds, decision, *factors):
+    def forward(ctx, x, threshold, seeds, decision, passes_x, *factors):
         ctx.set_materialize_grads(False)
         ctx.threshold, ctx.decision, ctx.x, ctx.ran = threshold, decision, (x.shape, x.dtype), False
-        needs_x, *_ = ctx.needs_input_grad
-        ctx.needs = ctx.needs_input_grad[4:]
-        if needs_x or any(ctx.needs):
+        ctx.passes_x, ctx.needs = passes_x, ctx.needs_input_grad[5:]
+        if passes_x or any(ctx.needs):
             ctx.save_for_backward(x if any(ctx.needs) else None, seeds, *factors)
         found = _forward(rows(x), factors, threshold, seeds, decision)
-        return (x, *found) if needs_x else tuple(found)
+        return (x, *found) if passes_x else tuple(found)
 
     @staticmethod
     def backward(ctx, *grads):
         ctx.ran = True
         needs_x = ctx.needs_input_grad[0]
-        onto, of_S = (grads[0], grads[1:]) if needs_x else (None, grads)
+        onto, of_S = (grads[0], grads[1:]) if ctx.passes_x else (None, grads)
         needs = [need and dS is not None for need, dS in zip(ctx.needs, of_S, strict=True)]
         if not any(needs) and (not needs_x or all(dS is None for dS in of_S)):
-            return onto, *(None,) * (3 + len(of_S))
+            return onto, *(None,) * (4 + len(of_S))
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "peft_fused: the shared_shrink op has no second derivative; use_backend('reference') has one"
@@ -152,7 +152,7 @@ class _Node(torch.autograd.Function):
             onto = rows(resolved(onto)).clone(memory_format=torch.contiguous_format)
         of_S = [resolved(dS) for dS in of_S]
         dx, found = _backward(of_S, onto, x2, factors, ctx.threshold, seeds, needs_x, needs, dtype, ctx.decision)
-        return None if dx is None else dx.view(shape), None, None, None, *found
+        return None if dx is None else dx.view(shape), None, None, None, None, *found
 
 
 def _products(factors, threshold) -> list[tuple]:

@@ -41,8 +41,9 @@ class PeftForward(Step):
 class AdapterStep(Step):
     """An adapter's part in a forward pass: `run` adds it to y.
 
-    Of a kind whose layers can share their input, it has the slots `A` [r, K], `p` and `shared`, and depends on x by
-    A drop(x), with probability p, alone. `shared` is None at first; set to (x, S) of `shared_shrink`, `run` takes these.
+    Of a kind whose layers can share their input, it has the slots `A` [r, K], `B`, `p` and `shared`, and depends on x
+    by A drop(x), with probability p, alone. `shared` is None at first; given (x, S) of `shared_shrink`, `run` takes
+    these.
 
     Of a kind that has a `linear_op`, it has the slots `weight` and `bias`, the first None at first. The first adapter's
     are set to the base layer's, [N, K] and [N] or None, where `run` is to compute that product as well.

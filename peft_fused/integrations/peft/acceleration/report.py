@@ -14,8 +14,8 @@ class AccelerationReport:
     swapped: layers that it changed. already: layers that an earlier call had changed. skipped: every other layer of the
     kinds of adapter that it knows, with the reason. slower: those of `swapped` and `already` that cannot use the
     fastest path as they are now, with the reason; `peft_fused.explain` gives the same answer at any later time. own:
-    layers of peft_fused's own methods, which have nothing to swap. kinds: which kinds of adapter the layers are. groups:
-    the layers of each parent that has several, of which those that receive the same tensor share one pass over it.
+    layers of peft_fused's own methods, which have nothing to swap. kinds: which kinds of adapter the layers are.
+    groups: layers of one parent and of equal width, of which those that receive the same tensor share one pass over it.
     """
 
     swapped: list[str] = field(default_factory=list)

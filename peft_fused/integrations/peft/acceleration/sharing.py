@@ -11,6 +11,7 @@ it is while anything is alive that the leader saved under hooks for saved tensor
 """
 
 import weakref
+from collections.abc import Callable
 from threading import get_ident
 
 import torch
@@ -42,7 +43,7 @@ class _Seen:
 
 
 def _circumstances(x: torch.Tensor) -> tuple[tuple, object] | None:
-    """(what calls have to agree in, hook for saved tensors) of a call on x; None where it cannot be shown safe to share."""
+    """(what calls have to agree in, hook for saved tensors) of a call on x; None where sharing cannot be shown safe."""
     if x.is_inference() or _modes() > 0:  # changes are not counted, or whoever records has to see each layer whole
         return None
     kind, hooks = x.device.type, _top_hooks(True)
@@ -106,7 +107,7 @@ class Sibling:
     def __init__(self, family: Family, name: str):
         self.family, self.name = family, name
         self.layer = lambda: None  # a weak reference
-        # As a leader: those that are to be foreseen now, those of the last run, and hooks under which the plan was used.
+        # As a leader: the others that it foresees now, those of its last run, and hooks under which it used the plan.
         self.plan: tuple[Sibling, ...] = ()
         self.observed: tuple[Sibling, ...] = ()
         self.frames: list[weakref.ref] = []
@@ -192,27 +193,29 @@ def _fits(step, first, x: torch.Tensor) -> bool:
         A.dtype == first.A.dtype
         and A.device == x.device
         and A.dim() == 2
-        and 0 < x.dim()
+        and x.dim() > 0
         and A.shape[1] == x.shape[-1]
         and step.p == first.p
         and not A.is_inference()
     )
 
 
-def join_siblings(model: torch.nn.Module, accelerated, group: bool) -> list[list[str]]:
-    """Makes families of the layers below each module that are `accelerated(layer)`; group=False parts them. Returns the
-    names of each family's layers."""
+def join_siblings(model: torch.nn.Module, accelerated: Callable, group: bool) -> list[list[str]]:
+    """Makes families of the layers of equal width below each module that are `accelerated(layer)`; group=False parts
+    them. Returns the names of each family's layers."""
     families = []
     for parent_name, parent in model.named_modules():
-        layers = {name: child for name, child in parent.named_children() if accelerated(child)}
-        if not group:
-            for layer in layers.values():
-                layer.__dict__[SIBLING] = None
-        elif len(layers) > 1:
-            known = (layer.__dict__.get(SIBLING) for layer in layers.values())
+        by_width: dict[int, dict[str, torch.nn.Module]] = {}
+        for name, child in parent.named_children():
+            if accelerated(child):
+                by_width.setdefault(child.in_features, {})[name] = child
+        for layers in by_width.values():
+            if len(layers) == 1:
+                continue
+            known = [layer.__dict__.get(SIBLING) for layer in layers.values()]
             family = next((sibling.family for sibling in known if sibling is not None), None) or Family()
-            for name, layer in layers.items():
-                if layer.__dict__.get(SIBLING) is None:
-                    layer.__dict__[SIBLING] = Sibling(family, name)
-            families.append([f"{parent_name}.{name}" if parent_name else name for name in layers])
+            for (name, layer), sibling in zip(layers.items(), known, strict=True):
+                layer.__dict__[SIBLING] = (sibling or Sibling(family, name)) if group else None
+            if group:
+                families.append([f"{parent_name}.{name}" if parent_name else name for name in layers])
     return families
