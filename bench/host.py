@@ -3,7 +3,8 @@
 A layer of 4 x 32 x 32 with a bf16 base and fp32 adapters, so small that its arithmetic takes no time, forward and
 backward, on CPU tensors, so that all sides pay the same allocator. Of the paths of a GPU the driver is missing: it is
 not given what has been prepared for it, nor asked for the current stream and device. Times are of the process in
-microseconds, above those of the base layer; ratios are to PEFT's in the same rounds. AdaMix has no dropout.
+microseconds, per layer and above those of the base layer; ratios are to PEFT's in the same rounds. Of q/k/v, three
+layers run on one x, and are compared with three of the base and of PEFT's. AdaMix has no dropout.
 """
 
 import argparse
@@ -31,33 +32,32 @@ CALLS, WARM = 200, 20
 
 @dataclass
 class Path:
-    """A layer, and where its ops run: a context that is entered around its calls."""
+    """Layers that run on one x, and where their ops run: a context that is entered around their calls."""
 
     name: str
-    layer: nn.Module
+    layers: list[nn.Module]
     context: Callable = ExitStack
 
 
-def _model(config, seed: int = 0) -> nn.Module:
+def _base(count: int) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16) for _ in range(count))
+
+
+def _layers(config, count: int = 1, accelerated: bool = False) -> list[nn.Module]:
     from peft import get_peft_model
 
-    torch.manual_seed(seed)
-    net = nn.Sequential()
-    net.add_module("linear", nn.Linear(WIDTH, WIDTH, bias=False))
-    return get_peft_model(net.to(torch.bfloat16), config).train()
-
-
-def _layer(model: nn.Module) -> nn.Module:
-    return model.base_model.model.linear
-
-
-def _lora(dropout: float, accelerated: bool) -> nn.Module:
-    from peft import LoraConfig
-
-    model = _model(LoraConfig(r=RANK, lora_alpha=16, lora_dropout=dropout, target_modules=["linear"]))
+    config.target_modules = [str(i) for i in range(count)]
+    model = get_peft_model(nn.Sequential(*_base(count)), config).train()
     if accelerated:
         peft_fused.accelerate(model)
-    return _layer(model)
+    return list(model.base_model.model)
+
+
+def _lora(dropout: float, accelerated: bool = False, count: int = 1) -> list[nn.Module]:
+    from peft import LoraConfig
+
+    return _layers(LoraConfig(r=RANK, lora_alpha=16, lora_dropout=dropout), count, accelerated)
 
 
 class _Launched:
@@ -126,37 +126,38 @@ def on_triton(cpp: bool) -> Iterator[None]:
 
 
 def paths(dropout: float) -> list[Path]:
-    """The base layer, PEFT's, and ours."""
-    torch.manual_seed(0)
-    base = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16).requires_grad_(False)
-    dylora = _layer(_model(peft_fused.DyLoraConfig(r=RANK, lora_dropout=dropout, target_modules=["linear"])))
-    adamix = {
-        kind: _layer(_model(peft_fused.AdaMixConfig(r=RANK, num_experts=4, kind=kind, target_modules=["linear"])))
-        for kind in ("lora", "adapter")
-    }
+    """The base layer, PEFT's and ours, and the same of three layers on one x."""
+    dylora = _layers(peft_fused.DyLoraConfig(r=RANK, lora_dropout=dropout))
+    adamix = {kind: _layers(peft_fused.AdaMixConfig(r=RANK, num_experts=4, kind=kind)) for kind in ("lora", "adapter")}
+
+    def triton() -> ExitStack:
+        return on_triton(cpp=True)
+
     return [
-        Path("base layer", base),
-        Path("PEFT", _lora(dropout, accelerated=False)),
+        Path("base layer", list(_base(1).requires_grad_(False))),
+        Path("PEFT", _lora(dropout)),
         Path("accelerated, C++ on CPU", _lora(dropout, accelerated=True)),
-        Path("accelerated, Triton from C++", _lora(dropout, accelerated=True), lambda: on_triton(cpp=True)),
+        Path("accelerated, Triton from C++", _lora(dropout, accelerated=True), triton),
         Path("accelerated, Triton from Python", _lora(dropout, accelerated=True), lambda: on_triton(cpp=False)),
-        Path("DyLoRA, Triton from C++", dylora, lambda: on_triton(cpp=True)),
-        *(
-            Path(f"AdaMix ({kind}), Triton from C++", layer, lambda: on_triton(cpp=True))
-            for kind, layer in adamix.items()
-        ),
+        Path("DyLoRA, Triton from C++", dylora, triton),
+        *(Path(f"AdaMix ({kind}), Triton from C++", layers, triton) for kind, layers in adamix.items()),
+        Path("base layers, q/k/v", list(_base(3).requires_grad_(False))),
+        Path("PEFT, q/k/v", _lora(dropout, count=3)),
+        Path("accelerated, grouped q/k/v, C++ on CPU", _lora(dropout, accelerated=True, count=3)),
+        Path("accelerated, grouped q/k/v, Triton from C++", _lora(dropout, accelerated=True, count=3), triton),
     ]
 
 
-def _microseconds(layer: nn.Module, calls: int) -> float:
+def _microseconds(layers: list[nn.Module], calls: int) -> float:
+    """Of a layer, forward and backward."""
     x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.ones(ROWS, WIDTH, dtype=torch.bfloat16)
+    dys = [torch.ones(ROWS, WIDTH, dtype=torch.bfloat16) for _ in layers]
     for _ in range(WARM):
-        layer(x).backward(dy)
+        torch.autograd.backward([layer(x) for layer in layers], dys)
     begin = time.process_time()
     for _ in range(calls):
-        layer(x).backward(dy)
-    return (time.process_time() - begin) / calls * 1e6
+        torch.autograd.backward([layer(x) for layer in layers], dys)
+    return (time.process_time() - begin) / calls / len(layers) * 1e6
 
 
 def measure(dropout: float, rounds: int) -> list[dict]:
@@ -168,21 +169,27 @@ def measure(dropout: float, rounds: int) -> list[dict]:
         for i in range(rounds):
             for path in found if i % 2 else found[::-1]:
                 with path.context():
-                    times[path.name].append(_microseconds(path.layer, CALLS))
+                    times[path.name].append(_microseconds(path.layers, CALLS))
             gc.collect()
     finally:
         gc.enable()
-    base, *adapted = ([*times[path.name]] for path in found)
-    above = [[mine - its for mine, its in zip(one, base, strict=True)] for one in adapted]
-    return [
-        {
-            "path": path.name,
-            "dropout": dropout,
-            "host_us": round(statistics.median(one), 2),
-            "ratio_to_peft": round(statistics.median(a / b for a, b in zip(one, above[0], strict=True)), 3),
+    rows = []
+    for count in (1, 3):
+        base, *adapted = (path for path in found if len(path.layers) == count)
+        above = {
+            p.name: [mine - its for mine, its in zip(times[p.name], times[base.name], strict=True)] for p in adapted
         }
-        for path, one in zip(found[1:], above, strict=True)
-    ]
+        peft = above[adapted[0].name]
+        rows += [
+            {
+                "path": name,
+                "dropout": dropout,
+                "host_us": round(statistics.median(one), 2),
+                "ratio_to_peft": round(statistics.median(a / b for a, b in zip(one, peft, strict=True)), 3),
+            }
+            for name, one in above.items()
+        ]
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     for dropout in DROPOUTS:
         for row in measure(dropout, options.rounds):
-            text = "{path:34} dropout {dropout:4}  {host_us:7.1f} us  {ratio_to_peft:5.2f} of PEFT's"
+            text = "{path:43} dropout {dropout:4}  {host_us:7.1f} us  {ratio_to_peft:5.2f} of PEFT's"
             print(json.dumps(row) if options.json else text.format(**row), flush=True)
 
 

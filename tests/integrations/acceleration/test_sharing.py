@@ -138,7 +138,9 @@ def test_a_llama(passes):
         ["q_proj", "k_proj", "v_proj", "o_proj"],
         ["gate_proj", "up_proj"],
     ] * 2
-    assert "siblings in 4 groups" in str(report)
+    assert "groups of siblings: 4 [base_model.model.model.layers.0.self_attn: q_proj, k_proj, v_proj, o_proj]" in str(
+        report
+    )
     x = torch.randn(2, 6, 32)
     for _ in range(3):
         assert_same(results(model, x, logits), results(reference, x, logits))

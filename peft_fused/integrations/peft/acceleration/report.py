@@ -43,7 +43,9 @@ class AccelerationReport:
             lines.append(f"  accelerated, but not on the fastest path: {len(self.slower)}")
             lines.extend(_counted(self.slower))
         if self.groups:
-            lines.append(f"  siblings in {len(self.groups)} groups [{', '.join(self.groups[0])}]")
+            parent, *_ = self.groups[0][0].rpartition(".")
+            names = ", ".join(name.rpartition(".")[2] for name in self.groups[0])
+            lines.append(f"  groups of siblings: {len(self.groups)} [{parent}: {names}]")
             lines.append("    those that receive the same tensor share one pass over it, from their second forward on")
         if self.skipped:
             lines.append(f"  left to PEFT: {len(self.skipped)}")
