@@ -242,6 +242,7 @@ peft_fused::LowRankTritonCall lowrank_call(const py::object& call, int precision
   made.rank = c.control("rank", static_cast<double>(made.B.size(-1)));
   made.expert_a = c.control("expert_a", 0), made.expert_b = c.control("expert_b", 0);
   made.threshold = c.get<int64_t>("threshold"), made.frozen = c.get<bool>("frozen"), made.precision = precision;
+  made.S = c.tensor("S");
   return made;
 }
 
@@ -256,12 +257,12 @@ py::dict lowrank_backward(const ForNode<LowRankPlan>& plan, const at::Tensor& dy
   const auto on_triton = plan.launched();
   const auto settled = lowrank_call(call, on_triton->precision);
   const auto need = [&](const char* name) { return needs.contains(name); };
-  const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"), need("v")};
+  const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"), need("v"), need("S")};
   const auto found = below_autograd([&] {
     return peft_fused::lowrank_triton_bwd(dy, settled, S.value_or(at::Tensor()), wanted, on_triton->plan);
   });
   return gradients({{"x", found.x}, {"weight", found.weight}, {"bias", found.bias}, {"A", found.A}, {"B", found.B},
-                    {"u", found.u}, {"v", found.v}});
+                    {"u", found.u}, {"v", found.v}, {"S", found.S}});
 }
 
 // The same of ops/bottleneck.py. activation: as the kernels are compiled for it.

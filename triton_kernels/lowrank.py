@@ -6,7 +6,8 @@ x [M, K], W [N, K], A [r, K] or [E, r, K], B [N, r] or [E, N, r], u [r], v [N], 
 one of fp16, bf16, fp32; A, B, u, v are of that type or all fp32. x, dY and `add` may have any strides. `scale`, `rank`
 and `expert` are Python numbers or 0-d tensors on the device, and the dropout seed is a 0-d int64 tensor: no value of
 theirs synchronises or recompiles. S = keep_rank(A drop(x)) is what the forward saves, without u, in A's type and padded
-with zeros to R ranks (see lowrank_kernels.py).
+with zeros to R ranks (see lowrank_kernels.py). A call may be given S instead of A: then a product that projections
+share has made it, drop(x) included, and its gradient dS = u . dSu goes back there.
 
 Backward, with t = dY^T S:   dSu = scale dY (v . B)     dB = scale v . u . t     dv = scale rowsum(B . u . t)
                              dA  = u . dSu^T drop(x)    du = colsum(dSu . S)     dX = drop^T((u . dSu) A) + dY W
@@ -30,14 +31,18 @@ _DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32
 def lowrank_fwd(call, *, plan=None):
     """(y [M, N], S [M, R]) of a call on rows x [M, K]. With a weight, y = x weight^T + bias + delta; without, y = add +
     bias + delta. A rank or an expert of None is all ranks, and the first expert.
+
+    Of a call with S [M, r or more], in B's type and zero beyond r ranks, A is None and the threshold 0; that S is
+    returned, padded.
     """
-    x, weight, A, B = call.x, call.weight, call.A, call.B
+    x, weight, B = call.x, call.weight, call.B
     M, N, r = x.shape[0], *B.shape[-2:]
-    plan = plan or _plan(x, A.dtype, N, r, call.threshold, has_weight=weight is not None)
-    y, S = x.new_empty(M, N), x.new_empty(M, padded_rank(r), dtype=A.dtype)
+    R, given = padded_rank(r), call.S is not None
+    plan = plan or _plan(x, B.dtype, N, r, call.threshold, has_weight=weight is not None, given=given)
+    y, S = x.new_empty(M, N), with_columns(call.S, R) if given else x.new_empty(M, R, dtype=B.dtype)
     if plan.forward == "single_kernel":
-        if call.threshold or weight is None:
-            raise ValueError("the single kernel needs a weight and no dropout")
+        if call.threshold or weight is None or given:
+            raise ValueError("the single kernel needs a weight and no dropout, and makes S itself")
         if plan.linear is None:
             raise ValueError("the plan has no single kernel for this problem")
         if M:
@@ -46,7 +51,7 @@ def lowrank_fwd(call, *, plan=None):
         return y, S
     if M:
         with torch.cuda.device_of(x):
-            planes = shrink(call, S, plan.shrink)
+            planes = S if given else shrink(call, S, plan.shrink)
             expand(call, planes, y, S, plan.expand)
     if weight is not None:
         y.addmm_(x, weight.t())
@@ -54,11 +59,12 @@ def lowrank_fwd(call, *, plan=None):
 
 
 def lowrank_bwd(dy, call, S, *, needs, plan=None):
-    """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v; each in its parameter's type.
+    """Gradients by name for the names in `needs`, out of x, weight, bias, A, B, u, v, S; each in its parameter's type.
 
     Without a weight, the gradient of x is that of the delta alone. Of the call any input but B may be None where
-    nothing reads it. frozen: dA and dB are zero but for the rank `rank` - 1. A stacked factor gets a gradient that is
-    zero outside its expert.
+    nothing reads it. Where S was given, A is None, the gradient of x is that of the base product alone, and that of S
+    has as many columns as the call's S, or else this S. frozen: dA and dB are zero but for the rank `rank` - 1. A
+    stacked factor gets a gradient that is zero outside its expert.
     """
     x, A, B = call.x, call.A, call.B
     (M, N), r = dy.shape, B.shape[-1]
@@ -66,16 +72,23 @@ def lowrank_bwd(dy, call, S, *, needs, plan=None):
     if plan is None:
         plan = _plan(dy.new_empty(1).expand(M, K), B.dtype, N, r, call.threshold, has_weight=call.weight is not None)
     found = {name: _gradient(getattr(call, name), M) for name in ("A", "B", "u", "v") if name in needs}
-    if "x" in needs:
+    of_base = "x" in needs and A is None  # alone: S was given
+    if "x" in needs and not of_base:
         found["x"] = dy.new_empty(M, K)
     if "bias" in needs:
         found["bias"] = dy.new_zeros(N) if M == 0 else dy.new_empty(N)
     if M:
         with torch.cuda.device_of(dy):
             dSu, of_b = grad_b(dy, call, S, needs, plan, found.get("bias"))
+            if "S" in needs:
+                found["S"] = grad_s(dSu, call, S)
             of_a = grad_a(dSu, K, call, S, needs, plan, found.get("x"))
             reduce(call, N, K, of_b, of_a, found, plan.reduce)
-    if "x" in needs and call.weight is not None:
+    elif "S" in needs:
+        found["S"] = B.new_empty(0, _columns_of_s(call, S))
+    if of_base:
+        found["x"] = dy @ call.weight
+    elif "x" in needs and call.weight is not None:
         found["x"].addmm_(dy, call.weight)
     if "weight" in needs:
         found["weight"] = dy.t() @ x
@@ -125,7 +138,8 @@ def grad_b(dy, call, S, needs, plan, dbias):
     goes if nothing else is summed over the rows."""
     (M, N), B = dy.shape, call.B
     R = padded_rank(B.shape[-1])
-    over_rows, need_dS = not needs.isdisjoint(("B", "v")), not needs.isdisjoint(("x", "A", "u"))
+    over_rows = not needs.isdisjoint(("B", "v"))
+    need_dS = not needs.isdisjoint(("A", "u", "S")) or ("x" in needs and call.A is not None)
     one_pass = plan.grad_b is not None and need_dS and (over_rows or dbias is not None)
     row_blocks = cdiv(M, plan.grad_b.block_m) if one_pass else _row_splits(M, plan.db)[1]
     partials = dy.new_empty(row_blocks, N, R, dtype=torch.float32) if over_rows else None
@@ -145,6 +159,14 @@ def grad_b(dy, call, S, needs, plan, dbias):
     elif dbias is not None and sums is None:
         torch.sum(dy, 0, out=dbias)
     return dSu, (partials, sums)
+
+
+def grad_s(dSu, call, S):
+    """dS [M, columns of S] of dSu or its planes."""
+    dS = dSu.sum(0).to(call.B.dtype) if dSu.dim() == 3 else dSu
+    if call.u is not None:
+        dS = dS * torch.nn.functional.pad(call.u, (0, dS.shape[1] - call.u.shape[0]))
+    return with_columns(dS, _columns_of_s(call, S))
 
 
 def grad_a(dSu, K, call, S, needs, plan, dx):
@@ -196,10 +218,20 @@ def reduce(call, N, K, of_b, of_a, found, launch):
     )  # fmt: skip
 
 
-def _plan(x, adapter_dtype, n, r, threshold, has_weight=True) -> LowRankPlan:
+def _plan(x, adapter_dtype, n, r, threshold, has_weight=True, **more) -> LowRankPlan:
     m, k = x.shape
-    types = name_of(x.dtype), name_of(adapter_dtype)
-    return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, gpu_of(x.device), r, threshold > 0, has_weight))
+    types, gpu = (name_of(x.dtype), name_of(adapter_dtype)), gpu_of(x.device)
+    return plan_lowrank(LowRankProblem(m, n, k, *types, x.device.type, gpu, r, threshold > 0, has_weight, **more))
+
+
+def with_columns(S, columns: int):
+    """S or dS [M, columns], dense. What is cut off or added is the zeros of ranks that are not there."""
+    return S.contiguous() if S.shape[1] == columns else torch.nn.functional.pad(S, (0, columns - S.shape[1]))
+
+
+def _columns_of_s(call, S) -> int:
+    given = S if call.S is None else call.S
+    return padded_rank(call.B.shape[-1]) if given is None else given.shape[1]
 
 
 def _gradient(like, M):

@@ -30,6 +30,7 @@ class LowRankProblem(Problem):
     has_weight: bool
     uv: bool = False  # whether there is u or v
     stacked: bool = False  # whether A or B are stacks of experts
+    given: bool = False  # whether S is given, and A is not there
 
     def describe(self) -> str:
         op = "lowrank_linear" if self.has_weight else "lowrank_adapter"
@@ -168,10 +169,11 @@ LEAST_COLUMNS = 256
 
 
 def table_key(problem: LowRankProblem) -> str:
-    """Key of a tuned file. M is bucketed by powers of two; dropout and the missing base weight have their own rows."""
+    """Key of a tuned file. M is bucketed by powers of two; dropout, the missing base weight and a given S have their
+    own rows."""
     p = problem
     key = f"m{next_power_of_2(p.m)}_n{p.n}_k{p.k}_r{p.r}_{p.dtype}_{p.adapter_dtype}"
-    return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add")
+    return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add") + ("_given" if p.given else "")
 
 
 def plan_lowrank(problem: LowRankProblem) -> LowRankPlan:
@@ -192,7 +194,8 @@ def _plan(problem: LowRankProblem) -> LowRankPlan:
         chosen = replace(chosen, **more)
     changes = tuned_table(problem.gpu.name).get(table_key(problem)) if problem.device == "cuda" else None
     chosen = _merge(chosen, changes) if changes else chosen
-    if chosen.forward == "single_kernel" and (chosen.linear is None or problem.dropout or not problem.has_weight):
+    impossible = problem.dropout or not problem.has_weight or problem.given
+    if chosen.forward == "single_kernel" and (chosen.linear is None or impossible):
         raise ValueError(
             f"a tuned plan has the single kernel, which it does not describe or which cannot run {problem}"
         )
@@ -262,7 +265,7 @@ def _launch(table: dict, block_r: int) -> LowRankLaunch:
 
 
 def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
-    if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
+    if p.dropout or not p.has_weight or p.given:  # with dropout every column of tiles would draw the mask again
         return None
     if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK[kind]:
         shape = LINEAR_FEW_ROWS[kind]

@@ -173,20 +173,37 @@ Tensor gradient_like(const Tensor& like) {
   return like.dim() == 3 ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options());
 }
 
+// S or dS [m, columns], dense. What is cut off or added is the zeros of ranks that are not there.
+Tensor with_columns(const Tensor& S, int64_t columns) {
+  return S.size(1) == columns ? S.contiguous() : at::constant_pad_nd(S, {0, columns - S.size(1)});
+}
+
+// dS [m, columns of S] of dSu or its planes.
+Tensor grad_s(const Tensor& dSu, const LowRankTritonCall& c, const Tensor& S) {
+  Tensor dS = dSu.dim() == 3 ? dSu.sum(0).to(c.B.scalar_type()) : dSu;
+  if (c.u.defined()) dS = dS * at::constant_pad_nd(c.u, {0, dS.size(1) - c.u.size(0)});
+  const Tensor& given = c.S.defined() ? c.S : S;
+  return with_columns(dS, given.defined() ? given.size(1) : dS.size(1));
+}
+
 }  // namespace
 
 std::pair<Tensor, Tensor> lowrank_triton_fwd(const LowRankTritonCall& c, const LowRankPlan& plan) {
   const int64_t m = c.x.size(0), n = c.B.size(-2), r = c.B.size(-1);
   const c10::DeviceGuard guard(c.x.device());
-  const Tensor y = at::empty({m, n}, c.x.options()), S = at::empty({m, plan.reduce.block_r}, c.A.options());
+  const int64_t R = plan.reduce.block_r;
+  const bool given = c.S.defined();
+  const Tensor y = at::empty({m, n}, c.x.options()), S = given ? with_columns(c.S, R) : at::empty({m, R}, c.B.options());
   if (plan.single_kernel) {
+    TORCH_INTERNAL_ASSERT(!given, "the single kernel makes S itself");
     linear(c, y, S, plan.linear);
     return {y, S};
   }
   const int64_t splits = plan.shrink.splits;
-  const Tensor in = splits == 1 ? S : planes(m, S.size(1), S.options(), splits);
-  shrink(c.x, c.A, Strides(c.A), r, Tensor(), in, {Tensor(), 1.0}, c.rank, c.expert_a, c.threshold, c.seed, c.precision,
-         plan.shrink);
+  const Tensor in = splits == 1 || given ? S : planes(m, R, S.options(), splits);
+  if (!given)
+    shrink(c.x, c.A, Strides(c.A), r, Tensor(), in, {Tensor(), 1.0}, c.rank, c.expert_a, c.threshold, c.seed,
+           c.precision, plan.shrink);
   Expansion e;
   e.u = c.u, e.v = c.v, e.bias = c.bias, e.scale = c.scale, e.expert = c.expert_b;
   if (!c.weight.defined()) e.add = c.add;
@@ -206,12 +223,13 @@ LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, co
   if (needs.B) out.B = gradient_like(c.B);
   if (needs.u) out.u = gradient_like(c.u);
   if (needs.v) out.v = gradient_like(c.v);
-  if (needs.x) out.x = at::empty({m, k}, dy.options());
+  const bool of_base = needs.x && !c.A.defined(), to_x = needs.x && !of_base;  // of_base: alone, since S was given
+  if (to_x) out.x = at::empty({m, k}, dy.options());
   if (needs.bias) out.bias = at::empty({n}, dy.options());
 
   Sums sums;
   Tensor dSu;
-  const bool over_rows_b = needs.B || needs.v, need_dS = needs.x || needs.A || needs.u;
+  const bool over_rows_b = needs.B || needs.v, need_dS = to_x || needs.A || needs.u || needs.S;
   const bool one_pass = plan.one_pass_b && need_dS && (over_rows_b || needs.bias);
   const int64_t row_blocks = one_pass ? cdiv(m, plan.grad_b.block_m) : RowSplits(m, plan.db).count;
   if (over_rows_b) sums.of_b = partial_sums(dy, {row_blocks, n, R});
@@ -226,6 +244,7 @@ LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, co
              c.precision, launch);
     }
   }
+  if (needs.S) out.S = grad_s(dSu, c, S);
   if (over_rows_b && !one_pass) {
     OverRows o;
     o.partials = sums.of_b, o.sums = sums.of_bias;
@@ -234,8 +253,8 @@ LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, co
     at::sum_out(out.bias, dy, 0);
   }
 
-  const bool over_rows_a = needs.A || needs.u, fused = needs.x && plan.fused_a && over_rows_a;
-  if (needs.x && !fused) {
+  const bool over_rows_a = needs.A || needs.u, fused = to_x && plan.fused_a && over_rows_a;
+  if (to_x && !fused) {
     Expansion e;
     e.u = c.u, e.expert = c.expert_a, e.threshold = c.threshold, e.seed = c.seed;
     expand(dSu, c.A, Strides(c.A).transposed(), r, out.x, e, c.precision, plan.expand);
@@ -251,7 +270,8 @@ LowRankGrads lowrank_triton_bwd(const Tensor& dy, const LowRankTritonCall& c, co
     over_rows(c.x, k, dSu, r, c.B.scalar_type(), o, c.precision, plan.grad_a);
   }
   reduce(c, n, k, sums, out, plan.reduce);
-  if (needs.x && c.weight.defined()) out.x.addmm_(dy, c.weight);
+  if (of_base) out.x = dy.mm(c.weight);
+  if (to_x && c.weight.defined()) out.x.addmm_(dy, c.weight);
   if (needs.weight) out.weight = dy.t().mm(c.x);
   return out;
 }

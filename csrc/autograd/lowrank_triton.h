@@ -22,20 +22,22 @@ struct LowRankTritonCall {
   int64_t threshold = 0;
   bool frozen = false;
   int precision = 0;  // of fp32 products: a word of triton_launch
+  at::Tensor S;       // [M, r or more] where it is given, in place of A and without dropout
 };
 
 // (y [M, N], S [M, R]).
 std::pair<at::Tensor, at::Tensor> lowrank_triton_fwd(const LowRankTritonCall& call, const LowRankPlan& plan);
 
 struct LowRankNeeds {
-  bool x = false, weight = false, bias = false, A = false, B = false, u = false, v = false;
+  bool x = false, weight = false, bias = false, A = false, B = false, u = false, v = false, S = false;
 };
 
 struct LowRankGrads {
-  at::Tensor x, weight, bias, A, B, u, v;
+  at::Tensor x, weight, bias, A, B, u, v, S;
 };
 
-// The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B.
+// The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B. Where S was
+// given, A is undefined, x's gradient is that of the base product alone, and that of S has its columns.
 LowRankGrads lowrank_triton_bwd(const at::Tensor& dy, const LowRankTritonCall& call, const at::Tensor& S,
                                 const LowRankNeeds& needs, const LowRankPlan& plan);
 

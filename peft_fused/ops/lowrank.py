@@ -155,6 +155,7 @@ class LowRankCall:
     seed: int | torch.Tensor | None = None
     frozen: bool = False
     dropout_p: float = 0.0
+    S: torch.Tensor | None = None
 
     def on_host(self) -> "LowRankCall":
         """With controls that lie on the CPU as numbers."""

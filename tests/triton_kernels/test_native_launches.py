@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 from launches import recording
+from peft_fused.triton_kernels import compiled, lowrank
 from rule import BF16, FP32, TYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
 from peft_fused.ops import cases, native
 from peft_fused.ops.cases import make_bottleneck, make_lowrank
+from peft_fused.ops.lowrank import LowRankCall
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the C++ extension is not built")
 
@@ -156,6 +158,50 @@ def test_launch_for_launch(case, to_list):
     by_python, by_node, by_operation = launched(case, dy)
     for one, other, third in zip(by_python, by_node, by_operation, strict=True):
         assert one == other == third
+
+
+def compared(inputs, by_python, by_cpp, plan, types) -> int:
+    """How many kernels by_python() launches, of which by_cpp(the node's plan) launches the same ones. Both give tensors
+    by name, or None."""
+    names = [str(dtype).removeprefix("torch.") for dtype in types]
+    problem = lowrank.LowRankProblem(1, 1, 1, *names, "cpu", lowrank.gpu_of(torch.device("cpu")), 1, False, False)
+
+    def kinds(results):
+        return {name: t if t is None else (t.dtype, t.shape) for name, t in results.items()}
+
+    with recording(cpp=True) as recorder:
+        one, other = by_python(), by_cpp(compiled.for_node(native.module, problem, plan))
+        assert kinds(one) == kinds(other)
+        names = Names(inputs), Names(inputs)
+        launches = [from_python(launch, names[0]) for launch in recorder.launches]
+        assert launches == [from_cpp(launch, names[1], recorder) for launch in native.module.triton_launches()]
+    return len(launches)
+
+
+@pytest.mark.parametrize("types", ["bf16", "bf16-fp32", "fp32"])
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("r", [5, 16, 40])
+def test_launch_for_launch_of_a_given_s(types, weight, r, to_list):
+    m, n, k = 300, 1024, 512
+    dtype, adapter = TYPES[types]
+    t = {"x": torch.ones(m, k, dtype=dtype), "W": torch.ones(n, k, dtype=dtype), "B": torch.ones(n, r, dtype=adapter)}
+    t |= {"S": torch.ones(m, max(r, 16), dtype=adapter), "u": torch.ones(r, dtype=adapter)}
+    t |= {"kept": torch.ones(m, lowrank.padded_rank(r), dtype=adapter), "dy": torch.ones(m, n, dtype=dtype)}
+    call = LowRankCall(t["x"], t["W"] if weight else None, None, None, None, t["B"], t["u"], S=t["S"])
+    plan = lowrank._plan(t["x"], adapter, n, r, 0, weight, given=True)
+
+    def by_python():
+        y, S = lowrank.lowrank_fwd(call, plan=plan)
+        return {"y": y, "kept": S, **lowrank.lowrank_bwd(t["dy"], call, t["kept"], needs=needs, plan=plan)}
+
+    def by_cpp(node):
+        y, S = node.forward(call)
+        return {"y": y, "kept": S, **node.backward(t["dy"], call, t["kept"], needs)}
+
+    for needs, launches in (({"S", "B", "u"}, 4), ({"S", "B"}, 3), ({"S"}, 2), ({"B"}, 3), (set(), 1)):
+        two_passes = {"S", "B"} <= needs and plan.grad_b is None
+        needs |= {"x"} if weight else set()
+        assert compared(t, by_python, by_cpp, plan, (dtype, adapter)) == launches + two_passes
 
 
 @pytest.fixture
