@@ -12,7 +12,7 @@ struct LowRankLaunch {
 struct LowRankPlan {
   bool single_kernel = false, one_pass_b = false, fused_a = false;
   LowRankLaunch shrink, expand, linear, grad_b, dsu, db, grad_a;
-  LowRankLaunch reduce;  // its block_r are all ranks, padded as those of S are
+  LowRankLaunch reduce;  // its block_r are all ranks, padded as those of S are, of all members
 };
 
 // A call as the kernels take it, settled: of a control the tensor where there is one, else the number.
@@ -40,5 +40,28 @@ struct LowRankGrads {
 // given, A is undefined, x's gradient is that of the base product alone, and that of S has its columns.
 LowRankGrads lowrank_triton_bwd(const at::Tensor& dy, const LowRankTritonCall& call, const at::Tensor& S,
                                 const LowRankNeeds& needs, const LowRankPlan& plan);
+
+// Members of one product with x, and whether dropped out: factors [r_i, K], seeds int64 [members].
+struct SharedShrinkTritonCall {
+  at::Tensor x;
+  std::vector<at::Tensor> factors;
+  at::Tensor seeds;
+  int64_t threshold = 0;
+  int precision = 0;
+};
+
+// S_i [M, R] for each factor. Its plan is one of so many members.
+std::vector<at::Tensor> shared_shrink_triton_fwd(const SharedShrinkTritonCall& call, const LowRankPlan& plan);
+
+struct SharedShrinkGrads {
+  at::Tensor x;
+  std::vector<at::Tensor> factors;
+};
+
+// Of the dS_i [M, R] that are defined. x is added to `onto`, which may be overwritten; needs: of each factor. See
+// shared_shrink_bwd of lowrank.py.
+SharedShrinkGrads shared_shrink_triton_bwd(const std::vector<at::Tensor>& grads, const at::Tensor& onto,
+                                           const SharedShrinkTritonCall& call, bool need_x,
+                                           const std::vector<bool>& needs, const LowRankPlan& plan);
 
 }  // namespace peft_fused
