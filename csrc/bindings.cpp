@@ -243,6 +243,7 @@ peft_fused::LowRankTritonCall lowrank_call(const py::object& call, int precision
   made.rank = c.control("rank", static_cast<double>(made.B.size(-1)));
   made.expert_a = c.control("expert_a", 0), made.expert_b = c.control("expert_b", 0);
   made.threshold = c.get<int64_t>("threshold"), made.frozen = c.get<bool>("frozen"), made.precision = precision;
+  made.S = c.tensor("S");
   return made;
 }
 
@@ -257,12 +258,42 @@ py::dict lowrank_backward(const ForNode<LowRankPlan>& plan, const at::Tensor& dy
   const auto on_triton = plan.launched();
   const auto settled = lowrank_call(call, on_triton->precision);
   const auto need = [&](const char* name) { return needs.contains(name); };
-  const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"), need("v")};
+  const peft_fused::LowRankNeeds wanted{need("x"), need("weight"), need("bias"), need("A"), need("B"), need("u"), need("v"), need("S")};
   const auto found = below_autograd([&] {
     return peft_fused::lowrank_triton_bwd(dy, settled, S.value_or(at::Tensor()), wanted, on_triton->plan);
   });
   return gradients({{"x", found.x}, {"weight", found.weight}, {"bias", found.bias}, {"A", found.A}, {"B", found.B},
-                    {"u", found.u}, {"v", found.v}});
+                    {"u", found.u}, {"v", found.v}, {"S", found.S}});
+}
+
+// Members of one product with x: shared_shrink_fwd and shared_shrink_bwd of triton_kernels/lowrank.py.
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::vector<at::Tensor> shared_forward(const ForNode<LowRankPlan>& plan, const at::Tensor& x,
+                                       const std::vector<at::Tensor>& factors, int64_t threshold,
+                                       const OptionalTensor& seeds) {
+  const auto on_triton = plan.launched();
+  const peft_fused::SharedShrinkTritonCall call{x, factors, seeds.value_or(at::Tensor()), threshold,
+                                                on_triton->precision};
+  return below_autograd([&] { return peft_fused::shared_shrink_triton_fwd(call, on_triton->plan); });
+}
+
+std::pair<OptionalTensor, std::vector<OptionalTensor>> shared_backward(
+    const ForNode<LowRankPlan>& plan, const std::vector<OptionalTensor>& grads, const OptionalTensor& x,
+    const std::vector<at::Tensor>& factors, const OptionalTensor& onto, int64_t threshold, const OptionalTensor& seeds,
+    bool need_x, const std::vector<bool>& needs) {
+  const auto on_triton = plan.launched();
+  const peft_fused::SharedShrinkTritonCall call{x.value_or(at::Tensor()), factors, seeds.value_or(at::Tensor()),
+                                                threshold, on_triton->precision};
+  std::vector<at::Tensor> defined;
+  for (const auto& dS : grads) defined.push_back(dS.value_or(at::Tensor()));
+  const auto found = below_autograd([&] {
+    return peft_fused::shared_shrink_triton_bwd(defined, onto.value_or(at::Tensor()), call, need_x, needs,
+                                                on_triton->plan);
+  });
+  std::vector<OptionalTensor> of_factors;
+  for (const auto& dA : found.factors) of_factors.push_back(peft_fused::optional(dA));
+  return {peft_fused::optional(found.x), of_factors};
 }
 
 // The same of ops/bottleneck.py. activation: as the kernels are compiled for it.
@@ -460,7 +491,9 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ForNode<LowRankPlan>>(m, "LowRankOnTriton", "A plan of triton_kernels/lowrank_plan.py for the C++ node.")
       .def(py::init<const py::object&, py::object>())
       .def("forward", &lowrank_forward, "(y, S) of a settled call by rows.")
-      .def("backward", &lowrank_backward, "The gradients by name of a settled call by rows.");
+      .def("backward", &lowrank_backward, "The gradients by name of a settled call by rows.")
+      .def("shared_forward", &shared_forward, "S_i of members of one product.")
+      .def("shared_backward", &shared_backward, "(dX, dA_i) of members of one product.");
   py::class_<ForNode<BottleneckPlan>>(m, "BottleneckOnTriton", "One of triton_kernels/bottleneck_plan.py.")
       .def(py::init<const py::object&, py::object>())
       .def("forward", &bottleneck_forward, "(y, z) of a settled call by rows.")

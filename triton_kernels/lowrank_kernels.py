@@ -4,6 +4,12 @@ Conventions of every kernel:
 - S and dSu are [M, R]: their ranks are padded to R, a power of two of at least 16, so that their rows are aligned and
   no load of them is masked by rank. What is padded is zero. A sum over columns that several programs share is left as
   PLANES partial sums [PLANES, M, R] in fp32, which whoever reads it adds up: that saves a kernel in between.
+- Projections that share x are MEMBERS of one product. Their ranks lie side by side, EACH of every member, which are its
+  r ranks padded; R is EACH times a power of two: of three members the last fourth is padding. A is [MEMBERS r, K] then,
+  without what is padded; S and dSu are [MEMBERS, M, EACH] (planes are [MEMBERS, planes, M, EACH]), so that what a
+  member has is that of a layer by itself; and seed_ptr points to a seed of each. With dropout a block of ranks is of
+  one member. Programs of the same block of x are neighbours, whichever ranks are theirs: one reads it from memory, the
+  others find it in the L2 cache. A layer by itself has EACH == R.
 - A control (`scale`, `rank`, `expert`) is a pair (pointer, value). A None pointer selects the value; otherwise the
   0-d device tensor is loaded instead, so that a CUDA graph can replay with another one. Neither recompiles.
 - RAGGED: the columns end inside a block, and need a mask.
@@ -100,16 +106,53 @@ def scaled(tile, factors):
 
 
 @triton.jit
-def load_planes(ptr, u_ptr, rows, ranks, M, r, DTYPE: tl.constexpr, PLANES: tl.constexpr, R: tl.constexpr):
-    """u . [rows, ranks] of S or dSu as DTYPE, the sum of its planes."""
-    offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
-    total = tl.load(ptr + offsets, mask=(rows < M)[:, None], other=0.0)
+def load_planes(
+    ptr,
+    u_ptr,
+    rows,
+    ranks,
+    M,
+    r,
+    DTYPE: tl.constexpr,
+    PLANES: tl.constexpr,
+    R: tl.constexpr,
+    EACH: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):
+    """u . [rows, ranks] of S or dSu as DTYPE, the sum of its planes. Of several members' it has one."""
+    if EACH == R:
+        offsets = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+        mask = (rows < M)[:, None]
+    else:
+        tl.static_assert(PLANES == 1)
+        offsets = (ranks // EACH).to(tl.int64)[None, :] * M * EACH + rows.to(tl.int64)[:, None] * EACH
+        offsets += (ranks % EACH)[None, :]
+        mask = and_if((rows < M)[:, None], (ranks < MEMBERS * EACH)[None, :], MEMBERS * EACH < R)
+    total = tl.load(ptr + offsets, mask=mask, other=0.0)
     for plane in tl.static_range(1, PLANES):
-        total += tl.load(ptr + plane * M.to(tl.int64) * R + offsets, mask=(rows < M)[:, None], other=0.0)
+        total += tl.load(ptr + plane * M.to(tl.int64) * R + offsets, mask=mask, other=0.0)
     total = total.to(DTYPE)
     if u_ptr is not None:
         total = scaled(total, tl.load(u_ptr + ranks, mask=ranks < r, other=0.0)[None, :])
     return total
+
+
+@triton.jit
+def there(ranks, r, R: tl.constexpr, EACH: tl.constexpr, MEMBERS: tl.constexpr):
+    """Which padded ranks are ranks, of r that a member has."""
+    if EACH == R:
+        return ranks < r
+    else:
+        return and_if(ranks % EACH < r, ranks < MEMBERS * EACH, MEMBERS * EACH < R)
+
+
+@triton.jit
+def row_of(ranks, r, R: tl.constexpr, EACH: tl.constexpr):
+    """Where a padded rank is among the rows of A."""
+    if EACH == R:
+        return ranks
+    else:
+        return ranks // EACH * r + ranks % EACH
 
 
 @triton.jit
@@ -119,6 +162,34 @@ def and_if(mask, other, RAGGED: tl.constexpr):
         return mask & other
     else:
         return mask
+
+
+@triton.jit
+def block_of_x(R: tl.constexpr, EACH: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Which block of its rows, or of its columns, is a program's."""
+    if EACH == R:
+        return tl.program_id(0)
+    else:
+        return tl.program_id(0) // ((MEMBERS * EACH + BLOCK_R - 1) // BLOCK_R)
+
+
+@triton.jit
+def block_of_ranks(R: tl.constexpr, EACH: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Which block of the ranks is a program's. Those of members come next to each other, without blocks of padding."""
+    if EACH == R:
+        return tl.program_id(2)
+    else:
+        return tl.program_id(0) % ((MEMBERS * EACH + BLOCK_R - 1) // BLOCK_R)
+
+
+@triton.jit
+def seed_of(seed_ptr, rank_block, R: tl.constexpr, EACH: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Pointer to the seed of the member that a block of ranks is of."""
+    if EACH == R:
+        return seed_ptr
+    else:
+        tl.static_assert(BLOCK_R <= EACH)
+        return seed_ptr + rank_block * BLOCK_R // EACH
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
@@ -148,20 +219,24 @@ def shrink_kernel(
     RAGGED: tl.constexpr,
     PREC: tl.constexpr,
     R: tl.constexpr,
+    EACH: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out [planes, M, R] = scale * keep_rank((v . A) drop(x)), each plane of k_blocks blocks of the columns.
 
-    With x := dY and A := B^T it is also dSu; only there is v present.
+    With x := dY and A := B^T it is also dSu; only there is v present. out of members is [MEMBERS, planes, M, EACH].
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = block_of_x(R, EACH, MEMBERS, BLOCK_R) * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.program_id(1)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = ranks < tl.minimum(control(rank_ptr, rank, tl.int32), r)
+    rank_block = block_of_ranks(R, EACH, MEMBERS, BLOCK_R)
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = there(ranks, tl.minimum(control(rank_ptr, rank, tl.int32), r), R, EACH, MEMBERS)
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_xm
-    a_ranks = a_ptr + control(expert_ptr, expert, tl.int64) * stride_ae + ranks.to(tl.int64)[None, :] * stride_ar
+    a_ranks = a_ptr + control(expert_ptr, expert, tl.int64) * stride_ae
+    a_ranks += row_of(ranks, r, R, EACH).to(tl.int64)[None, :] * stride_ar
     k_begin = plane * k_blocks * BLOCK_K
     k_end = tl.minimum(k_begin + k_blocks * BLOCK_K, K)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
@@ -176,14 +251,21 @@ def shrink_kernel(
         if v_ptr is not None:
             a = scaled(a, tl.load(v_ptr + cols, mask=cols < K, other=0.0)[:, None])
         if DROPOUT:
-            x = tl.where(keep_mask(seed_ptr, rows, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+            seed = seed_of(seed_ptr, rank_block, R, EACH, BLOCK_R)
+            x = tl.where(keep_mask(seed, rows, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         acc = dot(x, a, acc, PREC)
     acc = tl.where(live[None, :], acc, 0.0)  # zeros times an x that is not finite are none
     factor = control(scale_ptr, scale, tl.float32)
     if DROPOUT:
         factor *= keep_scale(threshold)
-    out = out_ptr + (plane * M.to(tl.int64) + rows)[:, None] * R + ranks[None, :]
-    tl.store(out, (acc * factor).to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None])
+    if EACH == R:
+        out = out_ptr + (plane * M.to(tl.int64) + rows)[:, None] * R + ranks[None, :]
+        inside = (rows < M)[:, None]
+    else:
+        planes = ranks // EACH * tl.num_programs(1) + plane
+        out = out_ptr + (planes.to(tl.int64)[None, :] * M + rows[:, None]) * EACH + (ranks % EACH)[None, :]
+        inside = and_if((rows < M)[:, None], (ranks < MEMBERS * EACH)[None, :], MEMBERS * EACH < R)
+    tl.store(out, (acc * factor).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=VOLATILE, do_not_specialize_on_alignment=UNALIGNED)
@@ -216,13 +298,16 @@ def expand_kernel(
     PREC: tl.constexpr,
     PLANES: tl.constexpr,
     R: tl.constexpr,
+    EACH: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """out [M, N] = drop(scale * v . (B (u . S))) + bias + add, and where s_ptr is given S [M, R], of its planes.
 
-    With S := dSu and B := A^T it is also dx, which is dropped like x was; only there is DROPOUT set.
+    With S := dSu and B := A^T it is also dx, which is dropped like x was; only there is DROPOUT set, and only there are
+    members, whose parts are dropped one by one. out may be add.
     """
     # Neighbouring programs write neighbouring columns; each takes n_blocks blocks of them.
     groups = tl.cdiv(N, n_blocks * BLOCK_N)
@@ -234,11 +319,11 @@ def expand_kernel(
     if s_ptr is not None:
         for j in range(0, R, BLOCK_R):
             ranks = j + tl.arange(0, BLOCK_R)
-            saved = load_planes(planes_ptr, None, rows, ranks, M, r, DTYPE, PLANES, R)
+            saved = load_planes(planes_ptr, None, rows, ranks, M, r, DTYPE, PLANES, R, EACH, MEMBERS)
             s_tile = s_ptr + wide_rows[:, None] * R + ranks[None, :]
             tl.store(s_tile, saved, mask=((rows < M) & (group == 0))[:, None])
     if R == BLOCK_R:
-        s = load_planes(planes_ptr, u_ptr, rows, tl.arange(0, R), M, r, DTYPE, PLANES, R)
+        s = load_planes(planes_ptr, u_ptr, rows, tl.arange(0, R), M, r, DTYPE, PLANES, R, EACH, MEMBERS)
     factor = control(scale_ptr, scale, tl.float32)
     b_expert = b_ptr + control(expert_ptr, expert, tl.int64) * stride_be
     n_begin = group * n_blocks * BLOCK_N
@@ -247,17 +332,26 @@ def expand_kernel(
         wide_cols = cols.to(tl.int64)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         # A block of ranks at a time keeps the operands of a large rank out of the register budget.
-        for j in range(0, R, BLOCK_R):
+        for j in range(0, MEMBERS * EACH, BLOCK_R):
             ranks = j + tl.arange(0, BLOCK_R)
             if R != BLOCK_R:
-                s = load_planes(planes_ptr, u_ptr, rows, ranks, M, r, DTYPE, PLANES, R)
-            b_mask = and_if((ranks < r)[:, None], (cols < N)[None, :], RAGGED)
-            b_tile = b_expert + wide_cols[None, :] * stride_bn + ranks.to(tl.int64)[:, None] * stride_br
-            acc = dot_to(s, tl.load(b_tile, mask=b_mask, other=0.0), acc, OUT, PREC)
+                s = load_planes(planes_ptr, u_ptr, rows, ranks, M, r, DTYPE, PLANES, R, EACH, MEMBERS)
+            b_mask = and_if(there(ranks, r, R, EACH, MEMBERS)[:, None], (cols < N)[None, :], RAGGED)
+            b_tile = b_expert + wide_cols[None, :] * stride_bn
+            b_tile += row_of(ranks, r, R, EACH).to(tl.int64)[:, None] * stride_br
+            b = tl.load(b_tile, mask=b_mask, other=0.0)
+            if DROPOUT and EACH != R:
+                part = dot_to(s, b, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), OUT, PREC)
+                seed = seed_of(seed_ptr, j // BLOCK_R, R, EACH, BLOCK_R)
+                acc += tl.where(keep_mask(seed, rows, n, threshold, BLOCK_M, BLOCK_N), part, 0.0)
+            else:
+                acc = dot_to(s, b, acc, OUT, PREC)
         acc *= factor
         if v_ptr is not None:
             acc *= tl.load(v_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-        if DROPOUT:
+        if DROPOUT and EACH != R:
+            acc *= keep_scale(threshold)
+        elif DROPOUT:
             keep = keep_mask(seed_ptr, rows, n, threshold, BLOCK_M, BLOCK_N)
             acc = tl.where(keep, acc * keep_scale(threshold), 0.0)
         if bias_ptr is not None:
@@ -470,6 +564,8 @@ def grad_a_kernel(
     DTYPE: tl.constexpr,
     PLANES: tl.constexpr,
     R: tl.constexpr,
+    EACH: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -480,11 +576,15 @@ def grad_a_kernel(
     Optional by-products: dots [row splits, R] = column sums of dSu . S (for du), sums [row splits, K] = column sums of
     x.
     dB is the same product with x := dY and dSu := S. u and the keep scale reach dA in the reduction, in fp32. dx needs
-    every rank in one block; a larger rank takes it from expand_kernel, which need not read x.
+    every rank in one block; a larger rank takes it from expand_kernel, which need not read x. Of members there are
+    partials alone.
     """
-    cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tl.static_assert(EACH == R or not NEED_DX)
+    col_block = block_of_x(R, EACH, MEMBERS, BLOCK_R)
+    cols = col_block * BLOCK_K + tl.arange(0, BLOCK_K)
     row_split = tl.program_id(1)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_block = block_of_ranks(R, EACH, MEMBERS, BLOCK_R)
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     wide_cols = cols.to(tl.int64)
     if NEED_DX:
         a_ranks = a_ptr + control(expert_ptr, expert, tl.int64) * stride_ae + ranks.to(tl.int64)[:, None] * stride_ar
@@ -502,9 +602,10 @@ def grad_a_kernel(
         rows = m + tl.arange(0, BLOCK_M)
         wide_rows = rows.to(tl.int64)
         inside = and_if((rows < M)[:, None], (cols < K)[None, :], RAGGED)
-        dsu = load_planes(dsu_ptr, None, rows, ranks, M, r, DTYPE, PLANES, R)
+        dsu = load_planes(dsu_ptr, None, rows, ranks, M, r, DTYPE, PLANES, R, EACH, MEMBERS)
         if DROPOUT:
-            keep = keep_mask(seed_ptr, rows, tl.program_id(0) * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
+            seed = seed_of(seed_ptr, rank_block, R, EACH, BLOCK_R)
+            keep = keep_mask(seed, rows, col_block * BLOCK_K, threshold, BLOCK_M, BLOCK_K)
         if NEED_DA:
             x = tl.load(x_ptr + wide_rows[:, None] * stride_xm + wide_cols[None, :] * stride_xk, mask=inside, other=0.0)
             if sums_ptr is not None:
@@ -589,6 +690,8 @@ def reduce_kernel(
     OF_B: tl.constexpr,
     FROZEN: tl.constexpr,
     R: tl.constexpr,
+    EACH: tl.constexpr,
+    MEMBERS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
@@ -598,7 +701,7 @@ def reduce_kernel(
     Of partials [b_partials, N, R], with t[n, j] = scale * u[j] * their sum: dB[expert, n, j] = v[n] t[n, j], zero but
     for column rank - 1 when FROZEN; dv[n] = sum_j B[expert, n, j] t[n, j]; dbias[n] = the sum of sums [b_partials, N].
     Of partials [a_partials, K, R]: dA[expert, j, k] = keep_scale * u[j] * their sum, with FROZEN as above; du[j] = the
-    sum of dots [a_partials, R]. Every output is optional.
+    sum of dots [a_partials, R]. Every output is optional. Of members there is dA [MEMBERS r, K] alone.
     """
     pid = tl.program_id(0)
     ranks = tl.arange(0, R)
@@ -644,8 +747,10 @@ def reduce_kernel(
             if FROZEN:
                 total = tl.where(chosen[None, :], total, 0.0)
             da = da_ptr + control(expert_a_ptr, expert_a, tl.int64) * stride_dae
-            da += ranks.to(tl.int64)[None, :] * stride_dar + rows.to(tl.int64)[:, None] * stride_dak
-            tl.store(da, total.to(da_ptr.dtype.element_ty), mask=(rows < K)[:, None] & (ranks < r)[None, :])
+            da_rows = row_of(ranks, r, R, EACH).to(tl.int64)
+            da += da_rows[None, :] * stride_dar + rows.to(tl.int64)[:, None] * stride_dak
+            live = there(ranks, r, R, EACH, MEMBERS)
+            tl.store(da, total.to(da_ptr.dtype.element_ty), mask=(rows < K)[:, None] & live[None, :])
         if dots_ptr is not None:  # noqa: SIM102
             if pid == blocks:
                 du = tl.zeros([R], tl.float32)

@@ -23,15 +23,15 @@ TUNED = Path(__file__).parent / "tuned"
 
 @dataclass(frozen=True)
 class LowRankProblem(Problem):
-    """x [m, k] against W [n, k] with rank r."""
+    """x [m, k] against W [n, k] with rank r. Of several members it is their product with x alone, whatever n is."""
 
     r: int
     dropout: bool
     has_weight: bool
     uv: bool = False  # whether there is u or v
     stacked: bool = False  # whether A or B are stacks of experts
-    given: bool = False  # whether S is given in place of A
-    members: int = 1  # factors of ranks up to r that share x, of which nothing but S is wanted
+    given: bool = False  # whether S is given, and A is not there
+    members: int = 1  # projections whose product with x is shared; r is the most ranks of one of them
 
     def shared_by(self, members: int) -> "LowRankProblem":
         """The product with x alone, of so many layers like this one."""
@@ -97,7 +97,8 @@ class LowRankLaunch:
 class LowRankPlan:
     """How a problem runs.
 
-    forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add".
+    forward: "single_kernel", "shrink_expand_gemm" or "shrink_expand_add"; of several members "shared_shrink", of which
+        the backward is expand, grad_a and reduce, and nothing else is there.
     grad_b: dSu and sums for dB from one pass over dY; None for two passes, by `dsu` and `db`.
     fused_a: dx and sums for dA from one kernel, otherwise dx from `expand`.
     reduce: block_m counts partial sums, block_n what each is of.
@@ -108,8 +109,8 @@ class LowRankPlan:
     expand: LowRankLaunch
     linear: LowRankLaunch | None
     grad_b: LowRankLaunch | None
-    dsu: LowRankLaunch
-    db: LowRankLaunch
+    dsu: LowRankLaunch | None
+    db: LowRankLaunch | None
     fused_a: bool
     grad_a: LowRankLaunch
     reduce: LowRankLaunch
@@ -155,6 +156,8 @@ GRAD_A = {
     "split": {16: (64, 64, 4, 3), 32: (32, 64, 4, 2)},
     "full": {16: (32, 64, 4, 3), 32: (32, 64, 4, 3), 64: (16, 64, 4, 3)},
 }
+# Of members, whose ranks are better in one block, which reads x once.
+GRAD_A_MEMBERS = GRAD_A | {"split": GRAD_A["split"] | {64: (32, 64, 4, 2)}}
 # The single kernel: (block_m, block_n, block_k, num_warps, num_stages). With few rows, block_m is a maximum and W is
 # all there is to read: the narrow tile spreads it over many programs.
 LINEAR_FEW_ROWS = {"half": (64, 32, 128, 4, 3), "split": (64, 32, 32, 4, 4), "full": (32, 32, 32, 4, 3)}
@@ -176,13 +179,25 @@ PLANES_MAX_RANK = 16
 # Of a thread, where the compiler would rather leave a few numbers in local memory than have fewer blocks.
 MAXNREG = 255
 LEAST_COLUMNS = 256
+# Operands that a product of members never has.
+ABSENT = (
+    ("shrink", "v scale rank expert"),
+    ("expand", "u v bias s scale expert"),
+    ("grad_a", "a s u dx dots sums expert"),
+    ("reduce", "b_partials sums b v db dv dbias dots u du scale rank expert_a expert_b"),
+)
 
 
 def table_key(problem: LowRankProblem) -> str:
-    """Key of a tuned file. M is bucketed by powers of two; dropout and the missing base weight have their own rows."""
+    """Key of a tuned file. M is bucketed by powers of two; dropout, the missing base weight and a given S have their
+    own rows, and so has the product that members share."""
     p = problem
-    key = f"m{next_power_of_2(p.m)}_n{p.n}_k{p.k}_r{p.r}_{p.dtype}_{p.adapter_dtype}"
-    return key + ("_dropout" if p.dropout else "") + ("" if p.has_weight else "_add")
+    key = f"m{next_power_of_2(p.m)}_n{p.n}_k{p.k}_r{p.r}_{p.dtype}_{p.adapter_dtype}" + (
+        "_dropout" if p.dropout else ""
+    )
+    if p.members > 1:
+        return f"{key}_members{p.members}"
+    return key + ("" if p.has_weight else "_add") + ("_given" if p.given else "")
 
 
 def plan_lowrank(problem: LowRankProblem) -> LowRankPlan:
@@ -196,14 +211,15 @@ def _plan(problem: LowRankProblem) -> LowRankPlan:
         raise ValueError(f"rank must be in 1..{MAX_RANK}, got {problem.r}")
     if problem.dtype not in DTYPES or problem.adapter_dtype not in (problem.dtype, "float32"):
         raise ValueError(f"unsupported types: activations {problem.dtype}, adapter {problem.adapter_dtype}")
-    chosen = _default_plan(problem)
+    chosen = _default_plan(problem) if problem.members == 1 else _shared_plan(problem)
     if problem.gpu.capability != 90:
         launches = {f.name: getattr(chosen, f.name) for f in fields(chosen)}
         more = {n: replace(v, maxnreg=MAXNREG) for n, v in launches.items() if isinstance(v, LowRankLaunch)}
         chosen = replace(chosen, **more)
     changes = tuned_table(problem.gpu.name).get(table_key(problem)) if problem.device == "cuda" else None
     chosen = _merge(chosen, changes) if changes else chosen
-    if chosen.forward == "single_kernel" and (chosen.linear is None or problem.dropout or not problem.has_weight):
+    impossible = problem.dropout or not problem.has_weight or problem.given or problem.members > 1
+    if chosen.forward == "single_kernel" and (chosen.linear is None or impossible):
         raise ValueError(
             f"a tuned plan has the single kernel, which it does not describe or which cannot run {problem}"
         )
@@ -242,7 +258,7 @@ def _default_plan(p: LowRankProblem) -> LowRankPlan:
     if block_r in GRAD_B[kind]:
         # In the buffers of dY an element has 2 bytes; as many are left for those of B, its terms and what is stored.
         shapes = [s for s in GRAD_B[kind][block_r] if 4 * s[0] * s[1] * s[3] <= p.gpu.shared_memory]
-        grad_b = _share_columns(shapes, block_r, p, p.n)
+        grad_b = _share_columns(shapes, block_r, p, p.n, _planes(block_r))
     fused_a = block_r in GRAD_A_FUSED[kind]
     if not fused_a:
         grad_a = _launch(GRAD_A[kind], block_r)
@@ -254,14 +270,37 @@ def _default_plan(p: LowRankProblem) -> LowRankPlan:
     tile, reduce_warps = reduce_launch(p.r)
     return LowRankPlan(
         forward=forward,
-        shrink=_share_columns(SHRINK[kind][shrink], shrink, p, p.k),
+        shrink=_share_columns(SHRINK[kind][shrink], shrink, p, p.k, _planes(block_r)),
         expand=_share_expansion(_launch(EXPAND[kind], block_r), p),
         linear=linear,
         grad_b=grad_b,
-        dsu=_share_columns(SHRINK[kind][shrink], shrink, p, p.n),
+        dsu=_share_columns(SHRINK[kind][shrink], shrink, p, p.n, _planes(block_r)),
         db=_share_rows(_launch(GRAD_A[kind], block_r), p, p.n),
         fused_a=fused_a,
         grad_a=_share_rows(grad_a, p, p.k),
+        reduce=LowRankLaunch(tile["BLOCK_P"], tile["BLOCK_X"], tile["BLOCK_R"], reduce_warps, 1),
+    )
+
+
+def _shared_plan(p: LowRankProblem) -> LowRankPlan:
+    """Of several members. With dropout each has its own mask, and so its own block of ranks."""
+    kind, each = operand_class(p.dtype, p.adapter_dtype), padded_rank(p.r)
+    R = all_ranks(p.r, p.members)
+    block_r = each if p.dropout else R
+    shrink = min(block_r, max(SHRINK[kind]))
+    grad_a = _launch(GRAD_A_MEMBERS[kind], block_r)
+    tile, reduce_warps = reduce_launch(R)
+    return LowRankPlan(
+        forward="shared_shrink",
+        # Planes are added up before anyone reads them, so that the number of ranks is no bound.
+        shrink=_share_columns(SHRINK[kind][shrink], shrink, p, p.k, MOST_PLANES, cdiv(p.members * each, shrink)),
+        expand=_share_expansion(_launch(EXPAND[kind], block_r), p),
+        linear=None,
+        grad_b=None,
+        dsu=None,
+        db=None,
+        fused_a=False,
+        grad_a=_share_rows(grad_a, p, p.k * cdiv(p.members * each, grad_a.block_r)),
         reduce=LowRankLaunch(tile["BLOCK_P"], tile["BLOCK_X"], tile["BLOCK_R"], reduce_warps, 1),
     )
 
@@ -273,7 +312,7 @@ def _launch(table: dict, block_r: int) -> LowRankLaunch:
 
 
 def _linear(p: LowRankProblem, kind: str, block_r: int) -> LowRankLaunch | None:
-    if p.dropout or not p.has_weight:  # with dropout every column of tiles would draw the mask again
+    if p.dropout or not p.has_weight or p.given:  # with dropout every column of tiles would draw the mask again
         return None
     if p.m <= FEW_ROWS and block_r <= FEW_ROWS_MAX_RANK[kind]:
         shape = LINEAR_FEW_ROWS[kind]
@@ -294,16 +333,22 @@ def _enough(programs: int, p: LowRankProblem) -> bool:
     return 2.1 * programs >= p.gpu.sm_count
 
 
-def _share_columns(shapes: list, block_r: int, p: LowRankProblem, columns: int) -> LowRankLaunch:
-    """The first shape that leaves programs enough, else the last, its columns shared out to as few planes as suffice.
-    Their number is compiled in: it is a power of two."""
+def _planes(block_r: int) -> int:
+    return MOST_PLANES if block_r <= PLANES_MAX_RANK else 1
+
+
+def _share_columns(
+    shapes: list, block_r: int, p: LowRankProblem, columns: int, most: int, rank_blocks: int = 1
+) -> LowRankLaunch:
+    """The first shape that leaves programs enough, else the last, its columns shared out to as few planes as suffice,
+    of `most`. Their number is compiled in: it is a power of two."""
+    most = min(most, columns // LEAST_COLUMNS)
     for block_m, block_n, num_warps, num_stages in shapes:
-        row_blocks, planes = cdiv(p.m, block_m), 1
-        most = min(MOST_PLANES, columns // LEAST_COLUMNS) if padded_rank(p.r) <= PLANES_MAX_RANK else 1
-        while not _enough(row_blocks * planes, p) and 2 * planes <= most:
+        blocks, planes = cdiv(p.m, block_m) * rank_blocks, 1
+        while not _enough(blocks * planes, p) and 2 * planes <= most:
             planes *= 2
         launch = LowRankLaunch(block_m, block_n, block_r, num_warps, num_stages, splits=planes)
-        if _enough(row_blocks * planes, p):
+        if _enough(blocks * planes, p):
             return launch
     return launch
 
@@ -319,17 +364,24 @@ def _share_expansion(launch: LowRankLaunch, p: LowRankProblem) -> LowRankLaunch:
     return replace(launch, splits=max(1, cdiv(4 * p.gpu.sm_count, cdiv(p.m, launch.block_m))))
 
 
+def all_ranks(r: int, members: int) -> int:
+    """R of members of r ranks at most."""
+    return next_power_of_2(members) * padded_rank(r)
+
+
 def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
     """Every kernel that the plan of a problem may launch, with the precision default of fp32 products."""
     chosen = plan_lowrank(problem)
     configs = []
+    each, members = padded_rank(problem.r), problem.members
+    side_by_side = {"R": all_ranks(problem.r, members), "EACH": each, "MEMBERS": members}
 
     def add(kernel, launch, columns, **flags):
         by_k = kernel in ("shrink_kernel", "grad_a_kernel")
         flags |= {"BLOCK_M": launch.block_m, "BLOCK_K" if by_k else "BLOCK_N": launch.block_n}
-        flags |= {"PREC": "tf32x3", "R": padded_rank(problem.r)}
+        flags |= {"PREC": "tf32x3", "R": each}
         if kernel in ("shrink_kernel", "expand_kernel", "grad_a_kernel"):
-            flags["BLOCK_R"] = launch.block_r
+            flags |= side_by_side | {"BLOCK_R": launch.block_r}
         if launch.block_k:
             flags |= {"BLOCK_K": launch.block_k, "GROUP_M": GROUP_M}
         flags["RAGGED"] = columns % (launch.block_k or launch.block_n) != 0
@@ -337,7 +389,21 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         options = launch.num_warps, launch.num_stages, launch.maxnreg
         configs.append(KernelConfig(kernel, *types, tuple(sorted(flags.items())), *options))
 
+    def add_reduce(launch, **flags):
+        flags |= side_by_side | {"BLOCK_P": launch.block_m, "BLOCK_X": launch.block_n}
+        types = problem.dtype, problem.adapter_dtype
+        options = launch.num_warps, launch.num_stages, launch.maxnreg
+        configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(flags.items())), *options))
+
     k, n, dropout = problem.k, problem.n, problem.dropout
+    if members > 1:
+        absent = {name: dict.fromkeys(f"{operand}_ptr" for operand in operands.split()) for name, operands in ABSENT}
+        add("shrink_kernel", chosen.shrink, k, DROPOUT=dropout, **absent["shrink"])
+        add("expand_kernel", chosen.expand, k, DROPOUT=dropout, PLANES=1, **absent["expand"])
+        needs = {"NEED_DX": False, "NEED_DA": True}
+        add("grad_a_kernel", chosen.grad_a, k, DROPOUT=dropout, PLANES=1, **needs, **absent["grad_a"])
+        add_reduce(chosen.reduce, FROZEN=False, OF_B=False, **absent["reduce"])
+        return configs
     if chosen.forward == "single_kernel":
         add("linear_kernel", chosen.linear, k)
     add("shrink_kernel", chosen.shrink, k, DROPOUT=dropout)
@@ -351,11 +417,7 @@ def kernel_configs(problem: LowRankProblem) -> list[KernelConfig]:
         wanted = [(False, True), (False, False)] + ([(True, True), (True, False)] if chosen.fused_a else [])
         for need_dx, need_da in wanted:
             add("grad_a_kernel", chosen.grad_a, k, DROPOUT=dropout, NEED_DX=need_dx, NEED_DA=need_da, PLANES=planes)
-    last = chosen.reduce
-    constants = {"R": last.block_r, "BLOCK_P": last.block_m, "BLOCK_X": last.block_n, "FROZEN": True, "OF_B": True}
-    types = problem.dtype, problem.adapter_dtype
-    options = last.num_warps, last.num_stages, last.maxnreg
-    configs.append(KernelConfig("reduce_kernel", *types, tuple(sorted(constants.items())), *options))
+    add_reduce(chosen.reduce, FROZEN=True, OF_B=True)
     return configs
 
 
@@ -368,4 +430,6 @@ def configurations(gpu: Gpu = H200) -> list[KernelConfig]:
     for (dtype, adapter), m, n, r, dropout in product(types, rows, (768, 4096, 4104), ranks, (False, True)):
         problem = LowRankProblem(m, n, n, dtype, adapter, "cpu", gpu, r, dropout, True)
         found |= dict.fromkeys(kernel_configs(problem))
+        for members in (3, 2, 4) if r <= 32 else ():
+            found |= dict.fromkeys(kernel_configs(replace(problem, members=members)))
     return list(found)

@@ -41,5 +41,6 @@ def operand_class(dtype: str, adapter_dtype: str) -> str:
 def reduce_launch(r: int) -> tuple[dict[str, int], int]:
     """(blocks, num_warps) of a tile of the second stage of sums over rows, [.., r]: partials, rows, ranks."""
     block_r = padded_rank(r)
-    blocks = {"BLOCK_P": 8 if block_r <= 64 else 4, "BLOCK_X": max(8, 256 // block_r), "BLOCK_R": block_r}
+    partials = 8 if block_r <= 64 else max(1, min(4, 4 * MAX_RANK // block_r))  # more ranks are those of members
+    blocks = {"BLOCK_P": partials, "BLOCK_X": max(8, 256 // block_r), "BLOCK_R": block_r}
     return blocks, 4 if block_r <= 64 else 8

@@ -246,7 +246,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
       const auto call = triton_call(x2, weight, Tensor(), Tensor(), A, B, u, v, Tensor(), c, d);
       const auto found = lowrank_triton_bwd(dy2, call, saved[6], needs, c.on_triton->plan);
       out[kWeight] = found.weight, out[kBias] = found.bias, out[kA] = found.A, out[kB] = found.B;
-      out[kU] = found.u, out[kV] = found.v, out[kS] = found.S;
+      out[kU] = found.u, out[kV] = found.v;
+      if (need(kS)) out[kS] = found.S.narrow(1, 0, c.given_columns);
       if (need_x) out[kX] = found.x.view(of_x);
       if (need(kAdd)) out[kAdd] = dy;
       return out;

@@ -1,7 +1,5 @@
 // The low-rank op by Triton's kernels: what triton_kernels/lowrank.py launches, launched from here.
 #pragma once
-#include <vector>
-
 #include "common.h"
 
 namespace peft_fused {
@@ -14,17 +12,17 @@ struct LowRankLaunch {
 struct LowRankPlan {
   bool single_kernel = false, one_pass_b = false, fused_a = false;
   LowRankLaunch shrink, expand, linear, grad_b, dsu, db, grad_a;
-  LowRankLaunch reduce;  // its block_r are all ranks, padded as those of S are
+  LowRankLaunch reduce;  // its block_r are all ranks, padded as those of S are, of all members
 };
 
 // A call as the kernels take it, settled: of a control the tensor where there is one, else the number.
 struct LowRankTritonCall {
   at::Tensor x, weight, add, bias, A, B, u, v, seed;  // x and add by rows
-  at::Tensor S;  // given; A is then undefined
   Control scale, rank, expert_a, expert_b;
   int64_t threshold = 0;
   bool frozen = false;
   int precision = 0;  // of fp32 products: a word of triton_launch
+  at::Tensor S;       // [M, r or more] where it is given, in place of A and without dropout
 };
 
 // (y [M, N], S [M, R]).
@@ -38,11 +36,12 @@ struct LowRankGrads {
   at::Tensor x, weight, bias, A, B, u, v, S;
 };
 
-// The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B.
+// The gradients of `needs` from dY [M, N]. Of the call what none of them reads may be undefined, but for B. Where S was
+// given, A is undefined, x's gradient is that of the base product alone, and that of S has its columns.
 LowRankGrads lowrank_triton_bwd(const at::Tensor& dy, const LowRankTritonCall& call, const at::Tensor& S,
                                 const LowRankNeeds& needs, const LowRankPlan& plan);
 
-// The products of several factors [r, K] with the rows x [M, K] that they share; seeds: one of each, [G] int64.
+// Members of one product with x, and whether dropped out: factors [r_i, K], seeds int64 [members].
 struct SharedShrinkTritonCall {
   at::Tensor x;
   std::vector<at::Tensor> factors;
@@ -51,7 +50,7 @@ struct SharedShrinkTritonCall {
   int precision = 0;
 };
 
-// S [M, R] of every factor.
+// S_i [M, R] for each factor. Its plan is one of so many members.
 std::vector<at::Tensor> shared_shrink_triton_fwd(const SharedShrinkTritonCall& call, const LowRankPlan& plan);
 
 struct SharedShrinkGrads {
@@ -59,8 +58,8 @@ struct SharedShrinkGrads {
   std::vector<at::Tensor> factors;
 };
 
-// From dS [M, R] of every factor, undefined where it has none: dx [M, K], added to `onto` in place where that is defined,
-// and dA of the factors that need one.
+// Of the dS_i [M, R] that are defined. x is added to `onto`, which may be overwritten; needs: of each factor. See
+// shared_shrink_bwd of lowrank.py.
 SharedShrinkGrads shared_shrink_triton_bwd(const std::vector<at::Tensor>& grads, const at::Tensor& onto,
                                            const SharedShrinkTritonCall& call, bool need_x,
                                            const std::vector<bool>& needs, const LowRankPlan& plan);

@@ -206,7 +206,7 @@ struct SharedShrink : torch::autograd::Function<SharedShrink> {
         c.on_triton ? shared_shrink_triton_bwd(defined, onto, triton_call(x2, factors, saved[1], c), need_x, needs,
                                                c.on_triton->plan)
                     : shrink_all_backward(defined, onto, x2, factors, saved[1], k, need_x, needs, c);
-    if (need_x) out[0] = found.x.view(c.sizes);
+    if (need_x) out[0] = found.x.to(c.x_type).view(c.sizes);
     for (size_t i = 0; i < count; ++i) out[1 + i] = found.factors[i];
     return out;
   }

@@ -345,6 +345,8 @@ class LowRank(Operation):
             grads = decision.plan.backward(rows(dy), by_rows, hidden, needs)
         if "x" in grads:
             grads["x"] = grads["x"].view(like["x"][0])
+        if "S" in grads:
+            grads["S"] = grads["S"][:, : like["S"][0][1]]
         return grads
 
 

@@ -152,7 +152,7 @@ class _Node(torch.autograd.Function):
             onto = rows(resolved(onto)).clone(memory_format=torch.contiguous_format)
         of_S = [resolved(dS) for dS in of_S]
         dx, found = _backward(of_S, onto, x2, factors, ctx.threshold, seeds, needs_x, needs, dtype, ctx.decision)
-        return None if dx is None else dx.view(shape), None, None, None, None, *found
+        return None if dx is None else dx.to(dtype).view(shape), None, None, None, None, *found
 
 
 def _products(factors, threshold) -> list[tuple]:

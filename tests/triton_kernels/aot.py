@@ -150,7 +150,12 @@ class Row:
         """What the compiler's choices hang on: rows with the same differ in their sizes and in what they ask for."""
         c = self.config
         words = tuple(pair for pair in c.constexprs if not self._is_switch(*pair) and not self._is_number(*pair))
-        return self.limit, self.instruction, *self.kind, words, c.num_warps, self.maxnreg
+        return self.limit, self.instruction, *self.kind, words, self.of_members, c.num_warps, self.maxnreg
+
+    @property
+    def of_members(self):
+        """Whether it is of projections that share a product, whose ranks lie otherwise than those of one."""
+        return dict(self.config.constexprs).get("MEMBERS", 1) > 1
 
     @property
     def maxnreg(self):
@@ -209,7 +214,8 @@ def to_compile(rows):
 
     A configuration of several compute capabilities that multiply by the same instruction is compiled for one of them,
     within the shared memory of all: their code is of one shape. The registers are not quite the same: each compute
-    capability has at least the largest aligned row of each kernel and class of operands.
+    capability has at least the largest aligned row of each kernel and class of operands. Of members, whose tiles are
+    those of a layer by itself too, the first has all such rows, and others the largest of each kernel with products.
     """
     rows, alike, families, found = list(rows), defaultdict(list), defaultdict(list), {}
     if EVERY:
@@ -225,9 +231,15 @@ def to_compile(rows):
         for row in family:
             if not any(row.is_less_than(other) for other in family):
                 found.setdefault((row.family, row.extent), row)
-    chosen = list(found.values())
+    chosen, of_members = [], {}
+    for row in sorted(found.values(), key=lambda row: (prod(row.sizes), len(row.demand))):
+        if row.of_members and row.target != order[0]:
+            of_members |= {(row.target, row.kind): row} if row.products else {}
+        else:
+            chosen.append(row)
     seen = {(row.target, row.kind) for row in chosen}
     largest = {}
     for row in sorted(rows, key=lambda row: (row.aligned, prod(row.sizes), len(row.demand))):
         largest[row.target, row.kind] = row
+    chosen += of_members.values()
     return chosen + [row for key, row in largest.items() if key not in seen]

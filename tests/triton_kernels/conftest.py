@@ -31,6 +31,7 @@ if INTERPRETED:
 elif not torch.cuda.is_available():
     collect_ignore += [
         "test_lowrank.py",
+        "test_shared_shrink.py",
         "test_bottleneck.py",
         "test_kronecker.py",
         "test_structured.py",

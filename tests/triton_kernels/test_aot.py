@@ -40,7 +40,8 @@ RANK_SIZED = {kernel: {"r", "stride_bn"} for kernel in UNIT_STRIDES} | {
 def describe(config, aligned_rank):
     types = config.dtype if config.dtype == config.adapter_dtype else f"{config.dtype}+{config.adapter_dtype}"
     flags = "-".join(name for name, value in config.constexprs if value is True)
-    flags += "".join(f"-{name}{value}" for name, value in config.constexprs if name in ("PLANES", "R"))
+    members = ("EACH", "MEMBERS") if dict(config.constexprs).get("MEMBERS", 1) > 1 else ()
+    flags += "".join(f"-{name}{value}" for name, value in config.constexprs if name in ("PLANES", "R", *members))
     blocks = "x".join(f"{name[6:]}{value}" for name, value in config.constexprs if name.startswith("BLOCK_"))
     rank = "aligned" if aligned_rank else "unaligned"
     return f"{config.kernel[:-7]:7} {types:16} {blocks:24} {flags:28} {rank} warps {config.num_warps}"
@@ -85,7 +86,7 @@ def source(config, aligned_rank):
     planes = constants.get("PLANES", 1)
     if config.kernel == "grad_a_kernel":
         constants["DTYPE"] = TRITON_DTYPES[config.adapter_dtype]
-    if config.kernel == "expand_kernel" and (planes == 1 or constants["DROPOUT"]):
+    if config.kernel == "expand_kernel" and "s_ptr" not in constants and (planes == 1 or constants["DROPOUT"]):
         constants["s_ptr"] = None  # S is whole, or it is dSu
     types = {}
     for parameter in kernel.params:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Each in a process, which takes some seconds to begin: long ones by themselves, so that others run beside them.
-FILES = [("ops", "bf16"), ("bottleneck", "structured"), ("lowrank", "kronecker")]
+FILES = [("ops", "bf16"), ("bottleneck", "structured"), ("lowrank", "kronecker"), ("shared_shrink",)]
 
 
 # On CPUs with AMX torch's own bf16 products read past the rows of a tensor that has gaps between them, and the NaNs in

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 from launches import host_transfers, overflows, recording
+from peft_fused.triton_kernels.lowrank import shared_shrink_bwd, shared_shrink_fwd
+from peft_fused.triton_kernels.tiles import padded_rank
 
 import peft_fused
 from peft_fused.ops import bottleneck_adapter, lowrank_adapter, lowrank_linear, structured
@@ -292,6 +294,27 @@ def test_offsets_have_enough_bits(case, types, recorder):
     assert recorder.launches
     for launch in recorder.launches:
         assert not overflows(launch), launch.compilation.name
+
+
+@pytest.mark.parametrize("types", ["bf16", "fp32"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_members_offsets_and_grids(dropout, types, recorder):
+    """Of projections that share their product with x, from few rows to more than 2**31 of everything."""
+    dtype, kind = TYPES[types]
+    for (m, k), sizes in product(((1, 8), (500, 4096), (2**24, 262144)), ((8, 8), (16, 3, 16), (256,) * 4)):
+        r = padded_rank(max(sizes))
+        x, factors, dS = meta(m, k, dtype=dtype), [meta(n, k, dtype=kind) for n in sizes], meta(m, r, dtype=kind)
+        options = {"threshold": 1, "seeds": meta(len(sizes), dtype=torch.int64)} if dropout else {}
+        recorder.launches.clear()
+        with torch.no_grad():
+            shared_shrink_fwd(x, factors, **options)
+            needs = {"need_x": True, "needs": [True] * len(sizes)}
+            shared_shrink_bwd([dS] * len(sizes), x, factors, onto=meta(m, k, dtype=dtype), **options, **needs)
+        assert len(recorder.launches) == 4
+        for launch in recorder.launches:
+            x, y, z = launch.grid
+            assert 1 <= x < 2**31 and 1 <= y < 2**16 and 1 <= z < 2**16, (launch.compilation.name, launch.grid)
+            assert not overflows(launch), launch.compilation.name
 
 
 @triton.jit

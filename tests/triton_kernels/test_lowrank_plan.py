@@ -73,6 +73,32 @@ def test_what_reads_a_large_matrix_is_shared_out():
     assert wide == {512: (16, 1), 4096: (64, 1)}
 
 
+def test_members_share_a_plan():
+    """Their ranks are in one block, with dropout in one each, and planes are added up whatever their number."""
+    shared = replace(PROBLEM, members=3)
+    plan = plan_lowrank(shared)
+    assert (plan.forward, plan.linear, plan.grad_b, plan.fused_a) == ("shared_shrink", None, None, False)
+    blocks = (plan.shrink.block_r, plan.expand.block_r, plan.grad_a.block_r, plan.reduce.block_r)
+    assert blocks == (64, 64, 64, 64)
+    dropped = plan_lowrank(replace(shared, dropout=True))
+    assert (dropped.shrink.block_r, dropped.expand.block_r, dropped.grad_a.block_r) == (16, 16, 16)
+    assert dropped.reduce.block_r == 64
+    assert {m: plan.shrink.splits for m, plan in by_rows(shared, (64, 512, 4096))} == {64: 4, 512: 2, 4096: 1}
+    assert plan_lowrank(replace(shared, m=1)).forward == "shared_shrink", "few rows have no single kernel"
+    # Also of more ranks than any layer by itself has.
+    for r, members, dropout in ((256, 4, True), (200, 3, False), (1, 5, False)):
+        last = plan_lowrank(replace(shared, r=r, members=members, dropout=dropout)).reduce
+        assert last.block_r >= r * members and last.block_m * last.block_n * last.block_r <= 8192
+
+
+def test_a_given_s_leaves_no_single_kernel():
+    for m in (1, 64, 4096):
+        plan = plan_lowrank(replace(PROBLEM, m=m, given=True))
+        assert (plan.forward, plan.linear) == ("shrink_expand_gemm", None)
+    keys = [table_key(replace(PROBLEM, **more)) for more in ({}, {"given": True}, {"members": 2}, {"members": 3})]
+    assert len(set(keys)) == 4
+
+
 def by_rows(problem, counts):
     return [(m, plan_lowrank(replace(problem, m=m))) for m in counts]
 
@@ -127,7 +153,7 @@ def test_tuned_file_replaces_fields(tuned):
     assert plan_lowrank(replace(PROBLEM, gpu=Gpu("Another", 132))) == default
 
 
-@pytest.mark.parametrize("change", [{}, {"dropout": True}, {"has_weight": False}])
+@pytest.mark.parametrize("change", [{}, {"dropout": True}, {"has_weight": False}, {"given": True}, {"members": 2}])
 def test_a_tuned_single_kernel_has_to_be_possible(tuned, change):
     problem = replace(PROBLEM, **change)
     linear = (

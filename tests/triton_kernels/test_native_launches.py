@@ -17,12 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from launches import recording
+from peft_fused.triton_kernels import compiled, lowrank
+from peft_fused.triton_kernels.dropout import dropout_threshold
+from peft_fused.triton_kernels.lowrank_plan import LowRankProblem, plan_lowrank
+from peft_fused.triton_kernels.problem import H200
 from rule import BF16, FP32, TYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
 from peft_fused.ops import cases, native
 from peft_fused.ops.cases import make_bottleneck, make_lowrank
+from peft_fused.ops.lowrank import LowRankCall
 
 pytestmark = pytest.mark.skipif(native.module is None, reason="the C++ extension is not built")
 
@@ -156,6 +161,112 @@ def test_launch_for_launch(case, to_list):
     by_python, by_node, by_operation = launched(case, dy)
     for one, other, third in zip(by_python, by_node, by_operation, strict=True):
         assert one == other == third
+
+
+def planned(m, n, k, x, adapter, *more, **options):
+    """Plan of a problem on an H200."""
+    types = (str(t.dtype).removeprefix("torch.") for t in (x, adapter))
+    return plan_lowrank(LowRankProblem(m, n, k, *types, "cpu", H200, *more, **options))
+
+
+def compared(inputs, by_python, by_cpp, plan, types) -> int:
+    """How many kernels by_python() launches, of which by_cpp(the node's plan) launches the same ones. Both give tensors
+    by name, or None."""
+    names = [str(dtype).removeprefix("torch.") for dtype in types]
+    problem = LowRankProblem(1, 1, 1, *names, "cpu", H200, 1, False, False)
+
+    def kinds(results):
+        return {name: t if t is None else (t.dtype, t.shape) for name, t in results.items()}
+
+    with recording(cpp=True) as recorder:
+        one, other = by_python(), by_cpp(compiled.for_node(native.module, problem, plan))
+        assert kinds(one) == kinds(other)
+        names = Names(inputs), Names(inputs)
+        launches = [from_python(launch, names[0]) for launch in recorder.launches]
+        assert launches == [from_cpp(launch, names[1], recorder) for launch in native.module.triton_launches()]
+    return len(launches)
+
+
+@pytest.mark.parametrize("types", ["bf16", "bf16-fp32", "fp32"])
+@pytest.mark.parametrize("weight", [False, True])
+@pytest.mark.parametrize("r", [5, 16, 40])
+def test_launch_for_launch_of_a_given_s(types, weight, r, to_list):
+    m, n, k = 300, 1024, 512
+    dtype, adapter = TYPES[types]
+    t = {"x": torch.ones(m, k, dtype=dtype), "W": torch.ones(n, k, dtype=dtype), "B": torch.ones(n, r, dtype=adapter)}
+    t |= {"S": torch.ones(m, max(r, 16), dtype=adapter), "u": torch.ones(r, dtype=adapter)}
+    t |= {"kept": torch.ones(m, lowrank.padded_rank(r), dtype=adapter), "dy": torch.ones(m, n, dtype=dtype)}
+    call = LowRankCall(t["x"], t["W"] if weight else None, None, None, None, t["B"], t["u"], S=t["S"])
+    plan = planned(m, n, k, t["x"], t["B"], r, False, weight, given=True)
+
+    def by_python():
+        y, S = lowrank.lowrank_fwd(call, plan=plan)
+        return {"y": y, "kept": S, **lowrank.lowrank_bwd(t["dy"], call, t["kept"], needs=needs, plan=plan)}
+
+    def by_cpp(node):
+        y, S = node.forward(call)
+        return {"y": y, "kept": S, **node.backward(t["dy"], call, t["kept"], needs)}
+
+    for needs, launches in (({"S", "B", "u"}, 4), ({"S", "B"}, 3), ({"S"}, 2), ({"B"}, 3), (set(), 1)):
+        two_passes = {"S", "B"} <= needs and plan.grad_b is None
+        needs |= {"x"} if weight else set()
+        assert compared(t, by_python, by_cpp, plan, (dtype, adapter)) == launches + two_passes
+
+
+SHARED = [
+    ((8, 16), 0.0, {}),
+    ((16, 16, 16), 0.0, {"rows": 4096}),
+    ((16, 5, 8), 0.1, {}),
+    ((40, 40, 8, 33), 0.1, {}),
+    ((40, 40), 0.0, {"onto": False, "strided": True}),
+    ((8, 8, 8), 0.1, {"undefined": (1,)}),
+    ((8, 8, 8), 0.0, {"undefined": (0, 2), "needs": (False, True, True)}),
+    ((8, 8, 8), 0.1, {"need_x": False, "needs": (True, False, True)}),
+    ((16, 16), 0.1, {"needs": (False, False), "strided": True}),
+    ((16,), 0.1, {}),
+    ((16, 8), 0.0, {"undefined": (0, 1)}),
+]
+
+
+@pytest.mark.parametrize("types", ["bf16", "bf16-fp32", "fp32"])
+@pytest.mark.parametrize(("sizes", "p", "options"), SHARED, ids=str)
+def test_launch_for_launch_of_members(sizes, p, options, types, to_list):
+    """Of the product that projections share, forward and backward."""
+    given = {"rows": 300, "onto": True, "strided": False, "undefined": (), "need_x": True}
+    given |= {"needs": (True,) * len(sizes)}
+    m, has_onto, strided, undefined, need_x, needs = (given | options).values()
+    k, (dtype, adapter), threshold = 1032, TYPES[types], dropout_threshold(p)
+
+    def ones(*shape, of):
+        return torch.ones(shape[::-1], dtype=of).t() if strided else torch.ones(shape, dtype=of)
+
+    factors = [ones(r, k, of=adapter) for r in sizes]
+    x, onto = ones(m, k, of=dtype), ones(m, k, of=dtype) if has_onto else None
+    seeds = torch.arange(len(sizes)) if threshold else None
+    R = lowrank.padded_rank(max(sizes))
+    grads = [None if i in undefined else torch.ones(m, R, dtype=adapter) for i in range(len(sizes))]
+    plan = planned(m, k, k, x, factors[0], max(sizes), threshold > 0, True, members=len(sizes))
+    assert len(sizes) == 1 or plan.forward == "shared_shrink"
+    assert plan.shrink.splits == 1 if m == 4096 else plan.shrink.splits > 1 or max(sizes) > 16
+
+    def named(S, found):
+        dx, of_factors = found
+        return {f"S{i}": one for i, one in enumerate(S)} | {"x": dx} | dict(enumerate(of_factors))
+
+    def by_python():
+        S = lowrank.shared_shrink_fwd(x, factors, threshold=threshold, seeds=seeds, plan=plan)
+        more = dict(onto=onto, threshold=threshold, seeds=seeds, need_x=need_x, needs=needs, plan=plan)
+        return named(S, lowrank.shared_shrink_bwd(grads, x, factors, **more))
+
+    def by_cpp(node):
+        S = node.shared_forward(x, factors, threshold, seeds)
+        return named(S, node.shared_backward(grads, x, factors, onto, threshold, seeds, need_x, needs))
+
+    inputs = {"x": x, "onto": onto, "seeds": seeds} | {f"A{i}": A for i, A in enumerate(factors)}
+    inputs |= {f"dS{i}": dS for i, dS in enumerate(grads)}
+    of_factors = any(one and dS is not None for one, dS in zip(needs, grads, strict=True))
+    backward = need_x + 2 * of_factors if undefined != (0, 1) else 0
+    assert compared(inputs, by_python, by_cpp, plan, (dtype, adapter)) == 1 + backward
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from launches import recording
+from peft_fused.triton_kernels import lowrank
+from peft_fused.triton_kernels.dropout import dropout_threshold
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_fused
 from peft_fused.ops import lowrank_linear
@@ -26,6 +29,11 @@ class Traffic:
     backward_mb: float
 
 
+def bytes_of(launch) -> int:
+    """Of each operand once."""
+    return sum(t.numel() * t.itemsize for t in launch.arguments.values() if isinstance(t, torch.Tensor))
+
+
 def traffic(m, n, k, r, adapter, dropout=0.0) -> Traffic:
     """Of a training step of a bf16 layer with a frozen weight."""
 
@@ -33,8 +41,7 @@ def traffic(m, n, k, r, adapter, dropout=0.0) -> Traffic:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
 
     def moved(launches):
-        tensors = (t for one in launches for t in one.arguments.values() if isinstance(t, torch.Tensor))
-        return sum(t.numel() * t.itemsize for t in tensors)
+        return sum(bytes_of(one) for one in launches)
 
     x, W = meta(m, k, dtype=BF16), meta(n, k, dtype=BF16, trained=False)
     A, B = meta(r, k, dtype=adapter), meta(n, r, dtype=adapter)
@@ -88,3 +95,44 @@ def test_few_kernels_whatever_the_rows(m, adapter):
     for n, k, dropout in ((4096, 4096, 0.0), (1024, 4096, 0.1), (14336, 4096, 0.0), (768, 3072, 0.1)):
         found = traffic(m, n, k, 16, adapter, dropout)
         assert (found.forward, found.backward) == (FORWARD, BACKWARD)
+
+
+class Copies(TorchDispatchMode):
+    """Names of the functions of torch's own that copy or add beside the kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).split(".")[1]
+        self.names += [] if name in ("new_empty", "empty", "view", "unbind", "transpose", "expand", "slice") else [name]
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_members_read_x_once(dropout):
+    """Three projections of the wide layer: the product that they share, and its gradients. No design avoids x read,
+    33.6 MB, and backward x and the base products' dx read and dx written, 100.7 MB."""
+    m, _, k, r = WIDE
+    members, threshold = 3, dropout_threshold(dropout)
+
+    def meta(*shape, dtype=F32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, onto, seeds = meta(m, k, dtype=BF16), meta(m, k, dtype=BF16), meta(members, dtype=torch.int64)
+    dS, factors = [meta(m, r) for _ in range(members)], [meta(r, k) for _ in range(members)]
+    with recording() as recorder, Copies() as copies:
+        lowrank.shared_shrink_fwd(x, factors, threshold=threshold, seeds=seeds)
+        assert copies.names == ["cat"]
+        needs = {"need_x": True, "needs": [True] * members}
+        lowrank.shared_shrink_bwd(dS, x, factors, onto=onto, threshold=threshold, seeds=seeds, **needs)
+        assert copies.names == ["cat", "stack", "cat"]
+    kernels = ("shrink", "expand", "grad_a", "reduce")
+    assert [one.compilation.kernel.__name__ for one in recorder.launches] == [f"{name}_kernel" for name in kernels]
+    forward, *backward = map(bytes_of, recorder.launches)
+    assert 33.5e6 < forward < 35.2e6 and 100.6e6 < sum(backward) < 114.4e6
+    # Without dropout a program has the ranks of all members, with it those of one.
+    shrink, _, grad_a, _ = recorder.launches
+    each = members if dropout else 1
+    assert shrink.grid == (each * m // 64, 1, 1) and grad_a.grid[::2] == (each * k // 64, 1)
