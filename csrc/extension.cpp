@@ -9,4 +9,5 @@
 #include "bindings.cpp"
 #include "dropout.cpp"
 #include "memory.cpp"
+#include "narrow.cpp"
 #include "triton_launch/launch.cpp"

@@ -1,5 +1,6 @@
 // The low-rank op as one autograd node. The composition is the one ops/lowrank_torch.py explains; here it is made of
-// ATen calls without Python between them, and on CUDA the product with A is csrc/kernels/lowrank.cu.
+// ATen calls without Python between them, of csrc/narrow.h for fp32 adapters of few ranks on a CPU, and on CUDA the
+// product with A is csrc/kernels/lowrank.cu.
 #include "lowrank.h"
 
 #include <torch/csrc/autograd/custom_function.h>
@@ -8,6 +9,7 @@
 
 #include "../dropout.h"
 #include "../memory.h"
+#include "../narrow.h"
 
 #ifdef PEFT_FUSED_CUDA
 #include "../kernels/launch.h"
@@ -108,6 +110,14 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 }
 #endif
 
+// Rows of block i of x times A^T.
+Tensor shrunk(const Blocks& blocks, const Tensor& x2, int64_t i, const Adapter& ad, const LowRankCall& c, const Device& d,
+              bool narrow) {
+  if (narrow && c.threshold == 0) return narrow::times(blocks.of(x2, i), ad.A.t(), 1);
+  const Tensor rows = blocks.cast_and_drop(x2, i, ad.A.scalar_type(), c.threshold, d.seed);
+  return narrow ? narrow::times(rows, ad.A.t(), 1) : product(rows, ad.A.t(), 1);
+}
+
 // y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S, computed unless it is given.
 std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Tensor& add2, const Tensor& bias,
                                 const Tensor& A_stack, const Tensor& given, const Adapter& ad, const LowRankCall& c,
@@ -125,11 +135,11 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     have_S = true;
   }
 #endif
-  const Blocks blocks(x2, std::max(x2.size(1), n), c.mixed || c.threshold > 0);
+  const bool narrow = narrow::serves(x2, ad.B.scalar_type(), ad.width);
+  const Blocks blocks(x2, std::max(x2.size(1), n), (c.mixed && !narrow) || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor P = have_S ? blocks.of(S, i)
-                      : product(blocks.cast_and_drop(x2, i, ad.A.scalar_type(), c.threshold, d.seed), ad.A.t(), 1);
+    Tensor P = have_S ? blocks.of(S, i) : shrunk(blocks, x2, i, ad, c, d, narrow);
     if (!have_S) {
       P = ad.mask(P);
       if (blocks.whole()) {
@@ -140,7 +150,9 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     }
     Tensor rows = blocks.of(y, i);
     const Tensor onto = base_first ? rows : blocks.of(add2, i);
-    if (c.mixed) {
+    if (narrow) {
+      narrow::add_product(rows, onto, base_first ? Tensor() : bias, P, Q, c.scale);
+    } else if (c.mixed) {
       Tensor delta = bias.defined() ? at::addmm(bias.to(P.scalar_type()), P, Q, 1, c.scale) : product(P, Q, c.scale);
       if (onto.defined()) delta.add_(onto);
       rows.copy_(delta);
@@ -273,7 +285,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
 
     // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dY^T S, dA and dx.
     const auto type = B.defined() ? B.scalar_type() : dy2.scalar_type();
-    const bool blocked = c.mixed || c.threshold > 0;
+    const bool narrow = narrow::serves(dy2, type, width);
+    const bool blocked = (c.mixed && !narrow) || c.threshold > 0;
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;
     const Tensor outer = need_dS ? ad.mask(ad.outer(d)) : Tensor();
@@ -285,19 +298,27 @@ struct LowRank : torch::autograd::Function<LowRank> {
                                         : at::empty({m, width}, B.options());
     }
     Tensor raw, dA;
-    const bool raw_transposed = m * n > kSmallProduct;
+    const bool raw_transposed = narrow || m * n > kSmallProduct;
     for (int64_t i = 0; i < blocks.count; ++i) {
-      const Tensor part = blocks.of(dy2, i), dyi = c.mixed ? part.to(type) : part, Si = blocks.of(S, i);
+      const Tensor part = blocks.of(dy2, i), dyi = c.mixed && !narrow ? part.to(type) : part, Si = blocks.of(S, i);
       if (need_raw) {
-        accumulate(raw, raw_transposed ? product(Si.t(), dyi, c.scale) : product(dyi.t(), Si, c.scale));
+        accumulate(raw, narrow           ? narrow::over_rows(Si, dyi, c.scale)
+                        : raw_transposed ? product(Si.t(), dyi, c.scale)
+                                         : product(dyi.t(), Si, c.scale));
       }
       if (!need_dS) continue;
-      const Tensor dS = product(dyi, outer, c.scale);
+      const Tensor dS = narrow ? narrow::times(dyi, outer, c.scale) : product(dyi, outer, c.scale);
       if (need(kS)) blocks.of(ad.live(out[kS]), i).copy_(dS);
-      if (need(kA)) accumulate(dA, product(dS.t(), blocks.cast_and_drop(x2, i, type, c.threshold, d.seed), 1));
+      if (need(kA)) {
+        const bool as_is = narrow && c.threshold == 0;
+        const Tensor rows = as_is ? blocks.of(x2, i) : blocks.cast_and_drop(x2, i, type, c.threshold, d.seed);
+        accumulate(dA, narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
+      }
       if (adapter_dx) {
         Tensor out_rows = blocks.of(dx, i);
-        if (!base_first && !c.mixed) {
+        if (narrow && c.threshold == 0) {
+          narrow::add_product(out_rows, base_first ? out_rows : Tensor(), Tensor(), dS, ad.A, 1);
+        } else if (!base_first && !c.mixed) {
           at::mm_out(out_rows, dS, ad.A);
           if (c.threshold > 0) drop_(out_rows, d.seed, c.threshold, i * blocks.step);
         } else if (!blocked) {

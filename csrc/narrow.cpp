@@ -1,0 +1,234 @@
+#include "narrow.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PEFT_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#endif
+
+namespace peft_fused::narrow {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kLanes = 16, kRows = 12;  // a tile of sums: all of it in registers
+constexpr int64_t kTerms = 32;              // of a sum in one chain, which keeps the error that a library's product has
+constexpr int64_t kColumns = 48;            // of a block whose rows are added up
+constexpr int64_t kMostRanks = 64;
+constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+
+#ifdef PEFT_FUSED_CLONES
+
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// out(i, :) += sum over k of x(i, k) p(k, :), for kRows rows of kLanes.
+PEFT_FUSED_CLONES void add_tile(const float* x, int64_t row, int64_t step, const float* p, int64_t p_step,
+                                int64_t count, float* out, int64_t out_row) {
+  Lanes a0{}, a1{}, a2{}, a3{}, a4{}, a5{}, a6{}, a7{}, a8{}, a9{}, a10{}, a11{};
+  for (int64_t k = 0; k < count; ++k) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(p + k * p_step);
+    const float* at = x + k * step;
+    a0 += v * at[0], a1 += v * at[row], a2 += v * at[2 * row], a3 += v * at[3 * row];
+    a4 += v * at[4 * row], a5 += v * at[5 * row], a6 += v * at[6 * row], a7 += v * at[7 * row];
+    a8 += v * at[8 * row], a9 += v * at[9 * row], a10 += v * at[10 * row], a11 += v * at[11 * row];
+  }
+  const Lanes sums[kRows] = {a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11};
+  for (int64_t i = 0; i < kRows; ++i) *reinterpret_cast<Lanes*>(out + i * out_row) += sums[i];
+}
+
+PEFT_FUSED_CLONES void widen(const uint16_t* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = std::bit_cast<float>(static_cast<uint32_t>(in[i]) << 16);
+}
+
+// To nearest, ties to even; a NaN stays one.
+PEFT_FUSED_CLONES void round(const float* in, int64_t count, uint16_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto bits = std::bit_cast<uint32_t>(in[i]);
+    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    out[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+  }
+}
+
+// out [rows, columns] dense, of a matrix with any strides.
+PEFT_FUSED_CLONES void pack(const float* in, int64_t row, int64_t column, int64_t rows, int64_t columns, float* out,
+                            int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) out[i * out_row + j] = in[i * row + j * column];
+}
+
+bool fast_cpu() {
+  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return found;
+}
+
+#else
+
+bool fast_cpu() { return false; }
+void add_tile(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t) {}
+void widen(const uint16_t*, int64_t, float*) {}
+void round(const float*, int64_t, uint16_t*) {}
+void pack(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
+
+#endif
+
+int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// A matrix in fp32 whose rows are dense and have whole lanes: itself, or a copy.
+struct Packed {
+  const float* data;
+  int64_t row;
+  std::vector<float> copy;
+
+  explicit Packed(const Tensor& t) : data(t.const_data_ptr<float>()), row(t.stride(0)) {
+    const int64_t rows = t.size(0), columns = t.size(1);
+    if (t.stride(1) == 1 && columns % kLanes == 0) return;
+    const int64_t step = t.stride(0);
+    row = padded(columns);
+    copy.resize(rows * row);
+    pack(data, step, t.stride(1), rows, columns, copy.data(), row);
+    data = copy.data();
+  }
+};
+
+// Rows of fp32 or bf16 whose elements are dense.
+struct Rows {
+  Tensor t;
+  bool half;
+  int64_t step;
+
+  explicit Rows(const Tensor& given)
+      : t(given.stride(1) == 1 ? given : given.contiguous()), half(t.scalar_type() == at::kBFloat16), step(t.stride(0)) {}
+  void read(int64_t row, int64_t column, int64_t count, float* out) const {
+    const int64_t at = row * step + column;
+    if (half) {
+      widen(static_cast<const uint16_t*>(t.const_data_ptr()) + at, count, out);
+    } else {
+      std::copy_n(static_cast<const float*>(t.const_data_ptr()) + at, count, out);
+    }
+  }
+  void write(int64_t row, int64_t column, int64_t count, const float* in) const {
+    const int64_t at = row * step + column;
+    if (half) {
+      round(in, count, static_cast<uint16_t*>(t.mutable_data_ptr()) + at);
+    } else {
+      std::copy_n(in, count, static_cast<float*>(t.mutable_data_ptr()) + at);
+    }
+  }
+};
+
+int64_t grain(int64_t multiply_adds) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiply_adds)); }
+
+}  // namespace
+
+bool serves(const Tensor& x, at::ScalarType adapter, int64_t ranks) {
+  return x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 && fast_cpu() &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+
+Tensor times(const Tensor& x, const Tensor& p, double alpha) {
+  const int64_t m = x.size(0), k = x.size(1), r = p.size(1), lanes = padded(r);
+  const Rows rows(x);
+  const Packed packed(p);
+  const Tensor out = at::empty({m, r}, p.options());
+  float* const to = out.mutable_data_ptr<float>();
+  const auto factor = static_cast<float>(alpha);
+  at::parallel_for(0, (m + kRows - 1) / kRows, grain(kRows * k * lanes), [&](int64_t begin, int64_t end) {
+    std::vector<float> terms(kRows * kTerms), sums(kRows * lanes);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kRows, count = std::min(kRows, m - first);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t at = 0; at < k; at += kTerms) {
+        const int64_t width = std::min(kTerms, k - at);
+        const float* from = terms.data();
+        int64_t step = kTerms;
+        if (!rows.half && count == kRows) {
+          from = rows.t.const_data_ptr<float>() + first * rows.step + at, step = rows.step;
+        } else {
+          for (int64_t i = 0; i < count; ++i) rows.read(first + i, at, width, terms.data() + i * kTerms);
+        }
+        for (int64_t lane = 0; lane < lanes; lane += kLanes)
+          add_tile(from, step, 1, packed.data + at * packed.row + lane, packed.row, width, sums.data() + lane, lanes);
+      }
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < r; ++j) to[(first + i) * r + j] = factor * sums[i * lanes + j];
+    }
+  });
+  return out;
+}
+
+Tensor over_rows(const Tensor& s, const Tensor& x, double alpha) {
+  const int64_t m = x.size(0), k = x.size(1), r = s.size(1), lanes = padded(r);
+  const Rows rows(x);
+  const Packed packed(s);
+  const Tensor out = at::empty({r, k}, s.options());
+  float* const to = out.mutable_data_ptr<float>();
+  const auto factor = static_cast<float>(alpha);
+  at::parallel_for(0, (k + kColumns - 1) / kColumns, grain(kColumns * m * lanes), [&](int64_t begin, int64_t end) {
+    std::vector<float> terms(kTerms * kColumns), sums(kColumns * lanes);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kColumns, width = std::min(kColumns, k - first);
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t at = 0; at < m; at += kTerms) {
+        const int64_t count = std::min(kTerms, m - at);
+        for (int64_t i = 0; i < count; ++i) rows.read(at + i, first, width, terms.data() + i * kColumns);
+        for (int64_t column = 0; column < width; column += kRows)
+          for (int64_t lane = 0; lane < lanes; lane += kLanes)
+            add_tile(terms.data() + column, 1, kColumns, packed.data + at * packed.row + lane, packed.row, count,
+                     sums.data() + column * lanes + lane, lanes);
+      }
+      for (int64_t j = 0; j < r; ++j)
+        for (int64_t i = 0; i < width; ++i) to[j * k + first + i] = factor * sums[i * lanes + j];
+    }
+  });
+  return out;
+}
+
+void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const Tensor& s, const Tensor& q,
+                 double alpha) {
+  constexpr int64_t kWidth = 4 * kLanes;
+  const int64_t m = y.size(0), n = y.size(1), r = s.size(1);
+  const Packed packed(q);
+  const Tensor factors = s.contiguous();
+  const float* const from = factors.const_data_ptr<float>();
+  TORCH_INTERNAL_ASSERT(y.stride(1) == 1);  // another would be written to a copy
+  const Rows out(y), before(onto.defined() ? onto : y);
+  std::vector<float> start(n, 0.0f);
+  if (bias.defined()) Rows(bias.unsqueeze(0)).read(0, 0, n, start.data());
+  const auto factor = static_cast<float>(alpha);
+  at::parallel_for(0, (m + kRows - 1) / kRows, grain(kRows * n * r), [&](int64_t begin, int64_t end) {
+    std::vector<float> few(kRows * r, 0.0f);
+    float sums[kRows * kWidth], row[kWidth];
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kRows, count = std::min(kRows, m - first);
+      const float* terms = from + first * r;
+      if (count < kRows) {
+        std::copy_n(terms, count * r, few.data());
+        terms = few.data();
+      }
+      for (int64_t column = 0; column < n; column += kWidth) {
+        const int64_t width = std::min(kWidth, n - column);
+        std::fill_n(sums, kRows * kWidth, 0.0f);
+        for (int64_t lane = 0; lane < width; lane += kLanes)
+          add_tile(terms, r, 1, packed.data + column + lane, packed.row, r, sums + lane, kWidth);
+        for (int64_t i = 0; i < count; ++i) {
+          if (onto.defined()) {
+            before.read(first + i, column, width, row);
+          } else {
+            std::fill_n(row, width, 0.0f);
+          }
+          for (int64_t j = 0; j < width; ++j) row[j] += factor * sums[i * kWidth + j] + start[column + j];
+          out.write(first + i, column, width, row);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace peft_fused::narrow
