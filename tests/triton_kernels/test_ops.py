@@ -11,9 +11,10 @@ import torch
 from rule import FP32, TYPES
 
 import peft_fused
-from peft_fused.ops import structured
-from peft_fused.ops.accuracy import unseen, wrong
+from peft_fused.ops import lowrank_adapter, lowrank_adapter_reference, structured
+from peft_fused.ops.accuracy import judge, unseen, wrong
 from peft_fused.ops.cases import OPS, make_bottleneck, make_lowrank, make_structured
+from peft_fused.ops.shared_shrink import shared_shrink
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else pytest.mark.gpu
@@ -113,3 +114,44 @@ def test_rows_of_any_magnitude_share_a_tile(device):
     exact = structured.circulant_matmul_reference(x.double(), c.double())
     error = (y - exact).abs().amax(1) / exact.abs().amax(1).clamp_min(1e-300)
     assert (error[:3] < 1e-5).all() and (y[3].abs() < 1e-30).all()
+
+
+def in_halves(x, factors, outer, p):
+    """What layers add to their base products: their product with x by one pass, the rest by each."""
+    x_of_layers, *S = shared_shrink(x, factors, dropout_p=p, out_features=4096)  # no single kernel is that wide
+    return [lowrank_adapter(x_of_layers, None, B, S=s, scale=1.5) for s, B in zip(S, outer, strict=True)]
+
+
+def alone(x, factors, outer, p):
+    seeds = torch.randint(0, 2**63 - 1, (len(factors),), dtype=torch.int64, device=x.device) if p else (None,) * 2
+    layers = zip(factors, outer, seeds, strict=True)
+    return [lowrank_adapter_reference(x, A, B, scale=1.5, dropout_p=p, seed=seed) for A, B, seed in layers]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("types", TYPES)
+def test_layers_that_share_their_input(types, p, device, poisoned):
+    draws = torch.Generator().manual_seed(0)
+    shapes = (2, 35, 72), (8, 72), (5, 72), (80, 8), (40, 5)
+    normal = [torch.randn(*shape, generator=draws, dtype=torch.float64) for shape in shapes]
+    dys = [torch.randn(2, 35, n, generator=draws, dtype=torch.float64) for n in (80, 40)]
+
+    def run(form, dtype, adapter_dtype):
+        x, *parameters = (
+            t.to(TYPES[types][min(i, 1)]).to((dtype, adapter_dtype)[min(i, 1)]).to(device).requires_grad_()
+            for i, t in enumerate(normal)
+        )
+        torch.manual_seed(3)
+        ys = form(x, parameters[:2], parameters[2:], p)
+        found = torch.autograd.grad(ys, [x, *parameters], [dy.to(y) for dy, y in zip(dys, ys, strict=True)])
+        return {
+            "y": torch.cat([y.detach().flatten() for y in ys]).double(),
+            "x": found[0].double(),
+            "parameters": torch.cat([grad.flatten() for grad in found[1:]]).double(),
+        }
+
+    with peft_fused.use_backend("triton"):
+        got = run(in_halves, *TYPES[types])
+    dtypes = dict(zip(("y", "x", "parameters"), (*TYPES[types][:1] * 2, TYPES[types][1]), strict=True))
+    verdicts = judge([got], [run(alone, *TYPES[types])], [run(alone, torch.float64, torch.float64)], dtypes)
+    assert [verdict for verdict in verdicts if not verdict.ok] == []

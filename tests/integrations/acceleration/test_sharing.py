@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
     def __init__(self, dtype=torch.float32, width=24):
         super().__init__()
-        for name, n in (("q", width), ("k", 12), ("v", 12), ("o", width)):
+        for name, n in (("q", width), ("k", width // 2), ("v", width // 2), ("o", width)):
             setattr(self, name, nn.Linear(width, n, dtype=dtype))
         self.between = None
 
@@ -203,6 +203,18 @@ def test_masks_of_siblings_are_independent():
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert abs(seen[one].float().mean() - 0.5) < 0.02
         assert abs((seen[one] == seen[other]).float().mean() - 0.5) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype, passes, taken):
+    """As alone, on the same device; the kernels' own tests know the truth."""
+    alone, shares = (model.to("cuda") for model in both(Attention(dtype, width=256)))
+    x = data(3, 100, dtype=dtype, width=256).to("cuda")
+    want = run(alone, x)
+    for _ in range(3):
+        assert_same(run(shares, x), want, {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}[dtype])
+    assert passes == [3, 3] and taken == [True] * 4
 
 
 # --------------------------------------------------------------------------------------------------- what is switched
