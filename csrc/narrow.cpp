@@ -97,6 +97,8 @@ struct Packed {
   }
 };
 
+bool dense_rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }
+
 // Rows of fp32 or bf16 whose elements are dense.
 struct Rows {
   Tensor t;
@@ -104,7 +106,7 @@ struct Rows {
   int64_t step;
 
   explicit Rows(const Tensor& given)
-      : t(given.stride(1) == 1 ? given : given.contiguous()), half(t.scalar_type() == at::kBFloat16), step(t.stride(0)) {}
+      : t(dense_rows(given) ? given : given.contiguous()), half(t.scalar_type() == at::kBFloat16), step(t.stride(0)) {}
   void read(int64_t row, int64_t column, int64_t count, float* out) const {
     const int64_t at = row * step + column;
     if (half) {
@@ -197,7 +199,7 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
   const Packed packed(q);
   const Tensor factors = s.contiguous();
   const float* const from = factors.const_data_ptr<float>();
-  TORCH_INTERNAL_ASSERT(y.stride(1) == 1);  // another would be written to a copy
+  TORCH_INTERNAL_ASSERT(dense_rows(y));  // another would be written to a copy
   const Rows out(y), before(onto.defined() ? onto : y);
   std::vector<float> start(n, 0.0f);
   if (bias.defined()) Rows(bias.unsqueeze(0)).read(0, 0, n, start.data());
@@ -215,8 +217,10 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
       for (int64_t column = 0; column < n; column += kWidth) {
         const int64_t width = std::min(kWidth, n - column);
         std::fill_n(sums, kRows * kWidth, 0.0f);
-        for (int64_t lane = 0; lane < width; lane += kLanes)
-          add_tile(terms, r, 1, packed.data + column + lane, packed.row, r, sums + lane, kWidth);
+        for (int64_t at = 0; at < r; at += kTerms)
+          for (int64_t lane = 0; lane < width; lane += kLanes)
+            add_tile(terms + at, r, 1, packed.data + at * packed.row + column + lane, packed.row,
+                     std::min(kTerms, r - at), sums + lane, kWidth);
         for (int64_t i = 0; i < count; ++i) {
           if (onto.defined()) {
             before.read(first + i, column, width, row);

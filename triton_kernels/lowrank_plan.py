@@ -19,6 +19,8 @@ from .problem import H200, Gpu, Problem
 from .tiles import DTYPES, MAX_RANK, KernelConfig, cdiv, next_power_of_2, operand_class, padded_rank, reduce_launch
 
 TUNED = Path(__file__).parent / "tuned"
+# Of factors that share x, all together and padded.
+MOST_SHARED_RANKS = 128
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class LowRankProblem(Problem):
         reasons = [f"r is {self.r}; the kernels take ranks up to {MAX_RANK}"] if self.r > MAX_RANK else []
         if backend == "cuda" and self.members > 1:
             reasons.append("it has no kernel for factors that share x")
+        if self.members > 1 and next_power_of_2(self.members) * padded_rank(self.r) > MOST_SHARED_RANKS:
+            reasons.append(f"{self.members} factors of r={self.r}, padded, have more than {MOST_SHARED_RANKS} ranks")
         return reasons
 
     def preference(self) -> tuple[str, ...]:

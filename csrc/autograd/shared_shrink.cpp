@@ -18,7 +18,7 @@ using torch::autograd::variable_list;
 
 struct SharedShrinkCall : torch::CustomClassHolder {
   int64_t threshold = 0;
-  bool mixed = false, grad = false;
+  bool grad = false;
   bool passes_x = false;  // whether x is an output too
   std::atomic<bool> ran = false;  // backward
   at::ScalarType x_type = at::kFloat;
@@ -99,7 +99,8 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
   Tensor dx;
   if (need_x) dx = onto.defined() ? onto : at::empty({m, k}, factors[0].options().dtype(c.x_type));
   const bool narrow = all_narrow(need_x ? dx : x2, factors);
-  const Blocks blocks(need_x ? dx : x2, k, true);
+  const bool as_they_are = narrow && c.threshold == 0;  // no conversion, no mask: nothing is made of rows
+  const Blocks blocks(need_x ? dx : x2, k, !as_they_are);
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold) : Block();
     const Tensor out = blocks.of(dx, i);
@@ -113,7 +114,7 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
         accumulate(found.factors[j], narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
       }
       if (!need_x) continue;
-      if (narrow && c.threshold == 0) {
+      if (as_they_are) {
         parts.push_back(dS), of_parts.push_back(factors[j]);
         continue;
       }
@@ -121,7 +122,6 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
       if (c.threshold > 0) drop_(one, seed, c.threshold, i * blocks.step);
       accumulate(back, one);
     }
-    // Rounded once.
     if (back.defined()) onto.defined() ? out.add_(back) : out.copy_(back);
     if (!parts.empty()) {
       narrow::add_product(out, onto.defined() ? out : onto, Tensor(), at::cat(parts, 1), at::cat(of_parts), 1);
@@ -129,6 +129,17 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
   }
   found.x = dx;
   return found;
+}
+
+variable_list saved_by(AutogradContext* ctx, at::ArrayRef<const char*> names) {
+  try {
+    return saved_of(ctx, names);
+  } catch (const c10::Error& error) {
+    const std::string what = error.what_without_backtrace();
+    if (what.find("a second time") == std::string::npos) throw;
+    TORCH_CHECK(false, "peft_fused: layers that share their input are differentiated in one backward: pass "
+                       "retain_graph=True to the others before it, or accelerate(model, group=False). autograd says: ", what);
+  }
 }
 
 // -------------------------------------------------------------------------------------------------------------- node
@@ -180,13 +191,12 @@ struct SharedShrink : torch::autograd::Function<SharedShrink> {
     for (const Tensor& dS : of_S) defined.push_back(dS.defined() ? upstream(dS, "shared_shrink") : dS);
     std::vector<const char*> names{"x", "seed"};
     names.resize(2 + count, "A");
-    const auto saved = saved_of(ctx, names);
+    const auto saved = saved_by(ctx, names);
     const BelowAutograd guard;
     const variable_list factors(saved.begin() + 2, saved.end());
     const Tensor x2 = need_factors ? rows_of(saved[0]) : Tensor();
     Tensor onto;  // to be written to
-    if (passed) onto = own(grads[0]) ? rows_of(grads[0]) : rows_of(readable(grads[0], "the gradient of x")).clone();
-    if (onto.defined() && !onto.is_contiguous()) onto = onto.contiguous();
+    if (passed) onto = own(grads[0]) ? rows_of(grads[0]) : rows_of(readable(grads[0], "the gradient of x")).clone(at::MemoryFormat::Contiguous);
     if (defined_rows(defined) == 0) {  // nothing to sum over
       for (size_t i = 0; i < count; ++i)
         if (needs[i]) out[1 + i] = at::zeros(factors[i].sizes(), factors[i].options());
@@ -230,7 +240,6 @@ std::vector<Tensor> shared_shrink(const SharedShrinkArguments& a, c10::intrusive
   auto call = c10::make_intrusive<SharedShrinkCall>();
   call->on_triton = std::move(on_triton);
   call->threshold = a.dropout.threshold();
-  call->mixed = a.factors[0].scalar_type() != a.x.scalar_type();
   call->grad = at::GradMode::is_enabled();
   call->passes_x = call->grad && a.x.requires_grad();
   call->x_type = a.x.scalar_type();

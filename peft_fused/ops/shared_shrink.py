@@ -4,7 +4,7 @@
 
 It is the first half of `lowrank_linear` for layers that are called on the same x, such as the query, key and value
 projections of attention; each layer then runs the second half, given S_i. Every factor has a dropout mask of its own.
-The layers take x from here as well: what they give as its gradient, dx' in all, is then added to in place, where it
+One of the layers takes x from here as well: what it gives as its gradient, dx', is then added to in place, where this
 would otherwise be one more tensor of x's size to be added up. Saved for backward: x, once for all layers, and seeds.
 
 It is no op in graphs: whatever traces, or comes with tensors of subclasses, is refused here, and the layers run whole.
@@ -44,9 +44,10 @@ def shared_shrink(x, factors, *, dropout_p=0.0, out_features=0) -> list[torch.Te
     """[x, S_1, ..., S_G] for layers that share x; None where that is not to be had, or not worth having.
 
     x: [..., K]. factors: A_i [r_i, K] of one dtype, x's or fp32. dropout_p: of every factor, whose seeds are drawn from
-    torch's generator of x's device as by as many calls of `lowrank_linear`. out_features: of one of the layers.
+    torch's generator of x's device; on a CPU they are those of as many calls of `lowrank_linear`. out_features: of one
+    of the layers.
     S_i: [M, r_i], or with columns of zeros up to what the kernels read, in the factors' dtype, as `lowrank_linear`
-    takes it in place of A_i. x: the same, in the dtype that autocast makes of it, to be given to the layers.
+    takes it in place of A_i. x: the same, in the dtype that autocast makes of it, for one layer.
     """
     if dispatch.state.keys:
         found = native.module.shared_shrink(_decisions, x, factors, dropout_p, out_features)
@@ -103,9 +104,13 @@ def _problem(x, factors, dropout_p, out_features) -> LowRankProblem:
 
 
 def _decision(problem: LowRankProblem, members: int) -> dispatch.Decision:
+    shared = problem.shared_by(members)
+    alone = dispatch.Decision("reference", False, problem, None)
     if why_alone(problem) is not None:
-        return dispatch.Decision("reference", False, problem, None)
-    return dispatch.decide(problem.shared_by(members))
+        return alone
+    if dispatch.decide(problem).backend == "triton" and shared.limits("triton"):
+        return alone
+    return dispatch.decide(shared)
 
 
 def _run(x, factors, dropout_p, decision) -> list[torch.Tensor] | None:
@@ -155,13 +160,18 @@ class _Node(torch.autograd.Function):
         return None if dx is None else dx.to(dtype).view(shape), None, None, None, None, *found
 
 
+# Ranks that a product of all factors adds up at most: more would be less exact than the sum of their products.
+MOST_BESIDE = 64
+
+
 def _products(factors, threshold) -> list[tuple]:
     """(factor [ranks, K], its columns of all S) of each product: one for all members, or where each has its own mask,
-    one for each."""
+    or ranks are many, one for each."""
     ends, end = [], 0
     for A in factors:
         ends.append(slice(end, end := end + A.shape[0]))
-    return list(zip(factors, ends, strict=True)) if threshold else [(torch.cat(factors), slice(0, end))]
+    together = not threshold and end <= MOST_BESIDE
+    return [(torch.cat(factors), slice(0, end))] if together else list(zip(factors, ends, strict=True))
 
 
 def _launchers(decision):

@@ -24,7 +24,7 @@ def test_a_row_for_every_path(monkeypatch, capsys):
 
 
 def step(layers: list[nn.Module]) -> None:
-    x = torch.randn(host.ROWS, host.WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(host.ROWS, host.WIDTH, dtype=torch.bfloat16, requires_grad=True) + 0
     dy = torch.ones(host.ROWS, host.WIDTH, dtype=torch.bfloat16)
     torch.autograd.backward([layer(x) for layer in layers], [dy] * len(layers))
 

@@ -27,7 +27,8 @@ SUM = 3e-6  # of sums in another order, in fp32
 
 
 class Attention(nn.Module):
-    """q, k, v on one input, o on another of the same width; `between` is done to the input before k runs."""
+    """q, k, v on one input, o on another of the same width; `between` is done to the input before k runs. An input
+    that nothing has made gets a graph, as that of a layer in a model has one."""
 
     def __init__(self, dtype=torch.float32, width=24):
         super().__init__()
@@ -36,6 +37,8 @@ class Attention(nn.Module):
         self.between = None
 
     def forward(self, x):
+        if x.is_leaf and torch.is_grad_enabled():
+            x = x * 1
         q = self.q(x)
         if self.between is not None:
             self.between(self, x)
@@ -66,6 +69,10 @@ def data(*shape, dtype=torch.float32, width=24):
     return torch.randn(*(shape or (2, 5)), width, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+def live(*shape, **kwargs):
+    return data(*shape, **kwargs).requires_grad_()
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Number of factors of each shared pass that is taken."""
@@ -87,8 +94,9 @@ def taken(monkeypatch):
     found, give = [], sharing._Offer.give
 
     def given(offer, step, x):
-        give(offer, step, x)
-        found.append(step.shared is not None)
+        found.append(give(offer, step, x))
+        assert found[-1] == (step.shared is not None)
+        return found[-1]
 
     monkeypatch.setattr(sharing._Offer, "give", given)
     return found
@@ -146,6 +154,7 @@ def test_a_llama(passes):
         assert_same(results(model, x, logits), results(reference, x, logits))
     assert passes == [3, 2, 3, 2] * 2
     text = str(peft_fused.explain(model))
+    assert "its input has no graph" not in text
     assert "6 equal" in text and "one pass over the input of q_proj, k_proj, v_proj" in text
     assert "one pass over the input of gate_proj, up_proj" in text
     assert "not shared_shrink: no sibling received the same input in the last forward pass" in text
@@ -159,7 +168,7 @@ def test_another_model_and_names_that_nobody_knows(passes):
     ids = torch.arange(8).reshape(2, 4)
     alone = model(ids).last_hidden_state
     torch.testing.assert_close(model(ids).last_hidden_state, alone)
-    assert passes == [3, 3]
+    assert passes == [3]  # the input of the first layer has no graph, as nothing before it is trained
 
     class Odd(nn.Module):
         def __init__(self):
@@ -172,7 +181,8 @@ def test_another_model_and_names_that_nobody_knows(passes):
     alone, shares = both(Odd(), targets=("left", "right"))
     passes.clear()
     for _ in range(2):
-        assert_same(run(shares, data()), run(alone, data()), SUM)
+        found = [run(model, data(), forward=lambda model, x: model(x + 0)) for model in (shares, alone)]
+        assert_same(*found, SUM)
     assert passes == [2]
 
 
@@ -186,7 +196,7 @@ def test_the_reference_is_peft(p):
         assert_same(run(model, data()), run(reference, data()))
 
 
-def test_masks_of_siblings_are_independent():
+def test_masks_of_siblings_are_independent(passes):
     _, shares = both(p=0.5)
     seen = []
     for name in "qkv":
@@ -197,9 +207,10 @@ def test_masks_of_siblings_are_independent():
             B.copy_(torch.eye(len(B), 4))
         layer.get_base_layer().weight.data.zero_(), layer.get_base_layer().bias.data.zero_()
         layer.register_forward_hook(lambda _, __, y: seen.append(y[..., :4].ne(0)))
-    x = torch.ones(4000, 24)
+    x = torch.ones(4000, 24, requires_grad=True)
     shares(x), seen.clear()
     shares(x)
+    assert passes == [3]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert abs(seen[one].float().mean() - 0.5) < 0.02
         assert abs((seen[one] == seen[other]).float().mean() - 0.5) < 0.02
@@ -223,14 +234,14 @@ def test_on_a_gpu(dtype, passes, taken):
 def test_group_false(passes):
     model = adapted()
     assert accelerate(model, group=False).groups == []
-    model(data()), model(data())
+    model(live()), model(live())
     assert passes == []
     assert "not shared_shrink: accelerate was called with group=False" in str(peft_fused.explain(model))
     assert len(accelerate(model).groups) == 1  # and back
-    model(data()), model(data())
+    model(live()), model(live())
     assert passes == [3]
     accelerate(model, group=False)
-    model(data())
+    model(live())
     assert passes == [3]
     restore(model)
     assert not any(sharing.SIBLING in vars(module) for module in model.modules())
@@ -238,24 +249,47 @@ def test_group_false(passes):
         accelerate(model, group=1)
 
 
-def test_explain_before_the_first_forward():
-    _, shares = both()
-    expected = "not shared_shrink: which siblings receive the same input is seen in the first forward pass"
-    assert expected in str(peft_fused.explain(shares))
+def test_explain_tells_what_was_shared():
+    _, shares = both(p=0.3)
+
+    def explained(name):
+        return "\n".join(line for line in str(peft_fused.explain(getattr(attention(shares), name))).splitlines()[:2])
+
+    for name in "qkvo":
+        first = "not shared_shrink: which siblings receive the same input is seen in the first forward pass"
+        assert first in explained(name)
+    shares(live())
+    for name in "qkv":
+        assert "q, k, v received the same input in the last forward pass, and share it from the next on" in explained(
+            name
+        )
+    shares(live())
+    for name in "qkv":
+        assert "one pass over the input of q, k, v" in explained(name)
+    assert "no sibling received the same input in the last forward pass" in explained("o")
+    attention(shares).k.eval()
+    shares(live())
+    for name in "qv":
+        assert "one pass over the input of q, v" in explained(name)
+    assert "not shared_shrink: it was not as q had foreseen it" in explained("k")
+    shares.eval()
+    with torch.inference_mode():
+        shares(live())
+    assert "in the last forward pass it could not be shown safe" in explained("q")
 
 
 def test_a_second_call_keeps_what_is_known(passes):
     _, shares = both()
-    shares(data())
+    shares(live())
     accelerate(shares)
-    shares(data())
+    shares(live())
     assert passes == [3]
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_share_among_themselves(way, passes):
     alone, shares = both()
-    shares(data()), shares(data())
+    shares(live()), shares(live())
     if way == "deepcopy":
         copied = copy.deepcopy(shares)
     else:
@@ -291,8 +325,8 @@ def test_an_input_that_is_changed_between(taken):
         attention(model).between = lambda _, x: x.mul_(-2)
     taken.clear()
     with torch.no_grad():
-        want = alone(data())
-        torch.testing.assert_close(shares(data()), want)
+        want = alone(live())
+        torch.testing.assert_close(shares(live()), want)
     assert taken == []
 
 
@@ -308,7 +342,7 @@ def test_a_factor_that_is_changed_between(taken):
     for model in (alone, shares):
         attention(model).between = change
     taken.clear()
-    torch.testing.assert_close(shares(data()), alone(data()))
+    torch.testing.assert_close(shares(live()), alone(live()))
     assert taken == [False, False]
 
 
@@ -322,7 +356,7 @@ def test_grad_mode_that_changes_between(taken):
     for model in (alone, shares):
         attention(model).between = off
         with torch.enable_grad():
-            model.found = model(data())
+            model.found = model(live())
     taken.clear()
     assert not shares.found.requires_grad and taken == []
     torch.testing.assert_close(shares.found, alone.found)
@@ -333,7 +367,7 @@ def test_in_inference_mode_nothing_is_shared(passes):
     alone, shares = both()
     learned(shares)
     with torch.inference_mode():
-        torch.testing.assert_close(shares(data()), alone(data()), rtol=0, atol=0)
+        torch.testing.assert_close(shares(live()), alone(live()), rtol=0, atol=0)
     assert passes == []
 
 
@@ -341,7 +375,7 @@ def test_without_gradients_it_is_shared(passes):
     alone, shares = both()
     with torch.no_grad():
         for _ in range(3):
-            torch.testing.assert_close(shares(data()), alone(data()))
+            torch.testing.assert_close(shares(live()), alone(live()))
     assert passes == [3, 3]
 
 
@@ -365,7 +399,7 @@ def test_dropout_of_one_layer_alone(taken):
 
 
 @pytest.mark.parametrize("where", ["lora_A", "lora_dropout", "layer", "base", "x"])
-def test_hooks_are_called(where, passes):
+def test_hooks_are_called(where):
     alone, shares = both()
     learned(shares)
     calls = []
@@ -417,7 +451,7 @@ def test_merged_layers(passes):
     learned(shares)
     for model in (alone, shares):
         attention(model).k.merge()
-    torch.testing.assert_close(shares(data()), alone(data()))
+    torch.testing.assert_close(shares(live()), alone(live()))
     assert passes == [2]
 
 
@@ -442,17 +476,39 @@ def test_trained_in_part(passes):
             assert_same(*({n: t for n, t in one.items() if t is not None} for one in found[::-1]), SUM)
 
 
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_layers_with_a_backward_each(together, leaf, passes):
+    """What is made together is freed together, so layers on an input without a graph run alone: each may be
+    differentiated by itself, after all have run or before the next does."""
+    alone, shares = both()
+    learned(shares)
+    passes.clear()
+    found = []
+    for model in (alone, shares):
+        x = data().requires_grad_(leaf)
+        losses = []
+        for name in "qkv":
+            losses.append(getattr(attention(model), name)(x).square().sum())
+            if not together:
+                losses[-1].backward()
+        for loss in losses if together else ():
+            loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(found[1], found[0], tolerance=0)
+    assert passes == [] and "its input has no graph" in str(peft_fused.explain(shares))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_layers_whose_backward_runs_in_between(kept, taken):
-    """Backward frees what the pass kept: the next layer takes its own, as it would alone. kept: whether the graph of
-    the first, and the offer with it, still lives."""
+    """The same on an input whose graph keeps nothing. kept: whether the graph of the first, and the offer with it,
+    still lives."""
     alone, shares = both()
     learned(shares)
     found = []
     taken.clear()
     for model in (alone, shares):
-        x = data()
-        losses = []
+        x, losses = live() + 0, []
         for name in "qkv":
             losses.append(getattr(attention(model), name)(x).square().sum())
             losses[-1].backward()
@@ -463,15 +519,29 @@ def test_layers_whose_backward_runs_in_between(kept, taken):
     assert taken == [False, False] * kept
 
 
+def test_a_second_backward_says_what_to_do():
+    shares = learned(both()[1])
+    for retain in (True, False):
+        x = live() + 0
+        q, k = (getattr(attention(shares), name)(x).sum() for name in "qk")
+        q.backward(retain_graph=retain)
+        if retain:
+            k.backward()
+        else:
+            with pytest.raises(RuntimeError, match="layers that share their input are differentiated in one backward"):
+                k.backward()
+
+
 def test_an_input_that_is_used_again(passes):
     """The same tensor in two forward passes, as tests and samplers have it."""
     alone, shares = both()
-    x = data().requires_grad_()
+    leaf = live()
+    x = leaf + 0
     for model in (alone, shares):
-        x.grad = None
+        leaf.grad = None
         for _ in range(3):
             model(x).sum().backward()
-        model.found = x.grad
+        model.found = leaf.grad
     assert error(shares.found, alone.found) < SUM and passes == [3, 3]
 
 
@@ -494,7 +564,7 @@ def test_gradients_of_outputs_one_by_one():
     for name in "qkv":
         found = []
         for model in (alone, shares):
-            x = data().requires_grad_()
+            x = live()
             inputs = [x, getattr(attention(model), name).lora_A["default"].weight]
             found.append(torch.autograd.grad(outputs(model, x)[name].square().sum(), inputs))
         assert all(error(a, b) < SUM for a, b in zip(*found, strict=True))
@@ -534,20 +604,20 @@ def test_a_gradient_that_a_hook_keeps():
 def test_threads_have_their_own(passes):
     alone, shares = both()
     learned(shares)
-    want = {seed: alone(data(seed)).detach() for seed in range(2, 8)}
+    want = {seed: alone(live(seed)).detach() for seed in range(2, 8)}
     wrong = []
 
     def work(seed):
         for _ in range(20):
-            if not torch.allclose(shares(data(seed)), want[seed], atol=1e-5):
+            if not torch.allclose(shares(live(seed)), want[seed], atol=1e-5):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in want]
     [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert wrong == []
+    assert wrong == [] and passes
 
 
-def test_autocast(passes):
+def test_autocast(passes, taken):
     alone, shares = both(Attention())
     for _ in range(2):
         found = []
@@ -561,8 +631,9 @@ def test_autocast(passes):
     found = []
     for model in (alone, shares):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found.append(model(data()))
+            found.append(model(live()))
     torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
+    assert taken == [True, True]  # of the first half
 
 
 def test_compiled(passes):
@@ -604,8 +675,10 @@ def test_checkpointing(use_reentrant, part, p, cpp, passes):
     with peft_fused.use_backend(None, native=cpp):
         for _ in range(4):
             assert_same(run(shares, data(), forward=forward), run(alone, data(), forward=forward), SUM)
-    if part is None:  # in the second pass and, of it, forward and backward
+    if part is None and not (use_reentrant and p):  # from the second on, in a forward and when it is repeated
         assert passes == [3] * 6
+    elif part is None:  # masks are drawn by each
+        assert passes == []
 
 
 def test_what_is_learned_between_a_forward_and_its_checkpointed_backward(passes):
@@ -635,6 +708,57 @@ def test_a_plan_that_changes_between_a_forward_and_its_checkpointed_backward():
             y.sum().backward()
         model.found = x.grad
     assert error(shares.found, alone.found) < SUM
+
+
+def test_reentrant_checkpointing_repeats_the_masks_of_two_forwards():
+    """With what draws between the layers, too: which of them shares is learned between the first pass and its
+    repetition."""
+    alone, shares = both(p=0.3)
+    for model in (alone, shares):
+        attention(model).between = lambda _, x: torch.rand(())
+    forward = checkpointed(True)
+    found = []
+    for model in (alone, shares):
+        x = live()
+        torch.manual_seed(1)
+        for _ in range(3):
+            a, b = forward(model, x), forward(model, x * 2)
+            (a * b).sum().backward()
+        found.append({"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(found[1], found[0], SUM)
+
+
+def identity(tensor):
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "hooks", [(identity, identity), (torch.Tensor.clone, torch.Tensor.clone)], ids=["own", "built-in"]
+)
+def test_hooks_that_live_for_ever(hooks, passes):
+    """What is kept under them may be made again at any time, as far as one can see: the plan stays as it was."""
+    alone, shares = both()
+    for _ in range(5):
+        found = []
+        for model in (alone, shares):
+            with torch.autograd.graph.saved_tensors_hooks(*hooks):
+                found.append(run(model, data()))
+        assert_same(found[1], found[0], tolerance=0)
+    assert passes == []
+    assert len(vars(attention(shares).q)[sharing.SIBLING].frames) <= 1
+
+
+def test_a_factor_that_is_trained_from_now_on(taken):
+    alone, shares = both()
+    for model in (alone, shares):
+        attention(model).k.lora_A.requires_grad_(False)
+    learned(shares)
+    taken.clear()
+    for model in (alone, shares):
+        attention(model).between = lambda module, _: module.k.lora_A.requires_grad_(True)
+        model(live()).sum().backward()
+    weights = [attention(model).k.lora_A["default"].weight.grad for model in (alone, shares)]
+    assert error(*weights[::-1]) < SUM and taken == [False, True]
 
 
 def test_tensors_that_are_offloaded(passes):
@@ -745,7 +869,7 @@ def test_a_failing_layer_leaves_nothing_behind():
     del x
     assert not alive(reference)
     attention(shares).between = None
-    shares(data())
+    shares(live())
 
 
 def test_modules_are_not_kept():

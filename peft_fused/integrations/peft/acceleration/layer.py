@@ -141,18 +141,11 @@ class AcceleratedLayer(Routed):
         if problem is None or SIBLING not in self.__dict__:
             return path, reasons, problem
         sibling = self.__dict__[SIBLING]
-        sharing = sibling and sibling.last_run()
-        if sibling is None:
-            reason = "accelerate was called with group=False"
-        elif sharing is None:
-            reason = "which siblings receive the same input is seen in the first forward pass"
-        elif len(sharing) == 1:
-            reason = "no sibling received the same input in the last forward pass"
-        else:
-            reason = why_alone(problem)
-        if reason is None:
-            return f"{path}, one pass over the input of {', '.join(sharing)}", reasons, problem
-        return path, [*reasons, f"shared_shrink: {reason}"], problem
+        found = "accelerate was called with group=False" if sibling is None else sibling.outcome()
+        found = why_alone(problem) or found
+        if type(found) is tuple:
+            return f"{path}, one pass over the input of {', '.join(found)}", reasons, problem
+        return path, [*reasons, f"shared_shrink: {found}"], problem
 
     def _left_to_peft(self, reason: str) -> tuple[list[Step], list[tuple[str, str]]]:
         return [PeftForward(self, "PEFT's own forward", reason)], [(self.kind.ops, reason)]

@@ -38,10 +38,15 @@ class LoraStep(AdapterStep):
         bias, extra = self.bias, self.up_bias
         if extra is not None:
             bias = (self.scale * extra if bias is None else bias + self.scale * extra).to(self.weight.dtype)
+        x, A, given = self._product(x)
+        return lowrank_linear(x, self.weight, bias, A, self.B, scale=self.scale, **given)
+
+    def _product(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, dict]:
+        """(x, A, options) of an op: its product with x, to be made or made already."""
         if self.shared is None:
-            return lowrank_linear(x, self.weight, bias, self.A, self.B, scale=self.scale, dropout_p=self.p)
+            return x, self.A, {"dropout_p": self.p}
         x, S = self.shared
-        return lowrank_linear(x, self.weight, bias, None, self.B, scale=self.scale, S=S)
+        return x, None, {"S": S}
 
     def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """In y's dtype, for y from any base layer."""
@@ -50,11 +55,8 @@ class LoraStep(AdapterStep):
             dtype = torch.get_autocast_dtype(device)
         # A base layer that answers in a type of its own decides the type of the sum, as it does in PEFT.
         add = y if y.dtype == dtype and type(y) in PLAIN_TENSORS else None
-        if self.shared is None:
-            out = lowrank_adapter(x, self.A, self.B, add=add, scale=self.scale, dropout_p=self.p)
-        else:
-            x, S = self.shared
-            out = lowrank_adapter(x, None, self.B, add=add, scale=self.scale, S=S)
+        x, A, given = self._product(x)
+        out = lowrank_adapter(x, A, self.B, add=add, scale=self.scale, **given)
         if add is None:
             out = y + out
         if self.up_bias is not None:

@@ -4,10 +4,15 @@ No name and no class tells which layers these are: it is seen when they run. Lay
 after the other on the same x are a run. The next time the first of them, the leader, is called on an x, it takes the
 products with x of all of them, and offers the others theirs. An offer is for this very x as it is, and for the factor
 and the dropout probability that it was made with; whoever finds anything else than was foreseen runs alone. So a plan
-that turns out wrong costs time and changes no result.
+that turns out wrong costs time and changes no result. What autograd does not see, such as x.data.mul_(2), an offer does
+not see either.
 
-Checkpointing runs a forward a second time and expects it to save the same tensors. A leader's plan therefore stays as
-it is while anything is alive that the leader saved under hooks for saved tensors.
+What was made together is freed together by a backward. An x without a graph of its own is therefore not shared: layers
+on it can be differentiated one after the other.
+
+Checkpointing runs a forward a second time and expects it to save the same tensors and to draw the same masks. So a
+leader's plan stays as it is while the hooks for saved tensors live under which the leader used it. Where there are no
+hooks, in a forward without gradients and when that is repeated, each layer draws its mask by itself.
 """
 
 import weakref
@@ -31,25 +36,32 @@ class _Seen:
 
     __slots__ = ("context", "hook", "version", "x")
 
-    def __init__(self, x: torch.Tensor, context: tuple, hook, gone=None):
-        self.x, self.version, self.context = weakref.ref(x, gone), x._version, context
-        self.hook = None if hook is None else weakref.ref(hook)
+    def __init__(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None, gone=None):
+        self.x, self.version, self.context, self.hook = weakref.ref(x, gone), x._version, context, hook
 
-    def is_now(self, x: torch.Tensor, context: tuple, hook) -> bool:
+    def is_now(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None) -> bool:
         """Whether x is that tensor, unchanged since, and the circumstances are the same."""
-        if self.x() is not x or self.version != x._version or self.context != context:
-            return False
-        return hook is None if self.hook is None else self.hook() is hook
+        return (
+            self.x() is x
+            and self.version == x._version
+            and self.context == context
+            and (None if self.hook is None else self.hook()) is (None if hook is None else hook())
+        )
 
 
-def _circumstances(x: torch.Tensor) -> tuple[tuple, object] | None:
+def _circumstances(x: torch.Tensor) -> tuple[tuple, weakref.ref | None] | None:
     """(what calls have to agree in, hook for saved tensors) of a call on x; None where sharing cannot be shown safe."""
     if x.is_inference() or _modes() > 0:  # changes are not counted, or whoever records has to see each layer whole
         return None
-    kind, hooks = x.device.type, _top_hooks(True)
+    kind, hooks, hook = x.device.type, _top_hooks(True), None
+    if hooks is not None:
+        try:
+            hook = weakref.ref(hooks[1])
+        except TypeError:  # of a built-in method, say: its life cannot be told
+            return None
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return (torch.is_grad_enabled(), x.requires_grad, cast, stream, get_ident()), hooks and hooks[1]
+    return (torch.is_grad_enabled(), x.requires_grad, cast, stream, get_ident()), hook
 
 
 class _Run:
@@ -61,20 +73,36 @@ class _Run:
     def __init__(self, seen: _Seen, leader: "Sibling", repeated: bool):
         self.seen, self.members, self.repeated = seen, [leader], repeated
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(member.name for member in self.members)
+
 
 class _Offer:
     """Products with x for siblings that are still to come. Whoever owns it must not outlive what x lives for."""
 
-    __slots__ = ("__weakref__", "products", "seen")
+    __slots__ = ("__weakref__", "names", "products", "seen")
 
-    def __init__(self, x: torch.Tensor, context: tuple, hook):
-        self.products = products = {}  # by id of the factor: (factor, its version, p, S)
+    def __init__(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None, names: tuple[str, ...]):
+        self.products = products = {}  # by id of the factor: (factor, what it was like, S)
         self.seen = _Seen(x, context, hook, lambda _: products.clear())
+        self.names = names  # of the siblings that the pass was for
 
-    def give(self, step, x: torch.Tensor) -> None:
-        A, version, p, S = self.products.pop(id(step.A), (None, 0, 0.0, None))
-        if A is step.A and version == A._version and p == step.p and not is_spent(S):
-            step.shared = x, S
+    def put(self, step, S: torch.Tensor) -> None:
+        self.products[id(step.A)] = step.A, _state(step), S
+
+    def give(self, step, x: torch.Tensor) -> bool:
+        """Gives a step its product. Whether there was one for it as it is now."""
+        A, state, S = self.products.pop(id(step.A), (None, None, None))
+        if A is not step.A or state != _state(step) or is_spent(S):
+            return False
+        step.shared = x, S
+        return True
+
+
+def _state(step) -> tuple:
+    """What of a factor a product with it depends on, and its gradient."""
+    return step.A._version, step.A.requires_grad, step.p
 
 
 class Family:
@@ -94,15 +122,14 @@ class Family:
         if self.run is not None and not self.run.repeated:
             leader, *others = self.run.members
             leader.observed = tuple(others)
-            names = tuple(member.name for member in self.run.members)
             for member in self.run.members:
-                member.ran_with = names
+                member.ran_with = self.run.names
 
 
 class Sibling:
     """A layer's part in its family. name: below the parent."""
 
-    __slots__ = ("family", "frames", "layer", "name", "observed", "plan", "ran_with")
+    __slots__ = ("family", "frames", "layer", "name", "observed", "plan", "ran_with", "told")
 
     def __init__(self, family: Family, name: str):
         self.family, self.name = family, name
@@ -111,7 +138,9 @@ class Sibling:
         self.plan: tuple[Sibling, ...] = ()
         self.observed: tuple[Sibling, ...] = ()
         self.frames: list[weakref.ref] = []
-        self.ran_with: tuple[str, ...] | None = None  # names of those of its last run, its own among them
+        self.ran_with: tuple[str, ...] = ()  # names of those of its last run, its own among them
+        # Of its last call: names of those that shared the pass over x, or why it ran alone, where more is to be said.
+        self.told: tuple[str, ...] | str | None = None
 
     def __reduce__(self):
         return Sibling, (self.family, self.name)
@@ -122,22 +151,23 @@ class Sibling:
         mine = [step for step in steps if step.shares]
         found = _circumstances(x) if mine else None
         if found is None:
+            self.told = "PEFT runs it" if not mine else "in the last forward pass it could not be shown safe"
             return None
         family, run = self.family, self.family.run
+        self.layer = weakref.ref(layer)
         if run is None or self in run.members or not run.seen.is_now(x, *found):
             family.end_run()
             repeated = _in_backward() != -1
             family.run = _Run(_Seen(x, *found), self, repeated)
             if not repeated:
-                self.layer = weakref.ref(layer)
                 self._settle(found[1])
-            return self._lead(x, mine, found) if self.plan else None
-        self.layer = weakref.ref(layer)
+            self.told = None
+            return self._lead(x, mine, found, repeated) if self.plan else None
         run.members.append(self)
-        offer = family.offer()
+        self.told, offer = None, family.offer()
         if offer is not None and offer.seen.is_now(x, *found):
-            for step in mine:
-                offer.give(step, x)
+            given = [offer.give(step, x) for step in mine]
+            self.told = offer.names if all(given) else f"it was not as {run.members[0].name} had foreseen it"
         return None
 
     def hold(self, offer: _Offer, y: torch.Tensor) -> None:
@@ -149,40 +179,57 @@ class Sibling:
         else:
             y.grad_fn.metadata[SIBLING] = offer
 
-    def last_run(self) -> tuple[str, ...] | None:
-        """Names, its own among them, of those that had the same input when it last ran; None if it has not run yet."""
+    def outcome(self) -> tuple[str, ...] | str:
+        """Of its last call: names, its own among them, of those that shared a pass, or why it ran alone."""
         run = self.family.run
-        if run is not None and not run.repeated and self in run.members:
-            return tuple(member.name for member in run.members)
-        return self.ran_with
+        names = run.names if run is not None and not run.repeated and self in run.members else self.ran_with
+        if not names:
+            return "which siblings receive the same input is seen in the first forward pass"
+        if self.told is not None:
+            return self.told
+        if len(names) == 1:
+            return "no sibling received the same input in the last forward pass"
+        return f"{', '.join(names)} received the same input in the last forward pass, and share it from the next on"
 
     def _settle(self, hook) -> None:
         self.frames = [frame for frame in self.frames if frame() is not None]
         if self.plan != self.observed and not self.frames:
             self.plan = self.observed
-        if hook is not None:
-            self.frames.append(weakref.ref(hook))
+        if hook is not None and all(frame() is not hook() for frame in self.frames):
+            self.frames.append(hook)
 
-    def _lead(self, x: torch.Tensor, mine: list, found: tuple) -> _Offer | None:
-        first, theirs = mine[0], []
+    def _lead(self, x: torch.Tensor, mine: list, found: tuple, repeated: bool) -> _Offer | None:
+        first, (context, hook) = mine[0], found
+        records = context[0]
+        if records and x.grad_fn is None and not repeated:
+            self.told = "its input has no graph, so that each layer may be differentiated by itself"
+            return None
+        if first.p > 0 and hook is None and (repeated or not records):
+            self.told = "there is dropout in a forward pass without gradients, which checkpointing may repeat"
+            return None
+        theirs, names = [], [self.name]
         for sibling in self.plan:
             layer = sibling.layer()
             if layer is not None and layer.__dict__.get(SIBLING) is sibling:
-                theirs += [step for step in layer.steps_to_share(x) if step.shares]
-        theirs = [step for step in theirs if _fits(step, first, x)]
+                steps = [step for step in layer.steps_to_share(x) if step.shares and _fits(step, first, x)]
+                theirs += steps
+                names += [sibling.name] if steps else []
         if not theirs or not _fits(first, first, x):
+            self.told = "its siblings' factors or dropout are of another kind"
             return None
         mine = [step for step in mine if _fits(step, first, x)]
         factors = [step.A for step in (*mine, *theirs)]
         shared = shared_shrink(x, factors, dropout_p=first.p, out_features=first.B.shape[0])
         if shared is None:
+            self.told = "a pass of its own is the better one"
             return None
         x_of_node, *products = shared
         for step in mine:
             step.shared = x_of_node, products.pop(0)
-        offer = _Offer(x, *found)
+        offer = _Offer(x, *found, tuple(names))
         for step, S in zip(theirs, products, strict=True):
-            offer.products[id(step.A)] = step.A, step.A._version, step.p, S
+            offer.put(step, S)
+        self.told = offer.names
         return offer
 
 
