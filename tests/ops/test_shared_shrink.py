@@ -105,6 +105,30 @@ def test_rows_in_blocks(cpp, monkeypatch):
 
 
 @both_nodes
+def test_many_ranks(cpp, monkeypatch):
+    """dx adds up the ranks of all factors, in no longer chains than the sum of their products has."""
+    monkeypatch.setitem(globals(), "K", 512)
+    x, factors = make(F32, F32, ranks=(64,) * 6, shape=(512,))
+    with peft_fused.use_backend("torch", native=cpp):
+        assert [v.name for v in verdicts(x, factors, 0.0, lambda: shared(x, factors)) if not v.ok] == []
+
+
+@both_nodes
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_one_column(p, cpp, monkeypatch):
+    """Its stride is of no meaning."""
+    monkeypatch.setitem(globals(), "K", 1)
+    x, factors = make(F32, F32, shape=(16,))
+    with peft_fused.use_backend("torch", native=cpp):
+        x_of_layers, *S = shared(x, factors, p)
+        dx = torch.ones(16).as_strided((16, 1), (1, 7))
+        got = torch.autograd.grad([x_of_layers, *S], x, [dx, *map(torch.ones_like, S)])[0]
+        x_of_layers, *S = shared(x, factors, p)
+        want = torch.autograd.grad([x_of_layers, *S], x, [torch.ones(16, 1), *map(torch.ones_like, S)])[0]
+    assert torch.equal(got, want)
+
+
+@both_nodes
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_gradcheck(p, cpp):
     x, factors = make(F64, F64, ranks=(2, 3), shape=(4,))

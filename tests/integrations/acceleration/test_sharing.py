@@ -681,6 +681,42 @@ def test_checkpointing(use_reentrant, part, p, cpp, passes):
         assert passes == []
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("parts", ["", "q", "k", "qk", "kv", "qkv"])
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_of_one_input(use_reentrant, leaf, parts, p):
+    """The input of a checkpoint is that of the layers themselves. parts: those that have one of their own; none: one
+    for all."""
+    alone, shares = both(p=p)
+
+    def qkv(model, x):
+        layers = [getattr(attention(model), name) for name in "qkv"]
+        if not parts:
+            together = torch.utils.checkpoint.checkpoint(
+                lambda x: torch.cat([layer(x) for layer in layers], -1), x, use_reentrant=use_reentrant
+            )
+            return together
+        return torch.cat(
+            [
+                torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant) if name in parts else layer(x)
+                for name, layer in zip("qkv", layers, strict=True)
+            ],
+            -1,
+        )
+
+    for seed in range(4):
+        found = []
+        for model in (alone, shares):
+            x = live()
+            torch.manual_seed(seed)
+            y = qkv(model, x if leaf else x + 0)
+            y.square().sum().backward()
+            found.append({"x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            model.zero_grad()
+        assert_same(found[1], found[0], SUM)
+
+
 def test_what_is_learned_between_a_forward_and_its_checkpointed_backward(passes):
     """Two forwards, then the backward of both, as contrastive losses have it: both run a second time as the first."""
     alone, shares = both()
@@ -790,6 +826,17 @@ def test_selective_checkpointing_sees_each_layer(passes):
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_a_frozen_factor_keeps_nothing_for_the_others():
+    _, shares = both()
+    learned(shares)
+    attention(shares).q.lora_A.requires_grad_(False)
+    x = live() * 1
+    reference = weakref.ref(x)
+    y = attention(shares).q(x)
+    del x
+    assert reference() is None and y.requires_grad
 
 
 def only_q(model, x):

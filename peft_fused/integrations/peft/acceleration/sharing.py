@@ -201,7 +201,7 @@ class Sibling:
     def _lead(self, x: torch.Tensor, mine: list, found: tuple, repeated: bool) -> _Offer | None:
         first, (context, hook) = mine[0], found
         records = context[0]
-        if records and x.grad_fn is None and not repeated:
+        if records and x.grad_fn is None:
             self.told = "its input has no graph, so that each layer may be differentiated by itself"
             return None
         if first.p > 0 and hook is None and (repeated or not records):
@@ -234,7 +234,8 @@ class Sibling:
 
 
 def _fits(step, first, x: torch.Tensor) -> bool:
-    """Whether a step's product with x can be one of those of the first step."""
+    """Whether a step's product with x can be one of those of the first step. A factor that is trained would keep x for
+    the others as well."""
     A = step.A
     return (
         A.dtype == first.A.dtype
@@ -242,6 +243,7 @@ def _fits(step, first, x: torch.Tensor) -> bool:
         and A.dim() == 2
         and x.dim() > 0
         and A.shape[1] == x.shape[-1]
+        and A.requires_grad == first.A.requires_grad
         and step.p == first.p
         and not A.is_inference()
     )
