@@ -23,6 +23,7 @@ constexpr int64_t kTerms = 32;              // of a sum in one chain, which keep
 constexpr int64_t kColumns = 48;            // of a block whose rows are added up
 constexpr int64_t kMostRanks = 64;
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
+constexpr int64_t kSmallFactor = 1 << 12;  // elements of a factor that are worth packing for less than a tile of rows
 
 #ifdef PEFT_FUSED_CLONES
 
@@ -131,7 +132,8 @@ int64_t grain(int64_t multiply_adds) { return std::max<int64_t>(1, kGrain / std:
 
 bool serves(const Tensor& x, at::ScalarType adapter, int64_t ranks) {
   return x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 && fast_cpu() &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
+         (x.size(0) >= kRows || x.size(1) * padded(ranks) <= kSmallFactor);
 }
 
 Tensor times(const Tensor& x, const Tensor& p, double alpha) {
