@@ -100,7 +100,8 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
   if (need_x) dx = onto.defined() ? onto : at::empty({m, k}, factors[0].options().dtype(c.x_type));
   const bool narrow = all_narrow(need_x ? dx : x2, factors);
   const bool as_they_are = narrow && c.threshold == 0;  // no conversion, no mask: nothing is made of rows
-  const Blocks blocks(need_x ? dx : x2, k, !as_they_are);
+  // In blocks x is in the caches for all factors; sums of them in half precision would be less exact.
+  const Blocks blocks(need_x ? dx : x2, k, c.threshold > 0 || type == at::kFloat || type == at::kDouble);
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold) : Block();
     const Tensor out = blocks.of(dx, i);

@@ -105,6 +105,15 @@ def test_rows_in_blocks(cpp, monkeypatch):
 
 
 @both_nodes
+def test_many_rows(cpp, monkeypatch):
+    """Of so many that x could be worked on in blocks, sums over the rows are as exact as of few."""
+    monkeypatch.setitem(globals(), "K", 8192)
+    x, factors = make(BF16, BF16, ranks=(2, 3), shape=(3200,))
+    with peft_fused.use_backend("torch", native=cpp):
+        assert [v.name for v in verdicts(x, factors, 0.0, lambda: shared(x, factors)) if not v.ok] == []
+
+
+@both_nodes
 def test_many_ranks(cpp, monkeypatch):
     """dx adds up the ranks of all factors, in no longer chains than the sum of their products has."""
     monkeypatch.setitem(globals(), "K", 512)
