@@ -19,6 +19,7 @@ from peft_fused.ops.bottleneck import BOTTLENECK, BottleneckCall, bottleneck_pro
 from peft_fused.ops.common import cast_and_drop
 from peft_fused.ops.dropout import drop, dropout_threshold
 from peft_fused.ops.lowrank import LowRankCall, lowrank_problem
+from peft_fused.ops.shared_shrink import shared_shrink, why_alone
 
 from . import structured
 from .shapes import BF16, Shape, StructuredShape
@@ -656,6 +657,41 @@ def _adapters(shape: Shape, device: torch.device) -> dict:
     return entries
 
 
+SHARING = 3  # queries, keys and values
+
+
+def _shared(shape: Shape, device: torch.device) -> dict:
+    """Three layers of LoRA on one x, as q/k/v are: each with a pass over x of its own, or all with one."""
+    t = _inputs(shape, device)
+    t.x.requires_grad_()
+    A, B = ([factor.clone().requires_grad_() for _ in range(SHARING)] for factor in (t.A, t.B))
+    dy = torch.cat([t.dy] * SHARING, 1)
+
+    def layers(operands) -> torch.Tensor:
+        ys = (
+            lowrank_linear(x, t.weight, None, factor, outer, scale=ALPHA_OVER_R, S=S)
+            for (x, factor, S), outer in zip(operands, B, strict=True)
+        )
+        return torch.cat(tuple(ys), 1)
+
+    def alone(x: torch.Tensor) -> torch.Tensor:
+        return layers([(x, factor, None) for factor in A])
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        first, *products = shared_shrink(x, A, out_features=shape.n)
+        return layers([(x if i else first, None, S) for i, S in enumerate(products)])
+
+    forward, backward = (
+        Work(SHARING * work.bytes, SHARING * work.flops, work.rate)
+        for work in (_layer_work(shape)[mode] for mode in MODES[:2])
+    )
+    work, parameters = _modes(forward, backward), (*A, *B)
+    entries = {"alone": Entry(Layer(alone, t.x, dy, parameters), work, note=dispatch.path_of(t.problem))}
+    why = why_alone(t.problem)
+    shared = why or Entry(Layer(together, t.x, dy, parameters), work, against="alone", equals="alone")
+    return entries | {"one pass": shared}
+
+
 # ---------------------------------------------------------------------------------------------------------- the parts
 
 
@@ -668,7 +704,12 @@ PARTS: dict[str, dict[str, Callable]] = {
     "dropout": {"dropout": _dropout},
     "host": {"host": _host},
     "structured": {"": _structured},
-    "methods": {"dylora": _ranks, "lora experts": _experts, "bottleneck experts": _adapters},
+    "methods": {
+        "dylora": _ranks,
+        "lora experts": _experts,
+        "bottleneck experts": _adapters,
+        "q/k/v of lora": _shared,
+    },
     "graphs": {f"graph {backend}": partial(_graph, backend) for backend in ("torch", "triton", "cuda")},
 }
 

@@ -9,7 +9,7 @@
     dropout      the same with and without a mask
     host         wall time per call of a tiny problem, by backend
     structured   tensor-core DFTs against torch.fft and the dense product
-    methods      DyLoRA's ranks and AdaMix's experts against plain LoRA and one expert
+    methods      DyLoRA's ranks and AdaMix's experts against plain LoRA and one expert, q/k/v that share their input
     graphs       the device's share of `host`, replayed from a CUDA graph
 
 Every row is a JSON line of FILE as soon as it is measured. `us` is the median and `iqr_us` the spread of interleaved
