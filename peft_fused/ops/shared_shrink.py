@@ -66,7 +66,7 @@ def shared_shrink(x, factors, *, dropout_p=0.0, out_features=0) -> list[torch.Te
         x = x.to(taken_dtype(x, x.device))
         with torch.autocast(device, enabled=False):
             return shared_shrink(x, factors, dropout_p=dropout_p, out_features=out_features)
-    if dispatch.state.keys or is_recorded() or any(map(is_subclass, (x, *factors))) or lazy(x, *factors):
+    if is_recorded() or any(map(is_subclass, (x, *factors))) or lazy(x, *factors):
         return None
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
         return None
