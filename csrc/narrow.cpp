@@ -44,24 +44,41 @@ PEFT_FUSED_CLONES void add_tile(const float* x, int64_t row, int64_t step, const
   for (int64_t i = 0; i < kRows; ++i) *reinterpret_cast<Lanes*>(out + i * out_row) += sums[i];
 }
 
-PEFT_FUSED_CLONES void widen(const uint16_t* in, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = std::bit_cast<float>(static_cast<uint32_t>(in[i]) << 16);
+// A block of bf16 in fp32: rows are too short to be worth a call each.
+PEFT_FUSED_CLONES void widen(const uint16_t* in, int64_t in_row, int64_t rows, int64_t columns, float* out,
+                             int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      out[i * out_row + j] = std::bit_cast<float>(static_cast<uint32_t>(in[i * in_row + j]) << 16);
 }
 
 // To nearest, ties to even; a NaN stays one.
-PEFT_FUSED_CLONES void round(const float* in, int64_t count, uint16_t* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const auto bits = std::bit_cast<uint32_t>(in[i]);
-    const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    out[i] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
-  }
+PEFT_FUSED_CLONES void round(const float* in, int64_t in_row, int64_t rows, int64_t columns, uint16_t* out,
+                             int64_t out_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      const auto bits = std::bit_cast<uint32_t>(in[i * in_row + j]);
+      const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+      out[i * out_row + j] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+    }
 }
 
-// out [rows, columns] dense, of a matrix with any strides.
+// values += factor * sums + start, of rows `row` apart.
+PEFT_FUSED_CLONES void finish(float* values, const float* sums, const float* start, float factor, int64_t rows,
+                              int64_t columns, int64_t row) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) values[i * row + j] += factor * sums[i * row + j] + start[j];
+}
+
+// out [rows, columns] dense, of a matrix with any strides; by squares, of which a cache line of either side is used up.
 PEFT_FUSED_CLONES void pack(const float* in, int64_t row, int64_t column, int64_t rows, int64_t columns, float* out,
                             int64_t out_row) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) out[i * out_row + j] = in[i * row + j * column];
+  for (int64_t i0 = 0; i0 < rows; i0 += kLanes)
+    for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
+      const int64_t i1 = i0 + kLanes < rows ? i0 + kLanes : rows, j1 = j0 + kLanes < columns ? j0 + kLanes : columns;
+      for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < j1; ++j) out[i * out_row + j] = in[i * row + j * column];
+    }
 }
 
 bool fast_cpu() {
@@ -73,8 +90,9 @@ bool fast_cpu() {
 
 bool fast_cpu() { return false; }
 void add_tile(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t) {}
-void widen(const uint16_t*, int64_t, float*) {}
-void round(const float*, int64_t, uint16_t*) {}
+void widen(const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t) {}
+void round(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
+void finish(float*, const float*, const float*, float, int64_t, int64_t, int64_t) {}
 void pack(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
 
 #endif
@@ -108,21 +126,24 @@ struct Rows {
 
   explicit Rows(const Tensor& given)
       : t(dense_rows(given) ? given : given.contiguous()), half(t.scalar_type() == at::kBFloat16), step(t.stride(0)) {}
-  void read(int64_t row, int64_t column, int64_t count, float* out) const {
+  // Rows [row, row + rows) of columns [column, column + columns), out_row elements apart.
+  void read(int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t out_row) const {
     const int64_t at = row * step + column;
     if (half) {
-      widen(static_cast<const uint16_t*>(t.const_data_ptr()) + at, count, out);
-    } else {
-      std::copy_n(static_cast<const float*>(t.const_data_ptr()) + at, count, out);
+      widen(static_cast<const uint16_t*>(t.const_data_ptr()) + at, step, rows, columns, out, out_row);
+      return;
     }
+    const float* from = static_cast<const float*>(t.const_data_ptr()) + at;
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * step, columns, out + i * out_row);
   }
-  void write(int64_t row, int64_t column, int64_t count, const float* in) const {
+  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, const float* in, int64_t in_row) const {
     const int64_t at = row * step + column;
     if (half) {
-      round(in, count, static_cast<uint16_t*>(t.mutable_data_ptr()) + at);
-    } else {
-      std::copy_n(in, count, static_cast<float*>(t.mutable_data_ptr()) + at);
+      round(in, in_row, rows, columns, static_cast<uint16_t*>(t.mutable_data_ptr()) + at, step);
+      return;
     }
+    float* to = static_cast<float*>(t.mutable_data_ptr()) + at;
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(in + i * in_row, columns, to + i * step);
   }
 };
 
@@ -155,7 +176,7 @@ Tensor times(const Tensor& x, const Tensor& p, double alpha) {
         if (!rows.half && count == kRows) {
           from = rows.t.const_data_ptr<float>() + first * rows.step + at, step = rows.step;
         } else {
-          for (int64_t i = 0; i < count; ++i) rows.read(first + i, at, width, terms.data() + i * kTerms);
+          rows.read(first, count, at, width, terms.data(), kTerms);
         }
         for (int64_t lane = 0; lane < lanes; lane += kLanes)
           add_tile(from, step, 1, packed.data + at * packed.row + lane, packed.row, width, sums.data() + lane, lanes);
@@ -181,7 +202,7 @@ Tensor over_rows(const Tensor& s, const Tensor& x, double alpha) {
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (int64_t at = 0; at < m; at += kTerms) {
         const int64_t count = std::min(kTerms, m - at);
-        for (int64_t i = 0; i < count; ++i) rows.read(at + i, first, width, terms.data() + i * kColumns);
+        rows.read(at, count, first, width, terms.data(), kColumns);
         for (int64_t column = 0; column < width; column += kRows)
           for (int64_t lane = 0; lane < lanes; lane += kLanes)
             add_tile(terms.data() + column, 1, kColumns, packed.data + at * packed.row + lane, packed.row, count,
@@ -204,11 +225,11 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
   TORCH_INTERNAL_ASSERT(dense_rows(y));  // another would be written to a copy
   const Rows out(y), before(onto.defined() ? onto : y);
   std::vector<float> start(n, 0.0f);
-  if (bias.defined()) Rows(bias.unsqueeze(0)).read(0, 0, n, start.data());
+  if (bias.defined()) Rows(bias.unsqueeze(0)).read(0, 1, 0, n, start.data(), n);
   const auto factor = static_cast<float>(alpha);
   at::parallel_for(0, (m + kRows - 1) / kRows, grain(kRows * n * r), [&](int64_t begin, int64_t end) {
     std::vector<float> few(kRows * r, 0.0f);
-    float sums[kRows * kWidth], row[kWidth];
+    float sums[kRows * kWidth], values[kRows * kWidth];
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kRows, count = std::min(kRows, m - first);
       const float* terms = from + first * r;
@@ -223,15 +244,13 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
           for (int64_t lane = 0; lane < width; lane += kLanes)
             add_tile(terms + at, r, 1, packed.data + at * packed.row + column + lane, packed.row,
                      std::min(kTerms, r - at), sums + lane, kWidth);
-        for (int64_t i = 0; i < count; ++i) {
-          if (onto.defined()) {
-            before.read(first + i, column, width, row);
-          } else {
-            std::fill_n(row, width, 0.0f);
-          }
-          for (int64_t j = 0; j < width; ++j) row[j] += factor * sums[i * kWidth + j] + start[column + j];
-          out.write(first + i, column, width, row);
+        if (onto.defined()) {
+          before.read(first, count, column, width, values, kWidth);
+        } else {
+          std::fill_n(values, kRows * kWidth, 0.0f);
         }
+        finish(values, sums, start.data() + column, factor, count, width, kWidth);
+        out.write(first, count, column, width, values, kWidth);
       }
     }
   });
