@@ -21,11 +21,14 @@ constexpr int64_t kBlockElementsGpu = 1 << 24;  // enough to fill a GPU
 
 int64_t Dropout::threshold() const { return std::min<int64_t>(65535, std::llrint(p * 65536.0)); }
 
+Tensor draw_seeds(at::IntArrayRef shape, const at::Device& device) {
+  return at::randint(0, std::numeric_limits<int64_t>::max(), shape, at::TensorOptions().dtype(at::kLong).device(device));
+}
+
 Tensor Dropout::seed_on(const at::Device& device) const {
   if (threshold() == 0) return Tensor();
   if (seed_tensor.defined()) return seed_of(seed_tensor, threshold(), device);
-  const auto options = at::TensorOptions().dtype(at::kLong).device(device);
-  return seed ? at::full({}, *seed, options) : at::randint(0, std::numeric_limits<int64_t>::max(), {}, options);
+  return seed ? at::full({}, *seed, at::TensorOptions().dtype(at::kLong).device(device)) : draw_seeds({}, device);
 }
 
 Settings& settings() {

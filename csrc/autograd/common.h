@@ -29,6 +29,9 @@ struct Dropout {
   at::Tensor seed_on(const at::Device& device) const;
 };
 
+// Seeds from torch's generator of the device, one after the other: int64 of this shape.
+at::Tensor draw_seeds(at::IntArrayRef shape, const at::Device& device);
+
 // What Python's dispatch knows about this machine and tells once.
 struct Settings {
   bool onednn = false;       // fp32 base products go to oneDNN

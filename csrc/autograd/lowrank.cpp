@@ -110,12 +110,9 @@ Tensor shrink_cuda(const Tensor& x2, const Tensor& A_stack, const Adapter& ad, c
 }
 #endif
 
-// Rows of block i of x times A^T.
-Tensor shrunk(const Blocks& blocks, const Tensor& x2, int64_t i, const Adapter& ad, const LowRankCall& c, const Device& d,
-              bool narrow) {
-  if (narrow && c.threshold == 0) return narrow::times(blocks.of(x2, i), ad.A.t(), 1);
-  const Tensor rows = blocks.cast_and_drop(x2, i, ad.A.scalar_type(), c.threshold, d.seed);
-  return narrow ? narrow::times(rows, ad.A.t(), 1) : product(rows, ad.A.t(), 1);
+// The type in which x meets an adapter: narrow products convert it as they read, but not before it is dropped out.
+at::ScalarType type_beside(const Tensor& x, at::ScalarType adapter, const LowRankCall& c, bool narrow) {
+  return narrow && c.threshold == 0 ? x.scalar_type() : adapter;
 }
 
 // y [m, n] = (x W^T | add) + bias + scale * v . B (u . S), and S, computed unless it is given.
@@ -139,9 +136,13 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
   const Blocks blocks(x2, std::max(x2.size(1), n), (c.mixed && !narrow) || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    Tensor P = have_S ? blocks.of(S, i) : shrunk(blocks, x2, i, ad, c, d, narrow);
-    if (!have_S) {
-      P = ad.mask(P);
+    Tensor P;
+    if (have_S) {
+      P = blocks.of(S, i);
+    } else {
+      const auto type = type_beside(x2, ad.A.scalar_type(), c, narrow);
+      const Tensor in = blocks.cast_and_drop(x2, i, type, c.threshold, d.seed);
+      P = ad.mask(narrow ? narrow::times(in, ad.A.t(), 1) : product(in, ad.A.t(), 1));
       if (blocks.whole()) {
         S = P;
       } else {
@@ -310,9 +311,8 @@ struct LowRank : torch::autograd::Function<LowRank> {
       const Tensor dS = narrow ? narrow::times(dyi, outer, c.scale) : product(dyi, outer, c.scale);
       if (need(kS)) blocks.of(ad.live(out[kS]), i).copy_(dS);
       if (need(kA)) {
-        const bool as_is = narrow && c.threshold == 0;
-        const Tensor rows = as_is ? blocks.of(x2, i) : blocks.cast_and_drop(x2, i, type, c.threshold, d.seed);
-        accumulate(dA, narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
+        const Tensor in = blocks.cast_and_drop(x2, i, type_beside(x2, type, c, narrow), c.threshold, d.seed);
+        accumulate(dA, narrow ? narrow::over_rows(dS, in, 1) : product(dS.t(), in, 1));
       }
       if (adapter_dx) {
         Tensor out_rows = blocks.of(dx, i);

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 
 #include "../dropout.h"
 #include "../memory.h"
@@ -197,7 +196,11 @@ struct SharedShrink : torch::autograd::Function<SharedShrink> {
     const variable_list factors(saved.begin() + 2, saved.end());
     const Tensor x2 = need_factors ? rows_of(saved[0]) : Tensor();
     Tensor onto;  // to be written to
-    if (passed) onto = own(grads[0]) ? rows_of(grads[0]) : rows_of(readable(grads[0], "the gradient of x")).clone(at::MemoryFormat::Contiguous);
+    if (passed && own(grads[0])) {
+      onto = rows_of(grads[0]);
+    } else if (passed) {
+      onto = rows_of(readable(grads[0], "the gradient of x")).clone(at::MemoryFormat::Contiguous);
+    }
     if (defined_rows(defined) == 0) {  // nothing to sum over
       for (size_t i = 0; i < count; ++i)
         if (needs[i]) out[1 + i] = at::zeros(factors[i].sizes(), factors[i].options());
@@ -245,11 +248,8 @@ std::vector<Tensor> shared_shrink(const SharedShrinkArguments& a, c10::intrusive
   call->passes_x = call->grad && a.x.requires_grad();
   call->x_type = a.x.scalar_type();
   call->sizes = a.x.sizes().vec();
-  Tensor seeds;  // drawn one after the other, as the layers would
-  if (call->threshold > 0) {
-    const auto options = at::TensorOptions().dtype(at::kLong).device(a.x.device());
-    seeds = at::randint(0, std::numeric_limits<int64_t>::max(), {static_cast<int64_t>(a.factors.size())}, options);
-  }
+  Tensor seeds;
+  if (call->threshold > 0) seeds = draw_seeds({static_cast<int64_t>(a.factors.size())}, a.x.device());
   variable_list found = SharedShrink::apply(a.x, at::TensorList(a.factors), optional(seeds), call);
   if (!call->passes_x) found.insert(found.begin(), a.x);
   return found;

@@ -34,6 +34,17 @@ def is_subclass(x) -> bool:
     return type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
+def is_watched(*tensors) -> bool:
+    """Whether somebody has to see one operation: who traces, or records for a second run as selective checkpointing
+    does, or a tensor of a subclass; and torch.func differentiates nothing else."""
+    return (
+        is_recorded()
+        or any(map(is_subclass, tensors))
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def seed_tensor(seed, device):
     if seed is None:
         return draw_seed(device)

@@ -21,9 +21,10 @@ _WORD = 0xFFFFFFFF
 _BLOCK = 8
 
 
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """0-d int64 seed from torch's own generator of the device: replayed by activation checkpointing and CUDA graphs."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, shape: tuple[int, ...] = ()) -> torch.Tensor:
+    """0-d int64 seed, or seeds of a shape, from torch's own generator of the device: replayed by activation
+    checkpointing and CUDA graphs."""
+    return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=device)
 
 
 def keep_mask(seed: torch.Tensor, rows: int, columns: int, threshold: int, first_row: int = 0) -> torch.Tensor:

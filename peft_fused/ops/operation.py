@@ -26,8 +26,7 @@ from .arguments import (
     check_kept,
     check_memory,
     dtype_names,
-    is_recorded,
-    is_subclass,
+    is_watched,
     lazy,
     resolved,
     saved_tensors,
@@ -214,14 +213,7 @@ class Operation:
         if lazy(*_flat(arguments)):
             return self(*(_resolved(value) for value in arguments))
         call = self.settle(call)
-        # Whatever traces, or records for a second run as selective checkpointing does, has to see one operation, and
-        # torch.func differentiates nothing else.
-        if (
-            is_recorded()
-            or is_subclass(x)
-            or torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._are_functorch_transforms_active()
-        ):
+        if is_watched(x):
             # It chooses inside the op, where sizes are numbers: a choice in the graph would be a guard on them.
             backend = dispatch.in_graph()
             if backend == "reference":

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from ..triton_kernels.launching import gpu_of, name_of
 from ..triton_kernels.lowrank_plan import LowRankPlan, LowRankProblem, plan_lowrank
 from . import dispatch, native
-from .arguments import autocasts, is_recorded, is_subclass, lazy, resolved, saved_tensors
+from .arguments import autocasts, is_watched, lazy, resolved, saved_tensors
 from .common import blocks, product, rows
-from .dropout import drop, dropout_threshold, keep_mask, keep_scale
+from .dropout import draw_seed, drop, dropout_threshold, keep_mask, keep_scale
 from .operation import MOST_KEYS, taken_dtype, taken_types
 
 # By the keys of the extension, as ops keep theirs: see operation.py.
@@ -66,9 +66,7 @@ def shared_shrink(x, factors, *, dropout_p=0.0, out_features=0) -> list[torch.Te
         x = x.to(taken_dtype(x, x.device))
         with torch.autocast(device, enabled=False):
             return shared_shrink(x, factors, dropout_p=dropout_p, out_features=out_features)
-    if is_recorded() or any(map(is_subclass, (x, *factors))) or lazy(x, *factors):
-        return None
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
+    if is_watched(x, *factors) or lazy(x, *factors):
         return None
     return _run(x, factors, dropout_p, _decision(_problem(x, factors, dropout_p, out_features), len(factors)))
 
@@ -117,9 +115,8 @@ def _run(x, factors, dropout_p, decision) -> list[torch.Tensor] | None:
     """By Python's node; None where each layer is better off alone."""
     if decision.backend == "reference":
         return None
-    threshold, seeds = dropout_threshold(dropout_p), None
-    if threshold:
-        seeds = torch.randint(0, 2**63 - 1, (len(factors),), dtype=torch.int64, device=x.device)
+    threshold = dropout_threshold(dropout_p)
+    seeds = draw_seed(x.device, (len(factors),)) if threshold else None
     passes_x = torch.is_grad_enabled() and x.requires_grad
     found = _Node.apply(x, threshold, seeds, decision, passes_x, *factors)
     return list(found) if passes_x else [x, *found]
