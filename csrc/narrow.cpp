@@ -1,185 +1,275 @@
 #include "narrow.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PEFT_FUSED_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#endif
 
 namespace peft_fused::narrow {
 namespace {
 
 using at::Tensor;
 
-constexpr int64_t kLanes = 16, kRows = 12;  // a tile of sums: all of it in registers
-constexpr int64_t kTerms = 32;              // of a sum in one chain, which keeps the error that a library's product has
-constexpr int64_t kColumns = 48;            // of a block whose rows are added up
+constexpr int64_t kTerms = 32;  // of a sum in one chain, which keeps the error that a library's product has
+// What one visit works on: rows and lanes of a product with few columns, ranks and columns of a sum over rows, rows and
+// columns of a product that is added.
+constexpr int kRows = 12, kLanes = 16, kRanks = 8, kColumns = 48, kWidth = 32;
 constexpr int64_t kMostRanks = 64;
-constexpr int64_t kGrain = 1 << 18;  // multiply-adds that are worth a thread
-constexpr int64_t kSmallFactor = 1 << 12;  // elements of a factor that are worth packing for less than a tile of rows
+constexpr int64_t kGrain = 1 << 18;        // multiply-adds that are worth a thread
+constexpr int64_t kSmallFactor = 1 << 12;  // elements of a factor that are worth packing for less than kRows rows
 
-#ifdef PEFT_FUSED_CLONES
+enum class Cpu { other, avx2, avx512 };
 
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
-
-// out(i, :) += sum over k of x(i, k) p(k, :), for kRows rows of kLanes.
-PEFT_FUSED_CLONES void add_tile(const float* x, int64_t row, int64_t step, const float* p, int64_t p_step,
-                                int64_t count, float* out, int64_t out_row) {
-  Lanes a0{}, a1{}, a2{}, a3{}, a4{}, a5{}, a6{}, a7{}, a8{}, a9{}, a10{}, a11{};
-  for (int64_t k = 0; k < count; ++k) {
-    const Lanes v = *reinterpret_cast<const Lanes*>(p + k * p_step);
-    const float* at = x + k * step;
-    a0 += v * at[0], a1 += v * at[row], a2 += v * at[2 * row], a3 += v * at[3 * row];
-    a4 += v * at[4 * row], a5 += v * at[5 * row], a6 += v * at[6 * row], a7 += v * at[7 * row];
-    a8 += v * at[8 * row], a9 += v * at[9 * row], a10 += v * at[10 * row], a11 += v * at[11 * row];
-  }
-  const Lanes sums[kRows] = {a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11};
-  for (int64_t i = 0; i < kRows; ++i) *reinterpret_cast<Lanes*>(out + i * out_row) += sums[i];
+// As torch's own kernels choose, which ATEN_CPU_CAPABILITY can lower.
+Cpu cpu() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  static const Cpu found = [] {
+    const std::string capability = at::get_cpu_capability();
+    return capability == "AVX512" ? Cpu::avx512 : capability == "AVX2" ? Cpu::avx2 : Cpu::other;
+  }();
+  return found;
+#else
+  return Cpu::other;
+#endif
 }
 
-// A block of bf16 in fp32: rows are too short to be worth a call each.
-PEFT_FUSED_CLONES void widen(const uint16_t* in, int64_t in_row, int64_t rows, int64_t columns, float* out,
-                             int64_t out_row) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j)
-      out[i * out_row + j] = std::bit_cast<float>(static_cast<uint32_t>(in[i * in_row + j]) << 16);
+}  // namespace
+
+bool serves(const Tensor& x, at::ScalarType adapter, int64_t ranks) {
+  return cpu() != Cpu::other && x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
+         (x.size(0) >= kRows || x.size(1) * ranks <= kSmallFactor);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PEFT_FUSED_INLINE __attribute__((always_inline))
+
+namespace {
+
+// L floats, as many bits, and the halves of these.
+template <int L>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(L * 4), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(L * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(L * 2), aligned(2), may_alias));
+};
+
+// Runs body(L) in code for vectors of L floats, all of which is inlined into it.
+template <typename Body>
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void on_avx512(const Body& body) {
+  body(std::integral_constant<int, 16>{});
+}
+
+template <typename Body>
+__attribute__((target("avx2,fma"))) void on_avx2(const Body& body) {
+  body(std::integral_constant<int, 8>{});
+}
+
+template <typename Body>
+void on_this_cpu(const Body& body) {
+  cpu() == Cpu::avx512 ? on_avx512(body) : on_avx2(body);
+}
+
+// Registers hold R rows of V vectors of sums. A block of more is done in parts.
+template <int L, int ROWS, int COLUMNS>
+struct Tile {
+  static constexpr bool wide = L == 16;
+  static constexpr int R = wide ? ROWS : ROWS / 2, V = wide || COLUMNS % (3 * L) == 0 ? std::min(COLUMNS / L, 3) : 2;
+  static_assert(ROWS % R == 0 && COLUMNS % (V * L) == 0 && (R + 1) * V < (wide ? 32 : 16));
+  using Floats = typename Vectors<L>::Floats;
+
+  Floats sums[R][V];
+
+  // sums(i, j) = sum over k of s(i, k) p(k, j)
+  PEFT_FUSED_INLINE Tile(const float* s, int64_t s_row, int64_t s_step, const float* p, int64_t p_step, int64_t terms) {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[i][j] = Floats{};
+    for (int64_t k = 0; k < terms; ++k) {
+      Floats row[V];
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) row[j] = *reinterpret_cast<const Floats*>(p + k * p_step + j * L);
+#pragma GCC unroll 16
+      for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < V; ++j) sums[i][j] += row[j] * s[i * s_row + k * s_step];
+    }
+  }
+
+  // out(i, :) += sums(i, :)
+  PEFT_FUSED_INLINE void add_to(float* out, int64_t out_row) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) *reinterpret_cast<Floats*>(out + i * out_row + j * L) += sums[i][j];
+  }
+};
+
+// out(i, j) += sum over k of s(i, k) p(k, j), for ROWS rows of COLUMNS.
+template <int L, int ROWS, int COLUMNS>
+PEFT_FUSED_INLINE void add_sums(const float* s, int64_t s_row, int64_t s_step, const float* p, int64_t p_step,
+                                int64_t terms, float* out, int64_t out_row) {
+  using T = Tile<L, ROWS, COLUMNS>;
+  for (int i = 0; i < ROWS; i += T::R)
+    for (int j = 0; j < COLUMNS; j += T::V * L)
+      T(s + i * s_row, s_row, s_step, p + j, p_step, terms).add_to(out + i * out_row + j, out_row);
+}
+
+// ------------------------------------------------------------------------------------------------------- fp32 and bf16
+
+template <int L>
+PEFT_FUSED_INLINE typename Vectors<L>::Floats load(const float* from) {
+  return *reinterpret_cast<const typename Vectors<L>::Floats*>(from);
+}
+
+template <int L>
+PEFT_FUSED_INLINE typename Vectors<L>::Floats load(const uint16_t* from) {
+  using Bits = typename Vectors<L>::Bits;
+  const auto halves = *reinterpret_cast<const typename Vectors<L>::Halves*>(from);
+  return reinterpret_cast<typename Vectors<L>::Floats>(__builtin_convertvector(halves, Bits) << 16);
+}
+
+template <int L>
+PEFT_FUSED_INLINE void store(float* to, const typename Vectors<L>::Floats& values) {
+  *reinterpret_cast<typename Vectors<L>::Floats*>(to) = values;
 }
 
 // To nearest, ties to even; a NaN stays one.
-PEFT_FUSED_CLONES void round(const float* in, int64_t in_row, int64_t rows, int64_t columns, uint16_t* out,
-                             int64_t out_row) {
+template <int L>
+PEFT_FUSED_INLINE void store(uint16_t* to, const typename Vectors<L>::Floats& values) {
+  using Halves = typename Vectors<L>::Halves;
+  const auto bits = reinterpret_cast<typename Vectors<L>::Bits>(values);
+  const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const auto chosen = (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded;
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(chosen, Halves);
+}
+
+float value_of(float value) { return value; }
+float value_of(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
+
+// Rows of fp32, or of bf16 as its bits, in fp32.
+template <typename T>
+PEFT_FUSED_INLINE void widen(const T* from, int64_t from_row, int64_t rows, int64_t columns, float* to, int64_t to_row) {
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      const auto bits = std::bit_cast<uint32_t>(in[i * in_row + j]);
-      const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-      out[i * out_row + j] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded);
+    for (int64_t j = 0; j < columns; ++j) to[i * to_row + j] = value_of(from[i * from_row + j]);
+}
+
+template <typename T>
+PEFT_FUSED_INLINE void copy_rows(const T* from, int64_t from_row, int64_t rows, int64_t columns, T* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_row, from + i * from_row, columns * sizeof(T));
+}
+
+// y = onto + start + factor * s q, for kRows rows of kWidth; onto null for none, CHAINS for more than one chain of ranks.
+template <int L, bool CHAINS, typename T>
+PEFT_FUSED_INLINE void add_product(const float* s, int64_t ranks, const float* q, int64_t q_row, float factor,
+                                   const float* start, const T* onto, int64_t onto_row, T* y, int64_t y_row) {
+  using Part = Tile<L, kRows, kWidth>;
+  float further[CHAINS ? kRows * kWidth : 1] = {};  // sums of all chains but the first
+  if constexpr (CHAINS) {
+    for (int64_t at = kTerms; at < ranks; at += kTerms)
+      add_sums<L, kRows, kWidth>(s + at, ranks, 1, q + at * q_row, q_row, std::min(kTerms, ranks - at), further, kWidth);
+  }
+  for (int i0 = 0; i0 < kRows; i0 += Part::R)
+    for (int j0 = 0; j0 < kWidth; j0 += Part::V * L) {
+      const Part part(s + i0 * ranks, ranks, 1, q + j0, q_row, std::min(kTerms, ranks));
+#pragma GCC unroll 16
+      for (int i = 0; i < Part::R; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < Part::V; ++j) {
+          const int64_t row = i0 + i, column = j0 + j * L;
+          auto sum = part.sums[i][j];
+          if constexpr (CHAINS) sum += load<L>(further + row * kWidth + column);
+          auto value = factor * sum + load<L>(start + column);
+          if (onto != nullptr) value += load<L>(onto + row * onto_row + column);
+          store<L>(y + row * y_row + column, value);
+        }
     }
 }
 
-// values += factor * sums + start, of rows `row` apart.
-PEFT_FUSED_CLONES void finish(float* values, const float* sums, const float* start, float factor, int64_t rows,
-                              int64_t columns, int64_t row) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) values[i * row + j] += factor * sums[i * row + j] + start[j];
-}
+// ---------------------------------------------------------------------------------------------------------- operands
 
-// out [rows, columns] dense, of a matrix with any strides; by squares, of which a cache line of either side is used up.
-PEFT_FUSED_CLONES void pack(const float* in, int64_t row, int64_t column, int64_t rows, int64_t columns, float* out,
-                            int64_t out_row) {
-  for (int64_t i0 = 0; i0 < rows; i0 += kLanes)
-    for (int64_t j0 = 0; j0 < columns; j0 += kLanes) {
-      const int64_t i1 = i0 + kLanes < rows ? i0 + kLanes : rows, j1 = j0 + kLanes < columns ? j0 + kLanes : columns;
-      for (int64_t i = i0; i < i1; ++i)
-        for (int64_t j = j0; j < j1; ++j) out[i * out_row + j] = in[i * row + j * column];
-    }
-}
+int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-bool fast_cpu() {
-  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return found;
-}
-
-#else
-
-bool fast_cpu() { return false; }
-void add_tile(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t) {}
-void widen(const uint16_t*, int64_t, int64_t, int64_t, float*, int64_t) {}
-void round(const float*, int64_t, int64_t, int64_t, uint16_t*, int64_t) {}
-void finish(float*, const float*, const float*, float, int64_t, int64_t, int64_t) {}
-void pack(const float*, int64_t, int64_t, int64_t, int64_t, float*, int64_t) {}
-
-#endif
-
-int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// A matrix in fp32 whose rows are dense and have whole lanes: itself, or a copy.
+// A matrix in fp32 whose rows are dense and a multiple of `columns` long: itself, or a copy.
 struct Packed {
   const float* data;
   int64_t row;
   std::vector<float> copy;
 
-  explicit Packed(const Tensor& t) : data(t.const_data_ptr<float>()), row(t.stride(0)) {
+  Packed(const Tensor& t, int64_t multiple) : data(t.const_data_ptr<float>()), row(t.stride(0)) {
     const int64_t rows = t.size(0), columns = t.size(1);
-    if (t.stride(1) == 1 && columns % kLanes == 0) return;
-    const int64_t step = t.stride(0);
-    row = padded(columns);
+    if (t.stride(1) == 1 && columns % multiple == 0) return;
+    const int64_t row_step = t.stride(0), column_step = t.stride(1);
+    row = padded(columns, multiple);
     copy.resize(rows * row);
-    pack(data, step, t.stride(1), rows, columns, copy.data(), row);
+    // By squares, of which a cache line of either side is used up.
+    constexpr int64_t kSquare = 16;
+    for (int64_t i0 = 0; i0 < rows; i0 += kSquare)
+      for (int64_t j0 = 0; j0 < columns; j0 += kSquare)
+        for (int64_t i = i0; i < std::min(i0 + kSquare, rows); ++i)
+          for (int64_t j = j0; j < std::min(j0 + kSquare, columns); ++j)
+            copy[i * row + j] = data[i * row_step + j * column_step];
     data = copy.data();
   }
 };
 
 bool dense_rows(const Tensor& t) { return t.stride(1) == 1 || t.size(1) == 1; }
 
-// Rows of fp32 or bf16 whose elements are dense.
-struct Rows {
-  Tensor t;
-  bool half;
-  int64_t step;
-
-  explicit Rows(const Tensor& given)
-      : t(dense_rows(given) ? given : given.contiguous()), half(t.scalar_type() == at::kBFloat16), step(t.stride(0)) {}
-  // Rows [row, row + rows) of columns [column, column + columns), out_row elements apart.
-  void read(int64_t row, int64_t rows, int64_t column, int64_t columns, float* out, int64_t out_row) const {
-    const int64_t at = row * step + column;
-    if (half) {
-      widen(static_cast<const uint16_t*>(t.const_data_ptr()) + at, step, rows, columns, out, out_row);
-      return;
-    }
-    const float* from = static_cast<const float*>(t.const_data_ptr()) + at;
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * step, columns, out + i * out_row);
-  }
-  void write(int64_t row, int64_t rows, int64_t column, int64_t columns, const float* in, int64_t in_row) const {
-    const int64_t at = row * step + column;
-    if (half) {
-      round(in, in_row, rows, columns, static_cast<uint16_t*>(t.mutable_data_ptr()) + at, step);
-      return;
-    }
-    float* to = static_cast<float*>(t.mutable_data_ptr()) + at;
-    for (int64_t i = 0; i < rows; ++i) std::copy_n(in + i * in_row, columns, to + i * step);
-  }
-};
-
 int64_t grain(int64_t multiply_adds) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, multiply_adds)); }
+
+// body(L, data) on a share of `count` blocks, in code for this CPU and for the type of t, whose elements data points to.
+template <typename Body>
+void for_blocks(int64_t count, int64_t multiply_adds, const Tensor& t, const Body& body) {
+  at::parallel_for(0, count, grain(multiply_adds), [&](int64_t begin, int64_t end) {
+    on_this_cpu([&](auto lanes) PEFT_FUSED_INLINE {
+      if (t.scalar_type() == at::kFloat) {
+        body(lanes, static_cast<const float*>(t.const_data_ptr()), begin, end);
+      } else {
+        body(lanes, static_cast<const uint16_t*>(t.const_data_ptr()), begin, end);
+      }
+    });
+  });
+}
 
 }  // namespace
 
-bool serves(const Tensor& x, at::ScalarType adapter, int64_t ranks) {
-  return x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 && fast_cpu() &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
-         (x.size(0) >= kRows || x.size(1) * padded(ranks) <= kSmallFactor);
-}
-
 Tensor times(const Tensor& x, const Tensor& p, double alpha) {
-  const int64_t m = x.size(0), k = x.size(1), r = p.size(1), lanes = padded(r);
-  const Rows rows(x);
-  const Packed packed(p);
+  const int64_t m = x.size(0), k = x.size(1), r = p.size(1), lanes = padded(r, kLanes);
+  const Tensor rows = dense_rows(x) ? x : x.contiguous();
+  const int64_t row = rows.stride(0);
+  const Packed packed(p, kLanes);
   const Tensor out = at::empty({m, r}, p.options());
   float* const to = out.mutable_data_ptr<float>();
   const auto factor = static_cast<float>(alpha);
-  at::parallel_for(0, (m + kRows - 1) / kRows, grain(kRows * k * lanes), [&](int64_t begin, int64_t end) {
-    std::vector<float> terms(kRows * kTerms), sums(kRows * lanes);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kRows, count = std::min(kRows, m - first);
+  for_blocks((m + kRows - 1) / kRows, kRows * k * lanes, rows, [&](auto L, const auto* data, int64_t begin, int64_t end)
+                                                                   PEFT_FUSED_INLINE {
+    constexpr bool as_it_is = std::is_same_v<decltype(data), const float*>;
+    std::vector<float> few(kRows * kTerms), sums(kRows * lanes);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRows, count = std::min<int64_t>(kRows, m - first);
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (int64_t at = 0; at < k; at += kTerms) {
-        const int64_t width = std::min(kTerms, k - at);
-        const float* from = terms.data();
+        const int64_t terms = std::min(kTerms, k - at);
+        const float* from = few.data();
         int64_t step = kTerms;
-        if (!rows.half && count == kRows) {
-          from = rows.t.const_data_ptr<float>() + first * rows.step + at, step = rows.step;
+        if (as_it_is && count == kRows) {
+          from = reinterpret_cast<const float*>(data + first * row + at), step = row;
         } else {
-          rows.read(first, count, at, width, terms.data(), kTerms);
+          widen(data + first * row + at, row, count, terms, few.data(), kTerms);
         }
-        for (int64_t lane = 0; lane < lanes; lane += kLanes)
-          add_tile(from, step, 1, packed.data + at * packed.row + lane, packed.row, width, sums.data() + lane, lanes);
+        const float* factors = packed.data + at * packed.row;
+        int64_t lane = 0;
+        for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes)
+          add_sums<L, kRows, 2 * kLanes>(from, step, 1, factors + lane, packed.row, terms, sums.data() + lane, lanes);
+        if (lane < lanes)
+          add_sums<L, kRows, kLanes>(from, step, 1, factors + lane, packed.row, terms, sums.data() + lane, lanes);
       }
       for (int64_t i = 0; i < count; ++i)
         for (int64_t j = 0; j < r; ++j) to[(first + i) * r + j] = factor * sums[i * lanes + j];
@@ -188,28 +278,38 @@ Tensor times(const Tensor& x, const Tensor& p, double alpha) {
   return out;
 }
 
-Tensor over_rows(const Tensor& s, const Tensor& x, double alpha) {
-  const int64_t m = x.size(0), k = x.size(1), r = s.size(1), lanes = padded(r);
-  const Rows rows(x);
-  const Packed packed(s);
-  const Tensor out = at::empty({r, k}, s.options());
+Tensor over_rows(const Tensor& s, const Tensor& x, double alpha, bool transposed) {
+  const int64_t m = x.size(0), k = x.size(1), r = s.size(1), ranks = padded(r, kRanks);
+  const Tensor rows = dense_rows(x) ? x : x.contiguous();
+  const int64_t row = rows.stride(0);
+  const Packed packed(s, kRanks);
+  const Tensor out = at::empty({transposed ? k : r, transposed ? r : k}, s.options());
+  const int64_t of_rank = transposed ? 1 : k, of_column = transposed ? r : 1;
   float* const to = out.mutable_data_ptr<float>();
   const auto factor = static_cast<float>(alpha);
-  at::parallel_for(0, (k + kColumns - 1) / kColumns, grain(kColumns * m * lanes), [&](int64_t begin, int64_t end) {
-    std::vector<float> terms(kTerms * kColumns), sums(kColumns * lanes);
+  for_blocks((k + kColumns - 1) / kColumns, kColumns * m * ranks, rows,
+             [&](auto L, const auto* data, int64_t begin, int64_t end) PEFT_FUSED_INLINE {
+    constexpr bool as_it_is = std::is_same_v<decltype(data), const float*>;
+    std::vector<float> few(kTerms * kColumns), sums(ranks * kColumns);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kColumns, width = std::min(kColumns, k - first);
+      const int64_t first = block * kColumns, columns = std::min<int64_t>(kColumns, k - first);
       std::fill(sums.begin(), sums.end(), 0.0f);
       for (int64_t at = 0; at < m; at += kTerms) {
-        const int64_t count = std::min(kTerms, m - at);
-        rows.read(at, count, first, width, terms.data(), kColumns);
-        for (int64_t column = 0; column < width; column += kRows)
-          for (int64_t lane = 0; lane < lanes; lane += kLanes)
-            add_tile(terms.data() + column, 1, kColumns, packed.data + at * packed.row + lane, packed.row, count,
-                     sums.data() + column * lanes + lane, lanes);
+        const int64_t terms = std::min(kTerms, m - at);
+        const float* from = few.data();
+        int64_t step = kColumns;
+        if (as_it_is && columns == kColumns) {
+          from = reinterpret_cast<const float*>(data + at * row + first), step = row;
+        } else {
+          widen(data + at * row + first, row, terms, columns, few.data(), kColumns);
+        }
+        for (int64_t rank = 0; rank < ranks; rank += kRanks)
+          add_sums<L, kRanks, kColumns>(packed.data + at * packed.row + rank, 1, packed.row, from, step, terms,
+                                        sums.data() + rank * kColumns, kColumns);
       }
-      for (int64_t j = 0; j < r; ++j)
-        for (int64_t i = 0; i < width; ++i) to[j * k + first + i] = factor * sums[i * lanes + j];
+      for (int64_t i = 0; i < r; ++i)
+        for (int64_t j = 0; j < columns; ++j)
+          to[i * of_rank + (first + j) * of_column] = factor * sums[i * kColumns + j];
     }
   });
   return out;
@@ -217,43 +317,59 @@ Tensor over_rows(const Tensor& s, const Tensor& x, double alpha) {
 
 void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const Tensor& s, const Tensor& q,
                  double alpha) {
-  constexpr int64_t kWidth = 4 * kLanes;
-  const int64_t m = y.size(0), n = y.size(1), r = s.size(1);
-  const Packed packed(q);
+  const int64_t m = y.size(0), n = y.size(1), r = s.size(1), row = y.stride(0);
+  TORCH_INTERNAL_ASSERT(dense_rows(y));  // another would be written to a copy
+  const Tensor before = !onto.defined() || dense_rows(onto) ? onto : onto.contiguous();
+  const int64_t before_row = before.defined() ? before.stride(0) : 0;
+  const Packed packed(q, kWidth);
   const Tensor factors = s.contiguous();
   const float* const from = factors.const_data_ptr<float>();
-  TORCH_INTERNAL_ASSERT(dense_rows(y));  // another would be written to a copy
-  const Rows out(y), before(onto.defined() ? onto : y);
-  std::vector<float> start(n, 0.0f);
-  if (bias.defined()) Rows(bias.unsqueeze(0)).read(0, 1, 0, n, start.data(), n);
+  std::vector<float> start(padded(n, kWidth), 0.0f);
+  if (bias.defined()) {
+    const Tensor wide = bias.to(at::kFloat).contiguous();
+    std::copy_n(wide.const_data_ptr<float>(), n, start.data());
+  }
   const auto factor = static_cast<float>(alpha);
-  at::parallel_for(0, (m + kRows - 1) / kRows, grain(kRows * n * r), [&](int64_t begin, int64_t end) {
+  for_blocks((m + kRows - 1) / kRows, kRows * n * r, y, [&](auto L, const auto* data, int64_t begin, int64_t end)
+                                                            PEFT_FUSED_INLINE {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
+    T* const to = static_cast<T*>(y.mutable_data_ptr());
+    const T* const old = before.defined() ? static_cast<const T*>(before.const_data_ptr()) : nullptr;
     std::vector<float> few(kRows * r, 0.0f);
-    float sums[kRows * kWidth], values[kRows * kWidth];
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * kRows, count = std::min(kRows, m - first);
+    T edge[kRows * kWidth] = {};
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRows, count = std::min<int64_t>(kRows, m - first);
       const float* terms = from + first * r;
       if (count < kRows) {
         std::copy_n(terms, count * r, few.data());
         terms = few.data();
       }
       for (int64_t column = 0; column < n; column += kWidth) {
-        const int64_t width = std::min(kWidth, n - column);
-        std::fill_n(sums, kRows * kWidth, 0.0f);
-        for (int64_t at = 0; at < r; at += kTerms)
-          for (int64_t lane = 0; lane < width; lane += kLanes)
-            add_tile(terms + at, r, 1, packed.data + at * packed.row + column + lane, packed.row,
-                     std::min(kTerms, r - at), sums + lane, kWidth);
-        if (onto.defined()) {
-          before.read(first, count, column, width, values, kWidth);
-        } else {
-          std::fill_n(values, kRows * kWidth, 0.0f);
-        }
-        finish(values, sums, start.data() + column, factor, count, width, kWidth);
-        out.write(first, count, column, width, values, kWidth);
+        const int64_t width = std::min<int64_t>(kWidth, n - column);
+        T* const out = to + first * row + column;
+        const T* const in = old != nullptr ? old + first * before_row + column : nullptr;
+        const bool whole = count == kRows && width == kWidth;
+        if (!whole && in != nullptr) copy_rows(in, before_row, count, width, edge, kWidth);
+        const auto add = [&](auto chains) PEFT_FUSED_INLINE {
+          add_product<L, chains>(terms, r, packed.data + column, packed.row, factor, start.data() + column,
+                                 whole || in == nullptr ? in : edge, whole ? before_row : kWidth,
+                                 whole ? out : edge, whole ? row : kWidth);
+        };
+        r > kTerms ? add(std::true_type{}) : add(std::false_type{});
+        if (!whole) copy_rows(edge, kWidth, count, width, out, row);
       }
     }
   });
 }
+
+#else
+
+Tensor times(const Tensor&, const Tensor&, double) { TORCH_INTERNAL_ASSERT(false); }
+Tensor over_rows(const Tensor&, const Tensor&, double, bool) { TORCH_INTERNAL_ASSERT(false); }
+void add_product(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double) {
+  TORCH_INTERNAL_ASSERT(false);
+}
+
+#endif
 
 }  // namespace peft_fused::narrow

@@ -11,8 +11,8 @@ bool serves(const at::Tensor& x, at::ScalarType adapter, int64_t ranks);
 // alpha * x p, in fp32: x [M, K], p [K, R] in fp32 of any strides.
 at::Tensor times(const at::Tensor& x, const at::Tensor& p, double alpha);
 
-// alpha * s^T x [R, K], in fp32: the rows of s [M, R], in fp32, and of x [M, K] added up.
-at::Tensor over_rows(const at::Tensor& s, const at::Tensor& x, double alpha);
+// alpha * s^T x [R, K], or transposed, x^T s [K, R]; in fp32: the rows of s [M, R], in fp32, and of x [M, K] added up.
+at::Tensor over_rows(const at::Tensor& s, const at::Tensor& x, double alpha, bool transposed = false);
 
 // y [M, N] = onto + bias + alpha * s q with one rounding: s [M, R], q [R, N] in fp32; onto and bias in y's type, or
 // undefined; onto may be y.

@@ -299,11 +299,11 @@ struct LowRank : torch::autograd::Function<LowRank> {
                                         : at::empty({m, width}, B.options());
     }
     Tensor raw, dA;
-    const bool raw_transposed = narrow || m * n > kSmallProduct;
+    const bool raw_transposed = !narrow && m * n > kSmallProduct;
     for (int64_t i = 0; i < blocks.count; ++i) {
       const Tensor part = blocks.of(dy2, i), dyi = c.mixed && !narrow ? part.to(type) : part, Si = blocks.of(S, i);
       if (need_raw) {
-        accumulate(raw, narrow           ? narrow::over_rows(Si, dyi, c.scale)
+        accumulate(raw, narrow           ? narrow::over_rows(Si, dyi, c.scale, /*transposed=*/true)
                         : raw_transposed ? product(Si.t(), dyi, c.scale)
                                          : product(dyi.t(), Si, c.scale));
       }

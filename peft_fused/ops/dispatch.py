@@ -359,7 +359,7 @@ def reasons_against_others(problem) -> tuple[str, ...]:
     return tuple(against)
 
 
-# Functions module -> (path, reasons) or None, for layers of other packages; integrations/peft adds PEFT's.
+# Functions (module, rows) -> (path, reasons) or None, for layers of other packages; integrations/peft adds PEFT's.
 explainers: list[Callable] = []
 
 
@@ -380,13 +380,16 @@ def explain(target, *, rows: int = 2048) -> Explanation:
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):
         raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")
-    lines = []
+    lines, routed = [], None
     for name, module in target.named_modules():
         if hasattr(type(module), "explain_route"):
+            routed = f"{name}." if name else ""
             path, reasons, problem = module.explain_route(rows)
             if problem is not None:
                 path, reasons = f"{path} -> {path_of(problem)}", [*reasons, *reasons_against_others(problem)]
-        elif left := next(filter(None, (explainer(module) for explainer in explainers)), None):
+        elif routed is not None and name.startswith(routed):
+            continue  # a part of the layer before
+        elif left := next(filter(None, (explainer(module, rows) for explainer in explainers)), None):
             path, reasons = left
         else:
             continue

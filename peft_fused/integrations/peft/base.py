@@ -40,19 +40,29 @@ def execution_device(module: nn.Module) -> torch.device | None:
     return None
 
 
+# Classes that are exactly x W^T + bias, and whether they keep W transposed. acceleration/frozen.py has more.
+LINEAR: dict[type[nn.Module], bool] = {nn.Linear: False, Conv1D: True}
+
+
 def base_operands(base: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | str:
     """(weight [N, K], bias) of a base layer that is exactly x W^T + bias, or a str: why it has to be called."""
-    kind = type(base)
-    if kind is not nn.Linear and kind is not Conv1D:
-        return f"the base layer is a {kind.__name__}, not exactly torch.nn.Linear or Conv1D"
+    transposed = LINEAR.get(type(base))
+    if transposed is None:
+        return f"the base layer is a {type(base).__name__}, not exactly torch.nn.Linear or Conv1D"
     if is_hooked(base):
         return "the base layer carries hooks or a replaced forward, as offloading gives it"
-    # Something may have put them elsewhere, as DataParallel does. A default of `get` would be looked up always.
-    own = base._parameters
-    weight = own["weight"] if "weight" in own else base.weight  # noqa: SIM401
-    bias = own["bias"] if "bias" in own else base.bias  # noqa: SIM401
+    weight, bias = linear_operands(base, transposed)
     if type(weight) not in PLAIN_TENSORS:
         return f"the base weight is a {type(weight).__name__}, not a plain parameter"
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return f"the base bias is a {type(bias).__name__}, not a plain parameter"
-    return (weight if kind is nn.Linear else weight.t()), bias
+    return weight, bias
+
+
+def linear_operands(linear: nn.Module, transposed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight [N, K], bias) of a linear layer, which keeps W transposed or not."""
+    # Something may have put them elsewhere, as DataParallel does. A default of `get` would be looked up always.
+    own = linear._parameters
+    weight = own["weight"] if "weight" in own else linear.weight  # noqa: SIM401
+    bias = own["bias"] if "bias" in own else linear.bias  # noqa: SIM401
+    return (weight.t() if transposed else weight), bias

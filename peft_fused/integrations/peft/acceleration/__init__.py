@@ -6,12 +6,13 @@ variant of LoRA, which PEFT keeps in the same layers, is an entry in `lora.VARIA
 """
 
 from ....ops.dispatch import explainers
+from .frozen import explain_frozen
 from .kinds import register
 from .lora import LORA
 from .replacing import accelerate, explain_left, restore
 from .report import AccelerationReport
 
 register(LORA)
-explainers.append(explain_left)
+explainers.extend([explain_left, explain_frozen])
 
 __all__ = ["AccelerationReport", "accelerate", "restore"]

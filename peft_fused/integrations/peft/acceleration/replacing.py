@@ -11,6 +11,7 @@ from torch import nn
 
 from ....layers.checks import check_module
 from ....ops.arguments import check_flag
+from .frozen import FrozenLayer, exchange, is_exchanged
 from .kinds import Kind, kind_of
 from .layer import AcceleratedLayer, is_accelerated
 from .report import AccelerationReport
@@ -34,19 +35,22 @@ def _is_own(module: nn.Module) -> bool:
     return hasattr(type(module), "explain_route")
 
 
-def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
+def accelerate(model: nn.Module, *, group: bool = True, frozen: bool = True) -> AccelerationReport:
     """Make the LoRA linear layers of a PEFT model run on peft_fused's operations, in place.
 
     group: layers of one parent that receive the same tensor, such as the projections to queries, keys and values, share
     one pass over it, forward and backward; see sharing.py. False parts those that an earlier call grouped.
+    frozen: linear layers that are not trained have their fp32 products in oneDNN on CPUs that MKL is slow on, as adapted
+    layers have theirs; see frozen.py. False gives those of an earlier call torch's own back.
 
     Works on any module tree, before or after training steps, optimizer construction or `load_adapter`; layers that are
     added later need another call, which leaves the swapped ones alone. Second derivatives and forward-mode
     differentiation raise; they need `restore` first. Warns where no layer of the model is accelerated, layers of our
-    own methods included. Raises TypeError if model is not a torch.nn.Module or group not a bool.
+    own methods included. Raises TypeError if model is not a torch.nn.Module, or group or frozen not a bool.
     """
     check_module("accelerate: model", model)
     check_flag("accelerate: group", group)
+    check_flag("accelerate: frozen", frozen)
     report, layers = AccelerationReport(), {}
     for name, module in model.named_modules():
         if (kind := kind_of(type(module))) is not None:
@@ -68,31 +72,35 @@ def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
             if reasons := module.explain_route()[1]:
                 report.slower[name] = "; ".join(reasons)
     report.groups = join_siblings(model, is_accelerated, group)
-    if not report.swapped and not report.already:
+    report.frozen = exchange(model, frozen and bool(layers or report.own))
+    if not report.swapped and not report.already and not (report.own and report.frozen):
         warnings.warn(str(report), stacklevel=2)
     return report
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Undo `accelerate`: give every layer PEFT's class back. Returns the names of the layers changed.
+    """Undo `accelerate`: give every layer its own class back. Returns the names of PEFT's layers that were changed.
 
     Raises TypeError if model is not a torch.nn.Module, and RuntimeError, before changing anything, if another library
     has since replaced the class or the forward of an accelerated layer.
     """
     check_module("restore: model", model)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, AcceleratedLayer)]
-    for name, module in layers:
-        if not is_accelerated(module):
+    ours = (AcceleratedLayer, FrozenLayer)
+    changed = [(name, module) for name, module in model.named_modules() if isinstance(module, ours)]
+    for name, module in changed:
+        if not (is_accelerated(module) or is_exchanged(module)):
             raise RuntimeError(f"restore: {name!r} is now a {type(module).__qualname__}; undo that change first")
         if "forward" in module.__dict__:
             raise RuntimeError(f"restore: the forward of {name!r} was replaced on the instance; undo that first")
-    for _, module in layers:
+    exchange(model, False)
+    layers = {name: module for name, module in changed if isinstance(module, AcceleratedLayer)}
+    for module in layers.values():
         module.__class__ = module.peft_class
         module.__dict__.pop(SIBLING, None)
-    return [name for name, _ in layers]
+    return list(layers)
 
 
-def explain_left(module: nn.Module) -> tuple[str, list[str]] | None:
+def explain_left(module: nn.Module, rows: int) -> tuple[str, list[str]] | None:
     """What `peft_fused.explain` says of a layer of PEFT's that is not accelerated, None for other modules."""
     kind = kind_of(type(module))
     if kind is None:

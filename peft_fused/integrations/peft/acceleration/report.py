@@ -16,6 +16,7 @@ class AccelerationReport:
     fastest path as they are now, with the reason; `peft_fused.explain` gives the same answer at any later time. own:
     layers of peft_fused's own methods, which have nothing to swap. kinds: which kinds of adapter the layers are.
     groups: layers of one parent and of equal width, of which those that receive the same tensor share one pass over it.
+    frozen: linear layers, adapters' base layers among them, whose products run in oneDNN while they are not trained.
     """
 
     swapped: list[str] = field(default_factory=list)
@@ -25,6 +26,7 @@ class AccelerationReport:
     own: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     groups: list[list[str]] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = len(self.swapped) + len(self.already) + len(self.skipped)
@@ -32,7 +34,7 @@ class AccelerationReport:
         if not total:
             known = " or ".join(kind.name for kind in KINDS.values())
             reason = f"{own}, there is" if self.own else f"the model has no {known} layers,"
-            return f"peft_fused.accelerate: {reason} nothing to swap"
+            return "\n".join([f"peft_fused.accelerate: {reason} nothing to swap", *self._frozen()])
         kinds = " and ".join(self.kinds)
         lines = [f"peft_fused.accelerate: {len(self.swapped)} of {total} {kinds} layers swapped"]
         if self.own:
@@ -47,6 +49,7 @@ class AccelerationReport:
             names = ", ".join(name.rpartition(".")[2] for name in self.groups[0])
             lines.append(f"  groups of siblings: {len(self.groups)} [{parent}: {names}]")
             lines.append("    those that receive the same tensor share one pass over it, from their second forward on")
+        lines.extend(self._frozen())
         if self.skipped:
             lines.append(f"  left to PEFT: {len(self.skipped)}")
             lines.extend(_counted(self.skipped))
@@ -55,6 +58,11 @@ class AccelerationReport:
             if native.not_built:
                 lines.append(f"    {native.REMEDY}")
         return "\n".join(lines)
+
+    def _frozen(self) -> list[str]:
+        if not self.frozen:
+            return []
+        return [f"  frozen linear layers in fp32 by oneDNN: {len(self.frozen)} [{first_of(self.frozen)}]"]
 
 
 def _counted(reasons: dict[str, str]) -> list[str]:
