@@ -51,6 +51,8 @@ PATHS = (
     Path("PEFT", lambda model: None),
     Path("accelerated, group=False", lambda model: peft_fused.accelerate(model, group=False)),
     Path("accelerated", lambda model: peft_fused.accelerate(model)),
+    # What the adapted layers alone gain.
+    Path("accelerated, frozen=False", lambda model: peft_fused.accelerate(model, frozen=False)),
 )
 
 
@@ -179,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
     for dtype in ROUNDING if options.dtype == "both" else [options.dtype]:
         for row in measure(smollm2, dtype, options.dropout, options.steps):
             text = (
-                "{path:24} {dtype:8} dropout {dropout:4}  {step_s:7.3f} s  {ratio_to_peft:5.3f} of PEFT's  "
+                "{path:25} {dtype:8} dropout {dropout:4}  {step_s:7.3f} s  {ratio_to_peft:5.3f} of PEFT's  "
                 "loss differs by {loss_difference:.1e}"
             )
             print(json.dumps(row) if options.json else text.format(**row), flush=True)

@@ -102,6 +102,12 @@ def check_memory(name, tensor):
         raise ValueError(f"{name} must lie in memory, got {describe(tensor)}, whose storage was freed or is too small")
 
 
+def check_derivative(op):
+    """RuntimeError where the backward of an op is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"peft_fused: the {op} op has no second derivative; use_backend('reference') has one")
+
+
 def saved_tensors(ctx, names):
     """What a forward saved, the first of it by these names. ValueError where the memory of one was freed since,
     RuntimeError where the values of one were changed."""

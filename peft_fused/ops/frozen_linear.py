@@ -8,10 +8,9 @@ graphs, and no kernel: where the rule or a call speaks against oneDNN, the layer
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .arguments import autocasts, is_recorded, is_watched
+from .arguments import autocasts, check_derivative, is_recorded, is_watched, saved_tensors
 from .common import base_product, rows, unflatten
 
 
@@ -48,7 +47,7 @@ def why_not(x, weight, bias=None) -> str | None:
 def frozen_linear(x, weight, bias=None) -> torch.Tensor | None:
     """x W^T + bias, [..., N]; None where torch's own is to run. x: [..., K]; weight: [N, K]; bias: [N]; all in fp32.
 
-    Its gradient is x's alone, and has no derivative: one that is asked for raises RuntimeError.
+    Its gradient is x's alone, and has no derivative: backward raises RuntimeError where a graph of it is asked for.
     """
     if why_not(x, weight, bias) is not None:
         return None
@@ -68,7 +67,7 @@ class _FrozenLinear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
+        check_derivative("frozen_linear")
+        (weight,) = saved_tensors(ctx, ("weight",))
         return _product(dy, weight.t()), None, None

@@ -23,6 +23,7 @@ from .arguments import (
     autocasts,
     check_beside,
     check_dense,
+    check_derivative,
     check_kept,
     check_memory,
     dtype_names,
@@ -319,10 +320,7 @@ class Operation:
         """Gradients of all inputs. gradients(dy, call, hidden): those of ctx.needs, by name."""
         if dy is None or not (ctx.needs or ctx.passes):
             return (None,) * len(self.names)
-        if torch.is_grad_enabled():  # it would be differentiated without what is hidden
-            raise RuntimeError(
-                f"peft_fused: the {self.name} op has no second derivative; use_backend('reference') has one"
-            )
+        check_derivative(self.name)  # it would be differentiated without what is hidden
         found = {}
         if ctx.needs:
             call, hidden = self.saved(ctx)

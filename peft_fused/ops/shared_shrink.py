@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..triton_kernels.launching import gpu_of, name_of
 from ..triton_kernels.lowrank_plan import LowRankPlan, LowRankProblem, plan_lowrank
 from . import dispatch, native
-from .arguments import autocasts, is_watched, lazy, resolved, saved_tensors
+from .arguments import autocasts, check_derivative, is_watched, lazy, resolved, saved_tensors
 from .common import blocks, product, rows
 from .dropout import draw_seed, drop, dropout_threshold, keep_mask, keep_scale
 from .operation import MOST_KEYS, taken_dtype, taken_types
@@ -143,10 +143,7 @@ class _Node(torch.autograd.Function):
         needs = [need and dS is not None for need, dS in zip(ctx.needs, of_S, strict=True)]
         if not any(needs) and (not needs_x or all(dS is None for dS in of_S)):
             return onto, *(None,) * (4 + len(of_S))
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "peft_fused: the shared_shrink op has no second derivative; use_backend('reference') has one"
-            )
+        check_derivative("shared_shrink")
         x, seeds, *factors = saved_tensors(ctx, ("x", "seed", *("A" for _ in of_S)))
         x2 = rows(x) if any(needs) else None
         shape, dtype = ctx.x

@@ -32,7 +32,7 @@ def test_a_row_for_every_path(monkeypatch, capsys, dtype, dropout):
     monkeypatch.setattr(llama, "smollm2", tiny)
     llama.main(["--json", "--steps", "2", "--dtype", dtype, "--dropout", str(dropout)])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["path"] for row in rows] == ["PEFT", "accelerated, group=False", "accelerated"]
+    assert [row["path"] for row in rows] == [path.name for path in llama.PATHS]
     for row in rows:
         assert (row["dtype"], row["dropout"], row["rounds"]) == (dtype, dropout, 2)
         assert row["step_s"] > 0 and row["ratio_to_peft"] > 0
@@ -44,7 +44,7 @@ def test_text_of_both_dtypes(monkeypatch, capsys):
     monkeypatch.setattr(llama, "smollm2", tiny)
     llama.main(["--steps", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("dropout")[0].split()[-1] for line in lines] == ["float32"] * 3 + ["bfloat16"] * 3
+    assert [line.split("dropout")[0].split()[-1] for line in lines] == ["float32"] * 4 + ["bfloat16"] * 4
 
 
 def doubled(model: torch.nn.Module) -> None:

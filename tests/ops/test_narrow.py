@@ -1,5 +1,9 @@
 """The CPU's kernels for products of few columns (csrc/narrow.cpp), through the op that they are for."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,10 +17,10 @@ pytestmark = pytest.mark.skipif(native.module is None, reason=native.why_missing
 
 F32, BF16 = torch.float32, torch.bfloat16
 TYPES = [pytest.param((F32, F32), id="fp32"), pytest.param((BF16, F32), id="bf16+fp32")]
-# Rows, features, outputs and ranks at the edges of tiles: 12 rows, 16 and 64 lanes, 32 terms, 48 columns.
+# Rows, features, outputs and ranks at the edges of tiles: 12 rows, 16 and 32 lanes, 32 terms, 8 ranks, 48 columns.
 SHAPES = [
     (1, 1, 1, 1), (11, 47, 31, 15), (12, 48, 32, 16), (13, 49, 33, 17), (24, 63, 95, 33), (25, 65, 97, 63),
-    (49, 64, 64, 64), (49, 128, 130, 65), (7, 300, 5, 2), (300, 5, 300, 3),
+    (49, 64, 64, 64), (49, 128, 130, 65), (7, 300, 5, 2), (300, 5, 300, 3), (36, 96, 96, 8), (48, 144, 160, 40),
 ]  # fmt: skip
 
 
@@ -134,3 +138,14 @@ def test_the_reference_agrees():
     x, A, B = torch.randn(29, 70), torch.randn(8, 70), torch.randn(33, 8)
     with peft_fused.use_backend("torch"):
         torch.testing.assert_close(lowrank_adapter(x, A, B), lowrank_adapter_reference(x, A, B), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="for CPUs with AVX-512")
+def test_on_a_cpu_with_avx2_alone():
+    """All of the above in the code for AVX2, as torch chooses its own: in a process that has not chosen yet."""
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    child = subprocess.run(
+        command, env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stdout[-8000:] + child.stderr[-2000:]
+    assert " passed, 1 skipped" in child.stdout  # this test alone

@@ -41,7 +41,7 @@ class FrozenConv1D(FrozenLayer, Conv1D):
 
 
 # A layer that gains nothing with so many, tokens times batch size, keeps its class.
-_ROWS = 1024
+_ROWS = 256
 _CLASSES = {each.plain_class: each for each in (FrozenLinear, FrozenConv1D)}
 LINEAR.update({made: LINEAR[plain] for plain, made in _CLASSES.items()})
 

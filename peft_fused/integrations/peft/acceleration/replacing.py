@@ -40,8 +40,8 @@ def accelerate(model: nn.Module, *, group: bool = True, frozen: bool = True) -> 
 
     group: layers of one parent that receive the same tensor, such as the projections to queries, keys and values, share
     one pass over it, forward and backward; see sharing.py. False parts those that an earlier call grouped.
-    frozen: linear layers that are not trained have their fp32 products in oneDNN on CPUs that MKL is slow on, as adapted
-    layers have theirs; see frozen.py. False gives those of an earlier call torch's own back.
+    frozen: linear layers that are not trained have their fp32 products in oneDNN on a CPU that MKL is slow on, as
+    adapted layers have theirs; see frozen.py. False gives those of an earlier call torch's own back.
 
     Works on any module tree, before or after training steps, optimizer construction or `load_adapter`; layers that are
     added later need another call, which leaves the swapped ones alone. Second derivatives and forward-mode
