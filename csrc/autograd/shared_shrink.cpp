@@ -55,10 +55,22 @@ bool all_narrow(const Tensor& rows, const variable_list& factors) {
   });
 }
 
-// A block of x is in the caches for all factors.
+// Tensors beside each other in t along a dimension, as wide there as these factors' ranks, in memory of their own.
+variable_list parted(const Tensor& t, int64_t dim, const variable_list& factors) {
+  variable_list parts;
+  int64_t at = 0;
+  for (const Tensor& A : factors) {
+    parts.push_back(t.narrow(dim, at, A.size(0)).clone(at::MemoryFormat::Contiguous));
+    at += A.size(0);
+  }
+  return parts;
+}
+
+// Without masks narrow products are one for all factors. Otherwise a block of x is in the caches for all of them.
 variable_list shrink_all(const Tensor& x2, const variable_list& factors, const Tensor& seeds, const SharedShrinkCall& c) {
   const auto type = factors[0].scalar_type();
   const bool narrow = all_narrow(x2, factors);
+  if (narrow && c.threshold == 0) return parted(narrow::times(x2, at::cat(factors).t(), 1), 1, factors);
   const Blocks blocks(x2, x2.size(1), true);
   variable_list found(factors.size());
   for (int64_t i = 0; i < blocks.count; ++i) {
@@ -88,6 +100,24 @@ int64_t defined_rows(const variable_list& grads) {
   return 0;
 }
 
+// dA of the factors that need one, and dx = onto + theirs unless dx is undefined: a narrow product each for all factors.
+std::vector<Tensor> narrow_backward(const variable_list& grads, const Tensor& dx, const Tensor& onto, const Tensor& x2,
+                                    const variable_list& factors, const std::vector<bool>& needs) {
+  std::vector<Tensor> found(grads.size());
+  variable_list parts, of_parts;
+  std::vector<size_t> at;
+  for (size_t j = 0; j < grads.size(); ++j)
+    if (grads[j].defined()) parts.push_back(grads[j]), of_parts.push_back(factors[j]), at.push_back(j);
+  const Tensor dS = at::cat(parts, 1);
+  if (std::find(needs.begin(), needs.end(), true) != needs.end()) {
+    const auto of_factors = parted(narrow::over_rows(dS, x2, 1), 0, of_parts);
+    for (size_t i = 0; i < at.size(); ++i)
+      if (needs[at[i]]) found[at[i]] = of_factors[i];
+  }
+  if (dx.defined()) narrow::add_product(dx, onto, Tensor(), dS, at::cat(of_parts), 1);
+  return found;
+}
+
 // dx [M, K], in the memory of `onto` where that is defined, and dA of the factors that need one.
 SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& onto, const Tensor& x2,
                                       const variable_list& factors, const Tensor& seeds, bool need_x,
@@ -98,14 +128,13 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
   Tensor dx;
   if (need_x) dx = onto.defined() ? onto : at::empty({m, k}, factors[0].options().dtype(c.x_type));
   const bool narrow = all_narrow(need_x ? dx : x2, factors);
-  const bool as_they_are = narrow && c.threshold == 0;  // no conversion, no mask: nothing is made of rows
+  if (narrow && c.threshold == 0) return {dx, narrow_backward(grads, dx, onto, x2, factors, needs)};
   // In blocks x is in the caches for all factors; sums of them in half precision would be less exact.
   const Blocks blocks(need_x ? dx : x2, k, c.threshold > 0 || type == at::kFloat || type == at::kDouble);
   for (int64_t i = 0; i < blocks.count; ++i) {
     const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold) : Block();
     const Tensor out = blocks.of(dx, i);
     Tensor back;
-    variable_list parts, of_parts;
     for (size_t j = 0; j < grads.size(); ++j) {
       if (!grads[j].defined()) continue;
       const Tensor dS = blocks.of(grads[j], i), seed = seed_of_factor(seeds, j);
@@ -114,18 +143,11 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
         accumulate(found.factors[j], narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
       }
       if (!need_x) continue;
-      if (as_they_are) {
-        parts.push_back(dS), of_parts.push_back(factors[j]);
-        continue;
-      }
       const Tensor one = product(dS, factors[j], 1);
       if (c.threshold > 0) drop_(one, seed, c.threshold, i * blocks.step);
       accumulate(back, one);
     }
     if (back.defined()) onto.defined() ? out.add_(back) : out.copy_(back);
-    if (!parts.empty()) {
-      narrow::add_product(out, onto.defined() ? out : onto, Tensor(), at::cat(parts, 1), at::cat(of_parts), 1);
-    }
   }
   found.x = dx;
   return found;
