@@ -8,13 +8,25 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define PEFT_FUSED_VECTORS
+// Vectors are handed on in functions that are all inlined: how they would be passed to others is no matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define PEFT_FUSED_INLINE inline __attribute__((always_inline))
+#define PEFT_FUSED_INLINE_BODY __attribute__((always_inline))
+#endif
+
 namespace peft_fused::narrow {
-namespace {
 
 using at::Tensor;
+
+#ifdef PEFT_FUSED_VECTORS
+
+namespace {
 
 constexpr int64_t kTerms = 32;  // of a sum in one chain, which keeps the error that a library's product has
 // What one visit works on: rows and lanes of a product with few columns, ranks and columns of a sum over rows, rows and
@@ -28,29 +40,12 @@ enum class Cpu { other, avx2, avx512 };
 
 // As torch's own kernels choose, which ATEN_CPU_CAPABILITY can lower.
 Cpu cpu() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   static const Cpu found = [] {
     const std::string capability = at::get_cpu_capability();
     return capability == "AVX512" ? Cpu::avx512 : capability == "AVX2" ? Cpu::avx2 : Cpu::other;
   }();
   return found;
-#else
-  return Cpu::other;
-#endif
 }
-
-}  // namespace
-
-bool serves(const Tensor& x, at::ScalarType adapter, int64_t ranks) {
-  return cpu() != Cpu::other && x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 &&
-         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
-         (x.size(0) >= kRows || x.size(1) * ranks <= kSmallFactor);
-}
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PEFT_FUSED_INLINE __attribute__((always_inline))
-
-namespace {
 
 // L floats, as many bits, and the halves of these.
 template <int L>
@@ -168,7 +163,7 @@ PEFT_FUSED_INLINE void copy_rows(const T* from, int64_t from_row, int64_t rows, 
 
 // y = onto + start + factor * s q, for kRows rows of kWidth; onto null for none, CHAINS for more than one chain of ranks.
 template <int L, bool CHAINS, typename T>
-PEFT_FUSED_INLINE void add_product(const float* s, int64_t ranks, const float* q, int64_t q_row, float factor,
+PEFT_FUSED_INLINE void add_block(const float* s, int64_t ranks, const float* q, int64_t q_row, float factor,
                                    const float* start, const T* onto, int64_t onto_row, T* y, int64_t y_row) {
   using Part = Tile<L, kRows, kWidth>;
   float further[CHAINS ? kRows * kWidth : 1] = {};  // sums of all chains but the first
@@ -197,7 +192,7 @@ PEFT_FUSED_INLINE void add_product(const float* s, int64_t ranks, const float* q
 
 int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A matrix in fp32 whose rows are dense and a multiple of `columns` long: itself, or a copy.
+// A matrix in fp32 whose rows are dense and as long as a multiple of this: itself, or a copy with zeros behind.
 struct Packed {
   const float* data;
   int64_t row;
@@ -227,8 +222,9 @@ int64_t grain(int64_t multiply_adds) { return std::max<int64_t>(1, kGrain / std:
 // body(L, data) on a share of `count` blocks, in code for this CPU and for the type of t, whose elements data points to.
 template <typename Body>
 void for_blocks(int64_t count, int64_t multiply_adds, const Tensor& t, const Body& body) {
+  TORCH_INTERNAL_ASSERT(t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16);
   at::parallel_for(0, count, grain(multiply_adds), [&](int64_t begin, int64_t end) {
-    on_this_cpu([&](auto lanes) PEFT_FUSED_INLINE {
+    on_this_cpu([&](auto lanes) PEFT_FUSED_INLINE_BODY {
       if (t.scalar_type() == at::kFloat) {
         body(lanes, static_cast<const float*>(t.const_data_ptr()), begin, end);
       } else {
@@ -240,6 +236,12 @@ void for_blocks(int64_t count, int64_t multiply_adds, const Tensor& t, const Bod
 
 }  // namespace
 
+bool serves(const Tensor& x, int64_t others, at::ScalarType adapter, int64_t ranks) {
+  return cpu() != Cpu::other && x.is_cpu() && adapter == at::kFloat && ranks <= kMostRanks && x.numel() > 0 &&
+         (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16) &&
+         (x.size(0) >= kRows || std::max(x.size(1), others) * padded(ranks, kLanes) <= kSmallFactor);
+}
+
 Tensor times(const Tensor& x, const Tensor& p, double alpha) {
   const int64_t m = x.size(0), k = x.size(1), r = p.size(1), lanes = padded(r, kLanes);
   const Tensor rows = dense_rows(x) ? x : x.contiguous();
@@ -249,7 +251,7 @@ Tensor times(const Tensor& x, const Tensor& p, double alpha) {
   float* const to = out.mutable_data_ptr<float>();
   const auto factor = static_cast<float>(alpha);
   for_blocks((m + kRows - 1) / kRows, kRows * k * lanes, rows, [&](auto L, const auto* data, int64_t begin, int64_t end)
-                                                                   PEFT_FUSED_INLINE {
+                                                                   PEFT_FUSED_INLINE_BODY {
     constexpr bool as_it_is = std::is_same_v<decltype(data), const float*>;
     std::vector<float> few(kRows * kTerms), sums(kRows * lanes);
     for (int64_t block = begin; block < end; ++block) {
@@ -288,7 +290,7 @@ Tensor over_rows(const Tensor& s, const Tensor& x, double alpha, bool transposed
   float* const to = out.mutable_data_ptr<float>();
   const auto factor = static_cast<float>(alpha);
   for_blocks((k + kColumns - 1) / kColumns, kColumns * m * ranks, rows,
-             [&](auto L, const auto* data, int64_t begin, int64_t end) PEFT_FUSED_INLINE {
+             [&](auto L, const auto* data, int64_t begin, int64_t end) PEFT_FUSED_INLINE_BODY {
     constexpr bool as_it_is = std::is_same_v<decltype(data), const float*>;
     std::vector<float> few(kTerms * kColumns), sums(ranks * kColumns);
     for (int64_t block = begin; block < end; ++block) {
@@ -331,7 +333,7 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
   }
   const auto factor = static_cast<float>(alpha);
   for_blocks((m + kRows - 1) / kRows, kRows * n * r, y, [&](auto L, const auto* data, int64_t begin, int64_t end)
-                                                            PEFT_FUSED_INLINE {
+                                                            PEFT_FUSED_INLINE_BODY {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(data)>>;
     T* const to = static_cast<T*>(y.mutable_data_ptr());
     const T* const old = before.defined() ? static_cast<const T*>(before.const_data_ptr()) : nullptr;
@@ -350,8 +352,8 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
         const T* const in = old != nullptr ? old + first * before_row + column : nullptr;
         const bool whole = count == kRows && width == kWidth;
         if (!whole && in != nullptr) copy_rows(in, before_row, count, width, edge, kWidth);
-        const auto add = [&](auto chains) PEFT_FUSED_INLINE {
-          add_product<L, chains>(terms, r, packed.data + column, packed.row, factor, start.data() + column,
+        const auto add = [&](auto chains) PEFT_FUSED_INLINE_BODY {
+          add_block<L, chains>(terms, r, packed.data + column, packed.row, factor, start.data() + column,
                                  whole || in == nullptr ? in : edge, whole ? before_row : kWidth,
                                  whole ? out : edge, whole ? row : kWidth);
         };
@@ -364,6 +366,7 @@ void add_product(const Tensor& y, const Tensor& onto, const Tensor& bias, const 
 
 #else
 
+bool serves(const Tensor&, int64_t, at::ScalarType, int64_t) { return false; }
 Tensor times(const Tensor&, const Tensor&, double) { TORCH_INTERNAL_ASSERT(false); }
 Tensor over_rows(const Tensor&, const Tensor&, double, bool) { TORCH_INTERNAL_ASSERT(false); }
 void add_product(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double) {

@@ -4,9 +4,9 @@
 
 namespace peft_fused::narrow {
 
-// Whether these functions serve an adapter of this type and so many ranks beside rows such as x: fp32 or bf16, which
-// they convert as they read.
-bool serves(const at::Tensor& x, at::ScalarType adapter, int64_t ranks);
+// Whether these functions serve an adapter of this type and so many ranks beside rows such as x and rows of `others`
+// columns: fp32 or bf16, which they convert as they read.
+bool serves(const at::Tensor& x, int64_t others, at::ScalarType adapter, int64_t ranks);
 
 // alpha * x p, in fp32: x [M, K], p [K, R] in fp32 of any strides.
 at::Tensor times(const at::Tensor& x, const at::Tensor& p, double alpha);

@@ -132,7 +132,7 @@ std::pair<Tensor, Tensor> adapt(const Tensor& x2, const Tensor& weight, const Te
     have_S = true;
   }
 #endif
-  const bool narrow = narrow::serves(x2, ad.B.scalar_type(), ad.width);
+  const bool narrow = narrow::serves(x2, n, ad.B.scalar_type(), ad.width);
   const Blocks blocks(x2, std::max(x2.size(1), n), (c.mixed && !narrow) || c.threshold > 0);
   if (!blocks.whole() && !have_S) S = at::empty({m, ad.width}, ad.A.options());
   for (int64_t i = 0; i < blocks.count; ++i) {
@@ -286,7 +286,7 @@ struct LowRank : torch::autograd::Function<LowRank> {
 
     // Per block of rows, from one visit of dY and one of x: dS, and the block's share of dY^T S, dA and dx.
     const auto type = B.defined() ? B.scalar_type() : dy2.scalar_type();
-    const bool narrow = narrow::serves(dy2, type, width);
+    const bool narrow = narrow::serves(dy2, k, type, width);
     const bool blocked = (c.mixed && !narrow) || c.threshold > 0;
     const Blocks blocks(dy2, std::max(n, k), blocked);
     const Tensor x2 = x.defined() ? rows_of(x) : x;

@@ -49,11 +49,18 @@ class Block {
   int64_t first_row_ = 0, threshold_ = 0;
 };
 
-bool all_narrow(const Tensor& rows, const variable_list& factors) {
-  return std::all_of(factors.begin(), factors.end(), [&](const Tensor& A) {
-    return narrow::serves(rows, A.scalar_type(), A.size(0));
-  });
-}
+// Whether rows meet each factor in narrow products, and all of them in one, which takes that nothing is dropped out.
+struct Narrow {
+  bool each, together;
+
+  Narrow(const Tensor& rows, const variable_list& factors, const SharedShrinkCall& c) {
+    int64_t most = 0, all = 0;
+    for (const Tensor& A : factors) most = std::max(most, A.size(0)), all += A.size(0);
+    const auto type = factors[0].scalar_type();
+    each = narrow::serves(rows, 0, type, most);
+    together = each && c.threshold == 0 && narrow::serves(rows, 0, type, all);
+  }
+};
 
 // Tensors beside each other in t along a dimension, as wide there as these factors' ranks, in memory of their own.
 variable_list parted(const Tensor& t, int64_t dim, const variable_list& factors) {
@@ -66,18 +73,18 @@ variable_list parted(const Tensor& t, int64_t dim, const variable_list& factors)
   return parts;
 }
 
-// Without masks narrow products are one for all factors. Otherwise a block of x is in the caches for all of them.
+// Where the products are several, a block of x is in the caches for all of them.
 variable_list shrink_all(const Tensor& x2, const variable_list& factors, const Tensor& seeds, const SharedShrinkCall& c) {
   const auto type = factors[0].scalar_type();
-  const bool narrow = all_narrow(x2, factors);
-  if (narrow && c.threshold == 0) return parted(narrow::times(x2, at::cat(factors).t(), 1), 1, factors);
+  const Narrow narrow(x2, factors, c);
+  if (narrow.together) return parted(narrow::times(x2, at::cat(factors).t(), 1), 1, factors);
   const Blocks blocks(x2, x2.size(1), true);
   variable_list found(factors.size());
   for (int64_t i = 0; i < blocks.count; ++i) {
-    const Block block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold);
+    const Block block(blocks.of(x2, i), i * blocks.step, type, narrow.each, c.threshold);
     for (size_t j = 0; j < factors.size(); ++j) {
       const Tensor rows = block.dropped(seed_of_factor(seeds, j)), A = factors[j].t();
-      const Tensor S = narrow ? narrow::times(rows, A, 1) : product(rows, A, 1);
+      const Tensor S = narrow.each ? narrow::times(rows, A, 1) : product(rows, A, 1);
       if (blocks.whole()) {
         found[j] = S;
         continue;
@@ -100,19 +107,19 @@ int64_t defined_rows(const variable_list& grads) {
   return 0;
 }
 
-// dA of the factors that need one, and dx = onto + theirs unless dx is undefined: a narrow product each for all factors.
+// dA of the factors that need one, and dx = onto + theirs unless dx is undefined: of each one product for all factors.
 std::vector<Tensor> narrow_backward(const variable_list& grads, const Tensor& dx, const Tensor& onto, const Tensor& x2,
                                     const variable_list& factors, const std::vector<bool>& needs) {
   std::vector<Tensor> found(grads.size());
   variable_list parts, of_parts;
-  std::vector<size_t> at;
+  std::vector<size_t> places;
   for (size_t j = 0; j < grads.size(); ++j)
-    if (grads[j].defined()) parts.push_back(grads[j]), of_parts.push_back(factors[j]), at.push_back(j);
+    if (grads[j].defined()) parts.push_back(grads[j]), of_parts.push_back(factors[j]), places.push_back(j);
   const Tensor dS = at::cat(parts, 1);
   if (std::find(needs.begin(), needs.end(), true) != needs.end()) {
     const auto of_factors = parted(narrow::over_rows(dS, x2, 1), 0, of_parts);
-    for (size_t i = 0; i < at.size(); ++i)
-      if (needs[at[i]]) found[at[i]] = of_factors[i];
+    for (size_t i = 0; i < places.size(); ++i)
+      if (needs[places[i]]) found[places[i]] = of_factors[i];
   }
   if (dx.defined()) narrow::add_product(dx, onto, Tensor(), dS, at::cat(of_parts), 1);
   return found;
@@ -127,12 +134,12 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
   SharedShrinkGrads found{Tensor(), std::vector<Tensor>(grads.size())};
   Tensor dx;
   if (need_x) dx = onto.defined() ? onto : at::empty({m, k}, factors[0].options().dtype(c.x_type));
-  const bool narrow = all_narrow(need_x ? dx : x2, factors);
-  if (narrow && c.threshold == 0) return {dx, narrow_backward(grads, dx, onto, x2, factors, needs)};
+  const Narrow narrow(need_x ? dx : x2, factors, c);
+  if (narrow.together) return {dx, narrow_backward(grads, dx, onto, x2, factors, needs)};
   // In blocks x is in the caches for all factors; sums of them in half precision would be less exact.
   const Blocks blocks(need_x ? dx : x2, k, c.threshold > 0 || type == at::kFloat || type == at::kDouble);
   for (int64_t i = 0; i < blocks.count; ++i) {
-    const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow, c.threshold) : Block();
+    const Block block = x2.defined() ? Block(blocks.of(x2, i), i * blocks.step, type, narrow.each, c.threshold) : Block();
     const Tensor out = blocks.of(dx, i);
     Tensor back;
     for (size_t j = 0; j < grads.size(); ++j) {
@@ -140,7 +147,7 @@ SharedShrinkGrads shrink_all_backward(const variable_list& grads, const Tensor& 
       const Tensor dS = blocks.of(grads[j], i), seed = seed_of_factor(seeds, j);
       if (needs[j]) {
         const Tensor rows = block.dropped(seed);
-        accumulate(found.factors[j], narrow ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
+        accumulate(found.factors[j], narrow.each ? narrow::over_rows(dS, rows, 1) : product(dS.t(), rows, 1));
       }
       if (!need_x) continue;
       const Tensor one = product(dS, factors[j], 1);

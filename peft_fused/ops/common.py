@@ -58,9 +58,12 @@ def base_product(x2, weight, bias):
     """
     if x2.device.type != "cpu" or not (weight.is_contiguous() or weight.t().is_contiguous()):
         return None
-    if uses_onednn(x2.dtype, x2.numel() * weight.shape[0]):
-        return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
-    return None
+    return onednn_product(x2, weight, bias) if uses_onednn(x2.dtype, x2.numel() * weight.shape[0]) else None
+
+
+def onednn_product(x2, weight, bias):
+    """x W^T + bias by oneDNN, of a dense weight."""
+    return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
 
 
 def product(a, b):

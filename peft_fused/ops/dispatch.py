@@ -363,6 +363,11 @@ def reasons_against_others(problem) -> tuple[str, ...]:
 explainers: list[Callable] = []
 
 
+def is_routed(module: torch.nn.Module) -> bool:
+    """Whether a layer answers for what its forward runs."""
+    return hasattr(type(module), "explain_route")
+
+
 def explain(target, *, rows: int = 2048) -> Explanation:
     """Path of a problem, or of every adapter layer of a model, with the reasons against the other backends.
 
@@ -380,15 +385,15 @@ def explain(target, *, rows: int = 2048) -> Explanation:
         return Explanation(((target.describe(), path_of(target), reasons_against_others(target)),))
     if not isinstance(target, torch.nn.Module):
         raise TypeError(f"explain: target must be a problem or a torch.nn.Module, got {type(target).__name__}")
-    lines, routed = [], None
+    lines, inside = [], ()
     for name, module in target.named_modules():
-        if hasattr(type(module), "explain_route"):
-            routed = f"{name}." if name else ""
+        if is_routed(module):
+            inside = (*inside, f"{name}." if name else "")
             path, reasons, problem = module.explain_route(rows)
             if problem is not None:
                 path, reasons = f"{path} -> {path_of(problem)}", [*reasons, *reasons_against_others(problem)]
-        elif routed is not None and name.startswith(routed):
-            continue  # a part of the layer before
+        elif name.startswith(inside):
+            continue  # a part of one of those
         elif left := next(filter(None, (explainer(module, rows) for explainer in explainers)), None):
             path, reasons = left
         else:

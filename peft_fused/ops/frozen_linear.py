@@ -4,52 +4,53 @@
 
 torch runs these products in MKL, whose fast kernels run on Intel's CPUs only; elsewhere oneDNN takes about half the
 time. The ops of adapters choose for their base products by the same rule, `dispatch.uses_onednn`. This is no op in
-graphs, and no kernel: where the rule or a call speaks against oneDNN, the layer is torch's.
+graphs, and no kernel: where the rule, the layer or a call speaks against oneDNN, the layer is torch's.
 """
 
 import torch
+from torch.autograd import forward_ad
 
 from . import dispatch
-from .arguments import autocasts, check_derivative, is_recorded, is_watched, saved_tensors
-from .common import base_product, rows, unflatten
+from .arguments import autocasts, is_recorded, is_subclass, is_watched, saved_tensors
+from .common import onednn_product, rows, unflatten
 
 
-def why_not(x, weight, bias=None) -> str | None:
-    """Why the layer of weight [N, K] and bias [N] or None is left to torch on x [..., K]; None if it is not.
-
-    That may be said of calls which torch refuses as well.
-    """
-    if is_recorded():  # first, so that a graph does not depend on the size of x
-        return "a graph is recorded"
-    if x.dtype != torch.float32:
-        return f"x is {x.dtype}"
-    if not dispatch.uses_onednn(x.dtype, x.numel() * weight.shape[0]):
+def against_layer(weight, bias, number_of_rows: int) -> str | None:
+    """What speaks against oneDNN for a layer of weight [N, K] and bias [N] or None on so many rows; None if nothing."""
+    if is_subclass(weight) or not (bias is None or type(bias) in (torch.Tensor, torch.nn.Parameter)):
+        return "its weight or bias is no plain tensor"
+    if not dispatch.uses_onednn(weight.dtype, number_of_rows * weight.numel()):
         return "oneDNN is not the faster library for it"
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        return f"its bias is {bias.dtype} {list(bias.shape)}"
+    if any(t is not None and (t.device.type != "cpu" or t.layout != torch.strided) for t in (weight, bias)):
+        return "it is not in the memory of a CPU as it is"
+    if weight.dim() != 2 or not (weight.is_contiguous() or weight.t().is_contiguous()):
+        return "its weight is no dense matrix"
+    return None
+
+
+def against_now(weight, bias) -> str | None:
+    """What speaks against oneDNN for any call made now."""
     if dispatch.state.backend == "reference":
         return "the reference backend is forced"
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if is_watched(*tensors):
-        return "a mode or a tensor has a dispatch of its own"
-    if any(t.device.type != "cpu" for t in tensors):
-        return "it is not on a CPU"
-    if any(t.dtype != torch.float32 for t in tensors) or autocasts("cpu"):
-        return "it is not in fp32"
-    if any(t.requires_grad for t in tensors[1:]) and torch.is_grad_enabled():
+    if is_watched() or forward_ad._current_level >= 0:
+        return "a mode or a transform has to see torch's own operation"
+    if autocasts("cpu"):
+        return "autocast is on"
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         return "it is trained"
-    n, k = weight.shape if weight.dim() == 2 else (None, None)
-    if x.dim() == 0 or x.shape[-1] != k or (bias is not None and bias.shape != (n,)):
-        return f"the shapes {', '.join(str(list(t.shape)) for t in tensors)} are no linear layer's"
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        return "the weight is not dense"
     return None
 
 
 def frozen_linear(x, weight, bias=None) -> torch.Tensor | None:
-    """x W^T + bias, [..., N]; None where torch's own is to run. x: [..., K]; weight: [N, K]; bias: [N]; all in fp32.
-
-    Its gradient is x's alone, and has no derivative: backward raises RuntimeError where a graph of it is asked for.
-    """
-    if why_not(x, weight, bias) is not None:
+    """x W^T + bias, [..., N]; None where torch's own is to run. x: [..., K]; weight: [N, K]; bias: [N]; all in fp32."""
+    # A graph that is recorded must not depend on the size of x.
+    if is_recorded() or is_subclass(x) or x.dtype != torch.float32 or x.dim() == 0:
+        return None
+    if against_layer(weight, bias, x.shape[:-1].numel()) or against_now(weight, bias):
+        return None
+    if x.shape[-1] != weight.shape[1] or x.layout != torch.strided or x.device.type != "cpu":
         return None
     if torch.is_grad_enabled() and x.requires_grad:
         return _FrozenLinear.apply(x, weight, bias)
@@ -57,7 +58,7 @@ def frozen_linear(x, weight, bias=None) -> torch.Tensor | None:
 
 
 def _product(x, weight, bias=None):
-    return unflatten(base_product(rows(x).contiguous(), weight, bias), x)
+    return unflatten(onednn_product(rows(x).contiguous(), weight, bias), x)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -68,6 +69,6 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        check_derivative("frozen_linear")
         (weight,) = saved_tensors(ctx, ("weight",))
-        return _product(dy, weight.t()), None, None
+        dx = dy @ weight if torch.is_grad_enabled() else _product(dy, weight.t())  # the first has a derivative
+        return dx, None, None

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import peft_fused
 from peft_fused.ops import dispatch
-from peft_fused.ops.frozen_linear import frozen_linear, why_not
+from peft_fused.ops.frozen_linear import against_layer, against_now, frozen_linear
 
 ONEDNN = "mkldnn::_linear_pointwise"
 pytestmark = pytest.mark.skipif(
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def faster(monkeypatch):
-    """A CPU on which oneDNN is the faster library, from products of this size on."""
+    """A CPU on which oneDNN is the faster library, from small products on. The extension keeps its own choice."""
     monkeypatch.setattr(dispatch, "_onednn_beats_blas", lambda: True)
     monkeypatch.setattr(dispatch, "ONEDNN_LEAST", 1000)
 
@@ -71,34 +71,83 @@ def test_any_layout_of_x(view):
     torch.testing.assert_close(frozen_linear(x, weight), F.linear(x, weight))
 
 
+def reason(x, weight, bias):
+    return against_layer(weight, bias, x.shape[:-1].numel()) or against_now(weight, bias)
+
+
 def left(x, weight, bias, what):
-    reason = why_not(x, weight, bias)
-    assert reason is not None and what in reason
+    found = reason(x, weight, bias)
+    assert found is not None and what in found
     assert frozen_linear(x, weight, bias) is None
 
 
-def test_what_is_left_to_torch():
+class Strict(torch.Tensor):
+    """A weight that knows no operation but those that its own library makes."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ == "__get__":
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise NotImplementedError(function)
+
+
+def test_layers_that_are_left_to_torch():
     x, weight, bias = drawn(50, 64), drawn(96, 64), drawn(96)
-    assert why_not(x, weight, bias) is None
-    left(x.bfloat16(), weight, bias, "x is torch.bfloat16")
-    left(x, weight.bfloat16(), bias, "not in fp32")
-    left(x, weight, bias.double(), "not in fp32")
-    left(x.to("meta"), weight, bias, "not on a CPU")
+    assert reason(x, weight, bias) is None
+    left(x, weight.bfloat16(), bias, "not the faster library")
+    left(x, weight, bias.double(), "its bias is torch.float64 [96]")
+    left(x, weight, bias[:-1], "its bias is torch.float32 [95]")
     left(x[:0], weight, bias, "not the faster library")
-    left(x, weight[:, :32], bias, "are no linear layer's")
-    left(x, weight, bias[:-1], "are no linear layer's")
-    left(x, drawn(96, 128)[:, ::2], bias, "not dense")
-    left(x, weight.clone().requires_grad_(), bias, "trained")
+    left(x, drawn(96, 128)[:, ::2], bias, "no dense matrix")
+    left(x, drawn(2, 96, 64), None, "no dense matrix")
+    left(x, weight.to("meta"), bias, "not in the memory of a CPU")
+    left(x, weight.to_sparse_csr(), bias, "not in the memory of a CPU")
+    left(x, weight.as_subclass(Strict), bias, "no plain tensor")
+    left(x, weight, bias.as_subclass(Strict), "no plain tensor")
+    left(x, None, None, "no plain tensor")
+
+
+def test_circumstances_in_which_torch_runs():
+    x, weight, bias = drawn(50, 64), drawn(96, 64), drawn(96)
+    trained = weight.clone().requires_grad_()
+    left(x, trained, bias, "trained")
     left(x, weight, bias.clone().requires_grad_(), "trained")
     with torch.no_grad():
-        assert why_not(x, weight.clone().requires_grad_(), bias) is None  # evaluation
+        assert reason(x, trained, bias) is None  # evaluation
     with torch.autocast("cpu", torch.bfloat16):
-        left(x, weight, bias, "not in fp32")
+        left(x, weight, bias, "autocast is on")
     with torch.backends.mkldnn.flags(enabled=False):
         left(x, weight, bias, "not the faster library")
     with peft_fused.use_backend("reference"):
         left(x, weight, bias, "the reference backend is forced")
-    torch.func.vmap(lambda row: left(row, weight, bias, "dispatch of its own") or row)(x.unsqueeze(0))
+    torch.func.vmap(lambda row: left(row, weight, bias, "has to see torch's own") or row)(x.unsqueeze(0))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        drawn(50, 64).bfloat16(), drawn(50, 64).to("meta"), drawn(50, 64).to_sparse(), drawn(50, 64).to_mkldnn(),
+        drawn(50, 32), torch.tensor(1.0), drawn(50, 64).as_subclass(Strict), [1.0], drawn(50, 64).to_sparse_csr(),
+    ],
+    ids=["bf16", "meta", "sparse", "mkldnn", "narrower", "0-d", "subclass", "list", "csr"],
+)  # fmt: skip
+def test_inputs_that_are_torchs_affair(x):
+    assert frozen_linear(x, drawn(96, 64), drawn(96)) is None
+
+
+def test_forward_mode():
+    x, weight = drawn(50, 64), drawn(96, 64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        left(dual, weight, None, "has to see torch's own")
+
+
+def test_what_was_decided_forward_holds_backward():
+    x, weight = drawn(50, 64).requires_grad_(), drawn(96, 64)
+    y = frozen_linear(x, weight)
+    with torch.backends.mkldnn.flags(enabled=False):
+        y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(50, 96) @ weight)
 
 
 def test_a_cpu_on_which_mkl_is_fast(monkeypatch):
@@ -106,10 +155,15 @@ def test_a_cpu_on_which_mkl_is_fast(monkeypatch):
     left(drawn(50, 64), drawn(96, 64), None, "not the faster library")
 
 
-def test_its_gradient_has_no_derivative():
-    x = drawn(50, 64).requires_grad_()
-    with pytest.raises(RuntimeError, match="the frozen_linear op has no second derivative"):
-        torch.autograd.grad(frozen_linear(x, drawn(96, 64)).square().sum(), x, create_graph=True)
+def test_second_derivatives():
+    weight, dy = drawn(96, 64), drawn(50, 96)
+
+    def second(layer):
+        x = drawn(50, 64).requires_grad_()
+        (dx,) = torch.autograd.grad(layer(x.tanh(), weight).square(), x, dy, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(frozen_linear), second(F.linear))
 
 
 def test_its_result_may_be_changed_in_place():

@@ -1,9 +1,9 @@
-"""Linear layers that are no adapter's and are not trained: their products in fp32 on a CPU (ops/frozen_linear.py).
+"""Linear layers that are not trained, and their products in fp32 on a CPU (ops/frozen_linear.py).
 
-An adapted layer has its base product in the library that is the faster one on this CPU. The others of a model, such as
-its head, or all but the projections to queries and values, get the same. So do base layers, for the calls in which they
-run alone: while adapters are disabled or merged, or left to PEFT. As everywhere here the class of a layer is exchanged,
-and nothing else of it; what a call may do is decided when it is made.
+An adapted layer has its base product in the library that is the faster one on this CPU. Layers without an adapter, such
+as the head, or all but the projections to queries and values, get the same. So do base layers, for the calls in which
+they run alone: while adapters are disabled or merged, or left to PEFT. As everywhere here the class of a layer is
+exchanged, and nothing else of it; what a call may do is decided when it is made.
 """
 
 from typing import ClassVar
@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ....ops.frozen_linear import frozen_linear, why_not
+from ....ops.dispatch import is_routed
+from ....ops.frozen_linear import against_layer, against_now, frozen_linear
 from ..base import LINEAR, linear_operands
 
 
@@ -23,7 +24,7 @@ class FrozenLayer(nn.Module):
     plain_class: ClassVar[type[nn.Module]]
 
     def forward(self, *args, **kwargs):
-        """As the class's own. A gradient of it has no derivative."""
+        """As the class's own."""
         y = frozen_linear(args[0], *_operands(self)) if len(args) == 1 and not kwargs else None
         return super().forward(*args, **kwargs) if y is None else y
 
@@ -50,25 +51,31 @@ def _operands(layer: FrozenLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
     return linear_operands(layer, LINEAR[layer.plain_class])  # its own class may be one derived by another library
 
 
-def exchange(model: nn.Module, wanted: bool) -> list[str]:
-    """Gives linear layers their class here, where oneDNN is the faster library for such of their size; wanted=False
-    gives those that have one their own back. Returns the names of layers that have one then."""
-    found, of_adapters = [], _parts_of_adapters(model)
-    for name, module in model.named_modules():
-        if wanted and type(module) in _CLASSES and id(module) not in of_adapters and _may_gain(module):
+def exchange(model: nn.Module) -> None:
+    """Gives linear layers that are not trained their class here, where oneDNN is the faster library for such."""
+    of_adapters = _parts_of_adapters(model)
+    for module in model.modules():
+        if type(module) in _CLASSES and id(module) not in of_adapters and _may_gain(module):
             module.__class__ = _CLASSES[type(module)]
-        elif not wanted and is_exchanged(module):
-            module.__class__ = module.plain_class
+
+
+def exchange_back(model: nn.Module) -> None:
+    """Gives layers that have one of the classes here their own back."""
+    for module in model.modules():
         if is_exchanged(module):
-            found.append(name)
-    return found
+            module.__class__ = module.plain_class
+
+
+def exchanged(model: nn.Module) -> list[str]:
+    """The names of layers that have one of the classes here."""
+    return [name for name, module in model.named_modules() if is_exchanged(module)]
 
 
 def _parts_of_adapters(model: nn.Module) -> set[int]:
     """The ids of modules below adapted layers, but for those of base layers: an adapter is read, not called."""
     parts = set()
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer) or hasattr(type(module), "explain_route"):
+        if isinstance(module, BaseTunerLayer) or is_routed(module):
             for name, child in module.named_children():
                 if name != "base_layer":
                     parts.update(map(id, child.modules()))
@@ -76,14 +83,11 @@ def _parts_of_adapters(model: nn.Module) -> set[int]:
 
 
 def _may_gain(module: nn.Module) -> bool:
-    if "forward" in module.__dict__:  # a new class would not be used
-        return False
+    if "forward" in module.__dict__ or module._parameters.get("weight") is None:
+        return False  # a new class would not be used, or the weight is elsewhere
     weight, bias = linear_operands(module, LINEAR[type(module)])
-    return why_not(_input(weight, _ROWS), weight, bias) is None
-
-
-def _input(weight: torch.Tensor, rows: int) -> torch.Tensor:
-    return weight.new_empty(1, weight.shape[-1]).expand(rows, -1)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return not trained and against_layer(weight, bias, _ROWS) is None
 
 
 def is_exchanged(module: nn.Module) -> bool:
@@ -96,7 +100,7 @@ def explain_frozen(module: nn.Module, rows: int) -> tuple[str, list[str]] | None
     if not is_exchanged(module):
         return None
     weight, bias = _operands(module)
-    reason = why_not(_input(weight, rows), weight, bias)
+    reason = against_layer(weight, bias, rows) or against_now(weight, bias)
     if reason is None:
         return "frozen_linear: oneDNN base GEMM", []
     return f"{module.plain_class.__name__}'s own forward", [f"frozen_linear: {reason}"]

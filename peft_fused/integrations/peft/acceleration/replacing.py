@@ -11,7 +11,8 @@ from torch import nn
 
 from ....layers.checks import check_module
 from ....ops.arguments import check_flag
-from .frozen import FrozenLayer, exchange, is_exchanged
+from ....ops.dispatch import is_routed
+from .frozen import FrozenLayer, exchange, exchange_back, exchanged, is_exchanged
 from .kinds import Kind, kind_of
 from .layer import AcceleratedLayer, is_accelerated
 from .report import AccelerationReport
@@ -30,11 +31,6 @@ def _why_not(kind: Kind, module: nn.Module, unused: dict[int, str]) -> str | Non
     return unused.get(id(module)) or kind.why_not(module)
 
 
-def _is_own(module: nn.Module) -> bool:
-    """Whether it is a layer of our methods, which is fused as it is."""
-    return hasattr(type(module), "explain_route")
-
-
 def accelerate(model: nn.Module, *, group: bool = True, frozen: bool = True) -> AccelerationReport:
     """Make the LoRA linear layers of a PEFT model run on peft_fused's operations, in place.
 
@@ -51,11 +47,13 @@ def accelerate(model: nn.Module, *, group: bool = True, frozen: bool = True) -> 
     check_module("accelerate: model", model)
     check_flag("accelerate: group", group)
     check_flag("accelerate: frozen", frozen)
+    if not frozen:
+        _changed(model, FrozenLayer, "accelerate: frozen=False")
     report, layers = AccelerationReport(), {}
     for name, module in model.named_modules():
         if (kind := kind_of(type(module))) is not None:
             layers.setdefault(kind, {})[name] = module
-        elif _is_own(module):
+        elif is_routed(module):  # a layer of our methods, which is fused as it is
             report.own.append(name or "(the model itself)")
     for kind, of_kind in layers.items():
         report.kinds.append(kind.name)
@@ -72,32 +70,41 @@ def accelerate(model: nn.Module, *, group: bool = True, frozen: bool = True) -> 
             if reasons := module.explain_route()[1]:
                 report.slower[name] = "; ".join(reasons)
     report.groups = join_siblings(model, is_accelerated, group)
-    report.frozen = exchange(model, frozen and bool(layers or report.own))
+    if not frozen:
+        exchange_back(model)
+    elif layers or report.own:
+        exchange(model)
+    report.frozen = exchanged(model)
     if not report.swapped and not report.already and not (report.own and report.frozen):
         warnings.warn(str(report), stacklevel=2)
     return report
 
 
+def _changed(model: nn.Module, ours: type | tuple[type, ...], caller: str) -> list[tuple[str, nn.Module]]:
+    """The layers of a model of our classes, with their names. RuntimeError if one cannot have its own class back."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, ours)]
+    for name, module in found:
+        if not (is_accelerated(module) or is_exchanged(module)):
+            raise RuntimeError(f"{caller}: {name!r} is now a {type(module).__qualname__}; undo that change first")
+        if "forward" in module.__dict__:
+            raise RuntimeError(f"{caller}: the forward of {name!r} was replaced on the instance; undo that first")
+    return found
+
+
 def restore(model: nn.Module) -> list[str]:
-    """Undo `accelerate`: give every layer its own class back. Returns the names of PEFT's layers that were changed.
+    """Undo `accelerate`: give every layer its own class back. Returns the names of the layers changed.
 
     Raises TypeError if model is not a torch.nn.Module, and RuntimeError, before changing anything, if another library
-    has since replaced the class or the forward of an accelerated layer.
+    has since replaced the class or the forward of such a layer.
     """
     check_module("restore: model", model)
-    ours = (AcceleratedLayer, FrozenLayer)
-    changed = [(name, module) for name, module in model.named_modules() if isinstance(module, ours)]
-    for name, module in changed:
-        if not (is_accelerated(module) or is_exchanged(module)):
-            raise RuntimeError(f"restore: {name!r} is now a {type(module).__qualname__}; undo that change first")
-        if "forward" in module.__dict__:
-            raise RuntimeError(f"restore: the forward of {name!r} was replaced on the instance; undo that first")
-    exchange(model, False)
-    layers = {name: module for name, module in changed if isinstance(module, AcceleratedLayer)}
-    for module in layers.values():
-        module.__class__ = module.peft_class
-        module.__dict__.pop(SIBLING, None)
-    return list(layers)
+    changed = _changed(model, (AcceleratedLayer, FrozenLayer), "restore")
+    exchange_back(model)
+    for _, module in changed:
+        if isinstance(module, AcceleratedLayer):
+            module.__class__ = module.peft_class
+            module.__dict__.pop(SIBLING, None)
+    return [name for name, _ in changed]
 
 
 def explain_left(module: nn.Module, rows: int) -> tuple[str, list[str]] | None:
