@@ -62,7 +62,8 @@ def base_product(x2, weight, bias):
 
 
 def onednn_product(x2, weight, bias):
-    """x W^T + bias by oneDNN, of a dense weight."""
+    """x W^T + bias by oneDNN, of a dense weight. Of a bias it reads the memory, whatever its stride."""
+    bias = bias if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x2, weight, bias, "none", [], "")
 
 

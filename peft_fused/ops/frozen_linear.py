@@ -46,7 +46,7 @@ def against_now(weight, bias) -> str | None:
 def frozen_linear(x, weight, bias=None) -> torch.Tensor | None:
     """x W^T + bias, [..., N]; None where torch's own is to run. x: [..., K]; weight: [N, K]; bias: [N]; all in fp32."""
     # A graph that is recorded must not depend on the size of x.
-    if is_recorded() or is_subclass(x) or x.dtype != torch.float32 or x.dim() == 0:
+    if is_recorded() or is_subclass(x) or x.is_nested or x.dtype != torch.float32 or x.dim() == 0:
         return None
     if against_layer(weight, bias, x.shape[:-1].numel()) or against_now(weight, bias):
         return None

@@ -180,3 +180,17 @@ def test_a_weight_that_was_changed_before_backward_is_an_error():
     weight.add_(1)
     with pytest.raises(RuntimeError, match="changed in place after the forward pass"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("bias", [drawn(192)[::2], drawn(1).expand(96)], ids=["stride 2", "stride 0"])
+def test_a_bias_of_any_stride(bias):
+    x, weight = drawn(50, 64), drawn(96, 64)
+    torch.testing.assert_close(frozen_linear(x, weight, bias), F.linear(x, weight, bias))
+    A, B = drawn(4, 4096), torch.zeros(96, 4)
+    wide, x = drawn(96, 4096), drawn(50, 4096)  # large enough for oneDNN in the extension
+    y = peft_fused.ops.lowrank_linear(x, wide, bias, A, B)
+    torch.testing.assert_close(y, F.linear(x, wide, bias), rtol=1e-3, atol=1e-3)
+
+
+def test_a_nested_x_is_torchs_affair():
+    assert frozen_linear(torch.nested.nested_tensor([drawn(3, 64), drawn(2, 64)]), drawn(96, 64)) is None
