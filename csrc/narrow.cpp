@@ -146,8 +146,8 @@ PEFT_FUSED_INLINE void store(uint16_t* to, const typename Vectors<L>::Floats& va
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(chosen, Halves);
 }
 
-float value_of(float value) { return value; }
-float value_of(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
+PEFT_FUSED_INLINE float value_of(float value) { return value; }
+PEFT_FUSED_INLINE float value_of(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
 
 // Rows of fp32, or of bf16 as its bits, in fp32.
 template <typename T>
@@ -164,7 +164,7 @@ PEFT_FUSED_INLINE void copy_rows(const T* from, int64_t from_row, int64_t rows, 
 // y = onto + start + factor * s q, for kRows rows of kWidth; onto null for none, CHAINS for more than one chain of ranks.
 template <int L, bool CHAINS, typename T>
 PEFT_FUSED_INLINE void add_block(const float* s, int64_t ranks, const float* q, int64_t q_row, float factor,
-                                   const float* start, const T* onto, int64_t onto_row, T* y, int64_t y_row) {
+                                 const float* start, const T* onto, int64_t onto_row, T* y, int64_t y_row) {
   using Part = Tile<L, kRows, kWidth>;
   float further[CHAINS ? kRows * kWidth : 1] = {};  // sums of all chains but the first
   if constexpr (CHAINS) {

@@ -200,3 +200,14 @@ def decided(monkeypatch):
         return found
 
     return problems
+
+
+@pytest.fixture
+def onednn_is_faster(monkeypatch):
+    """A CPU on which oneDNN is the faster library, from small products on. The extension keeps its own choice."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("torch has no oneDNN with this product")
+    from peft_fused.ops import dispatch
+
+    monkeypatch.setattr(dispatch, "_onednn_beats_blas", lambda: True)
+    monkeypatch.setattr(dispatch, "ONEDNN_LEAST", 1 << 12)

@@ -186,8 +186,8 @@ Tensor onednn_linear(const Tensor& x2, const Tensor& weight, const Tensor& bias)
                            c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Signature>();
-  // Of a bias it reads the memory, whatever its stride.
-  return op.call(x2, weight, optional(bias.defined() ? bias.contiguous() : bias), "none", c10::List<std::optional<at::Scalar>>(), "");
+  const Tensor dense = bias.defined() ? bias.contiguous() : bias;  // it reads the memory, whatever the stride
+  return op.call(x2, weight, optional(dense), "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 // oneDNN adds up in one chain where BLAS, on the CPUs that it serves, takes partial sums: for a product of the adapter

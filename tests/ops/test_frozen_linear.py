@@ -10,17 +10,7 @@ from peft_fused.ops import dispatch
 from peft_fused.ops.frozen_linear import against_layer, against_now, frozen_linear
 
 ONEDNN = "mkldnn::_linear_pointwise"
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="torch has no oneDNN with this product",
-)
-
-
-@pytest.fixture(autouse=True)
-def faster(monkeypatch):
-    """A CPU on which oneDNN is the faster library, from small products on. The extension keeps its own choice."""
-    monkeypatch.setattr(dispatch, "_onednn_beats_blas", lambda: True)
-    monkeypatch.setattr(dispatch, "ONEDNN_LEAST", 1000)
+pytestmark = pytest.mark.usefixtures("onednn_is_faster")
 
 
 def drawn(*shape):

@@ -20,17 +20,7 @@ from peft_fused.integrations.peft.acceleration.frozen import FrozenConv1D, Froze
 from peft_fused.layers import LoraLinear
 from peft_fused.ops import dispatch
 
-pytestmark = pytest.mark.skipif(
-    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
-    reason="torch has no oneDNN with this product",
-)
-
-
-@pytest.fixture(autouse=True)
-def faster(monkeypatch):
-    """A CPU on which oneDNN is the faster library, from small products on. The extension keeps its own choice."""
-    monkeypatch.setattr(dispatch, "_onednn_beats_blas", lambda: True)
-    monkeypatch.setattr(dispatch, "ONEDNN_LEAST", 1 << 13)
+pytestmark = pytest.mark.usefixtures("onednn_is_faster")
 
 
 class Wide(nn.Module):
