@@ -142,7 +142,7 @@ PEFT_FUSED_INLINE void store(uint16_t* to, const typename Vectors<L>::Floats& va
   using Halves = typename Vectors<L>::Halves;
   const auto bits = reinterpret_cast<typename Vectors<L>::Bits>(values);
   const auto rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const auto chosen = (bits & 0x7FFFFFFF) > 0x7F800000 ? (bits >> 16) | 0x40 : rounded;
+  const auto chosen = values != values ? typename Vectors<L>::Bits{} + 0x7FC0 : rounded;
   *reinterpret_cast<Halves*>(to) = __builtin_convertvector(chosen, Halves);
 }
 

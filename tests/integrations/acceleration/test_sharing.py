@@ -446,6 +446,22 @@ def test_adapters_that_differ(passes):
     assert passes == [6, 3, 2]
 
 
+def test_a_rank_that_is_left_to_peft(passes, taken):
+    """A pass was foreseen for three layers; with another adapter one of them is PEFT's, whose product nobody makes."""
+    torch.manual_seed(2)
+    alone = adapted()
+    alone.add_adapter("large", LoraConfig(r=4, target_modules=["q", "k", "v", "o"], rank_pattern={"k": 300}))
+    randomise(alone)
+    shares = copy.deepcopy(alone)
+    accelerate(alone, group=False), accelerate(shares)
+    learned(shares)
+    for model in (alone, shares):
+        model.set_adapter("large")
+    for _ in range(2):
+        assert_same(run(shares, data()), run(alone, data()), SUM)
+    assert passes == [2, 2] and taken == [True] * 2
+
+
 def test_merged_layers(passes):
     alone, shares = both()
     learned(shares)

@@ -36,8 +36,8 @@ class _Seen:
 
     __slots__ = ("context", "hook", "version", "x")
 
-    def __init__(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None, gone=None):
-        self.x, self.version, self.context, self.hook = weakref.ref(x, gone), x._version, context, hook
+    def __init__(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None):
+        self.x, self.version, self.context, self.hook = weakref.ref(x), x._version, context, hook
 
     def is_now(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None) -> bool:
         """Whether x is that tensor, unchanged since, and the circumstances are the same."""
@@ -53,25 +53,28 @@ def _circumstances(x: torch.Tensor) -> tuple[tuple, weakref.ref | None] | None:
     """(what calls have to agree in, hook for saved tensors) of a call on x; None where sharing cannot be shown safe."""
     if x.is_inference() or _modes() > 0:  # changes are not counted, or whoever records has to see each layer whole
         return None
-    kind, hooks, hook = x.device.type, _top_hooks(True), None
+    hooks, hook = _top_hooks(True), None
     if hooks is not None:
         try:
             hook = weakref.ref(hooks[1])
         except TypeError:  # of a built-in method, say: its life cannot be told
             return None
-    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else None
+    kind, stream = "cpu", None
+    if x.is_cuda:
+        kind, stream = "cuda", torch._C._cuda_getCurrentRawStream(x.device.index)
     cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return (torch.is_grad_enabled(), x.requires_grad, cast, stream, get_ident()), hook
 
 
 class _Run:
-    """Siblings that were called one after the other on one tensor. repeated: in a backward, by checkpointing, which
-    may stop it halfway."""
+    """Siblings that were called one after the other on one tensor. offer: a weak reference to the leader's. repeated:
+    in a backward, by checkpointing, which may stop it halfway."""
 
-    __slots__ = ("members", "repeated", "seen")
+    __slots__ = ("members", "offer", "repeated", "seen")
 
     def __init__(self, seen: _Seen, leader: "Sibling", repeated: bool):
         self.seen, self.members, self.repeated = seen, [leader], repeated
+        self.offer = lambda: None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,51 +82,51 @@ class _Run:
 
 
 class _Offer:
-    """Products with x for siblings that are still to come. Whoever owns it must not outlive what x lives for."""
+    """Products with the x of a run for siblings that are still to come. names: of those that the pass was for. Whoever
+    owns an offer must not outlive what x lives for."""
 
-    __slots__ = ("__weakref__", "names", "products", "seen")
+    __slots__ = ("__weakref__", "names", "products", "x")
 
-    def __init__(self, x: torch.Tensor, context: tuple, hook: weakref.ref | None, names: tuple[str, ...]):
+    def __init__(self, x: torch.Tensor, names: tuple[str, ...]):
         self.products = products = {}  # by id of the factor: (factor, what it was like, S)
-        self.seen = _Seen(x, context, hook, lambda _: products.clear())
-        self.names = names  # of the siblings that the pass was for
+        self.names = names
+        self.x = weakref.ref(x, lambda _: products.clear())
 
-    def put(self, step, S: torch.Tensor) -> None:
-        self.products[id(step.A)] = step.A, _state(step), S
+    def put(self, A: torch.Tensor, p: float, S: torch.Tensor) -> None:
+        self.products[id(A)] = A, _state(A, p), S
 
     def give(self, step, x: torch.Tensor) -> bool:
         """Gives a step its product. Whether there was one for it as it is now."""
         A, state, S = self.products.pop(id(step.A), (None, None, None))
-        if A is not step.A or state != _state(step) or is_spent(S):
+        if A is not step.A or state != _state(A, step.p) or is_spent(S):
             return False
         step.shared = x, S
         return True
 
 
-def _state(step) -> tuple:
+def _state(A: torch.Tensor, p: float) -> tuple:
     """What of a factor a product with it depends on, and its gradient."""
-    return step.A._version, step.A.requires_grad, step.p
+    return A._version, A.requires_grad, p
 
 
 class Family:
     """The accelerated layers of one parent, and what they are at."""
 
-    __slots__ = ("held", "offer", "run")
+    __slots__ = ("held", "run")
 
     def __init__(self):
         self.run: _Run | None = None
-        self.offer = lambda: None  # a weak reference
-        self.held: _Offer | None = None
+        self.held: _Offer | None = None  # where no graph is recorded
 
     def __reduce__(self):  # a copy, or what is loaded, begins anew
         return Family, ()
 
     def end_run(self) -> None:
-        if self.run is not None and not self.run.repeated:
-            leader, *others = self.run.members
-            leader.observed = tuple(others)
-            for member in self.run.members:
-                member.ran_with = self.run.names
+        run = self.run
+        if run is not None and not run.repeated:
+            names, run.members[0].observed = run.names, tuple(run.members[1:])
+            for member in run.members:
+                member.ran_with = names
 
 
 class Sibling:
@@ -154,18 +157,16 @@ class Sibling:
             self.told = "PEFT runs it" if not mine else "in the last forward pass it could not be shown safe"
             return None
         family, run = self.family, self.family.run
-        self.layer = weakref.ref(layer)
+        self.layer, self.told = weakref.ref(layer), None
         if run is None or self in run.members or not run.seen.is_now(x, *found):
             family.end_run()
-            repeated = _in_backward() != -1
-            family.run = _Run(_Seen(x, *found), self, repeated)
-            if not repeated:
+            family.run = run = _Run(_Seen(x, *found), self, _in_backward() != -1)
+            if not run.repeated:
                 self._settle(found[1])
-            self.told = None
-            return self._lead(x, mine, found, repeated) if self.plan else None
+            return self._lead(x, mine, found, run) if self.plan else None
         run.members.append(self)
-        self.told, offer = None, family.offer()
-        if offer is not None and offer.seen.is_now(x, *found):
+        offer = run.offer()
+        if offer is not None:
             given = [offer.give(step, x) for step in mine]
             self.told = offer.names if all(given) else f"it was not as {run.members[0].name} had foreseen it"
         return None
@@ -173,10 +174,9 @@ class Sibling:
     def hold(self, offer: _Offer, y: torch.Tensor) -> None:
         """Keeps an offer while the graph of the leader's output lives, as that of each layer would keep x; where no
         graph is recorded, while x lives."""
-        self.family.offer, self.family.held = weakref.ref(offer), None
-        if y.grad_fn is None:
-            self.family.held = offer
-        else:
+        records = y.grad_fn is not None
+        self.family.held = None if records else offer
+        if records:
             y.grad_fn.metadata[SIBLING] = offer
 
     def outcome(self) -> tuple[str, ...] | str:
@@ -198,27 +198,29 @@ class Sibling:
         if hook is not None and all(frame() is not hook() for frame in self.frames):
             self.frames.append(hook)
 
-    def _lead(self, x: torch.Tensor, mine: list, found: tuple, repeated: bool) -> _Offer | None:
+    def _lead(self, x: torch.Tensor, mine: list, found: tuple, run: _Run) -> _Offer | None:
         first, (context, hook) = mine[0], found
         records = context[0]
         if records and x.grad_fn is None:
             self.told = "its input has no graph, so that each layer may be differentiated by itself"
             return None
-        if first.p > 0 and hook is None and (repeated or not records):
+        if first.p > 0 and hook is None and (run.repeated or not records):
             self.told = "there is dropout in a forward pass without gradients, which checkpointing may repeat"
             return None
+        # Of factors whose products are made together. One that is trained would keep x for the others as well.
+        wanted = (first.A.dtype, x.device, x.shape[-1:], first.A.requires_grad, False)
         theirs, names = [], [self.name]
         for sibling in self.plan:
             layer = sibling.layer()
             if layer is not None and layer.__dict__.get(SIBLING) is sibling:
-                steps = [step for step in layer.steps_to_share(x) if step.shares and _fits(step, first, x)]
-                theirs += steps
-                names += [sibling.name] if steps else []
-        if not theirs or not _fits(first, first, x):
+                factors = [A for A, p in layer.factors_to_share() if p == first.p and _traits(A) == wanted]
+                theirs += factors
+                names += [sibling.name] if factors else []
+        if not theirs or _traits(first.A) != wanted:
             self.told = "its siblings' factors or dropout are of another kind"
             return None
-        mine = [step for step in mine if _fits(step, first, x)]
-        factors = [step.A for step in (*mine, *theirs)]
+        mine = [step for step in mine if step.p == first.p and _traits(step.A) == wanted]
+        factors = [*(step.A for step in mine), *theirs]
         shared = shared_shrink(x, factors, dropout_p=first.p, out_features=first.B.shape[0])
         if shared is None:
             self.told = "a pass of its own is the better one"
@@ -226,27 +228,15 @@ class Sibling:
         x_of_node, *products = shared
         for step in mine:
             step.shared = x_of_node, products.pop(0)
-        offer = _Offer(x, *found, tuple(names))
-        for step, S in zip(theirs, products, strict=True):
-            offer.put(step, S)
-        self.told = offer.names
+        offer = _Offer(x, tuple(names))
+        for A, S in zip(theirs, products, strict=True):
+            offer.put(A, first.p, S)
+        run.offer, self.told = weakref.ref(offer), offer.names
         return offer
 
 
-def _fits(step, first, x: torch.Tensor) -> bool:
-    """Whether a step's product with x can be one of those of the first step. A factor that is trained would keep x for
-    the others as well."""
-    A = step.A
-    return (
-        A.dtype == first.A.dtype
-        and A.device == x.device
-        and A.dim() == 2
-        and x.dim() > 0
-        and A.shape[1] == x.shape[-1]
-        and A.requires_grad == first.A.requires_grad
-        and step.p == first.p
-        and not A.is_inference()
-    )
+def _traits(A: torch.Tensor) -> tuple:
+    return A.dtype, A.device, A.shape[1:], A.requires_grad, A.is_inference()
 
 
 def join_siblings(model: torch.nn.Module, accelerated: Callable, group: bool) -> list[list[str]]:
