@@ -462,6 +462,45 @@ def test_a_rank_that_is_left_to_peft(passes, taken):
     assert passes == [2, 2] and taken == [True] * 2
 
 
+def test_a_hook_that_writes_to_the_factor(passes):
+    """A pass was foreseen for three layers; with another adapter one of them normalises its factor as it runs."""
+
+    def normalise(down, _):
+        with torch.no_grad():
+            down.weight.div_(down.weight.norm())
+
+    torch.manual_seed(2)
+    alone = adapted()
+    alone.add_adapter("hooked", LoraConfig(r=4, target_modules=["q", "k", "v", "o"]))
+    randomise(alone)
+    shares = copy.deepcopy(alone)
+    for model in (alone, shares):
+        attention(model).k.lora_A["hooked"].register_forward_pre_hook(normalise)
+    accelerate(alone, group=False), accelerate(shares)
+    learned(shares)
+    for model in (alone, shares):
+        model.set_adapter("hooked")
+    for _ in range(2):
+        assert_same(run(shares, data()), run(alone, data()), SUM)
+    assert passes == [2, 2]
+
+
+def test_a_sibling_that_a_leader_calls(passes):
+    """By a hook of its base layer, which differentiates what it gets: it must not use up the leader's pass."""
+    alone, shares = both()
+    learned(shares)
+    for model in (alone, shares):
+        q, k = attention(model).q, attention(model).k
+
+        def hook(_, args, y, k=k):
+            return y + torch.autograd.grad(k(args[0]).sum(), k.lora_A["default"].weight)[0].norm()
+
+        q.base_layer.register_forward_hook(hook)
+    for _ in range(2):
+        assert_same(run(shares, data()), run(alone, data()), SUM)
+    assert passes[0] == 3
+
+
 def test_merged_layers(passes):
     alone, shares = both()
     learned(shares)

@@ -128,18 +128,12 @@ class AcceleratedLayer(Routed):
                 steps.append(step)
         return steps
 
-    def factors_to_share(self) -> list[tuple[torch.Tensor, float]]:
-        """(A, p) of the steps that the layer is likely to run next, without the checks of `adapter_step`."""
-        own = self.__dict__
-        if self._disable_adapters or own["merged_adapters"]:
+    def steps_to_share(self, x: torch.Tensor) -> list[AdapterStep]:
+        """The steps that the layer is going to run on x, if nothing changes until then; none where PEFT runs."""
+        if self._disable_adapters or self.__dict__["merged_adapters"]:
             return []
-        active = own["_active_adapter"]
-        found = [self.factor_to_share(name) for name in ((active,) if isinstance(active, str) else active)]
-        return [factor for factor in found if factor is not None]
-
-    def factor_to_share(self, name: str) -> tuple[torch.Tensor, float] | None:
-        """(A, p) of the step of an active adapter, if it `shares`. Of a kind whose steps never do: None."""
-        return None
+        steps = self._adapter_steps(x)
+        return [] if type(steps) is str else steps
 
     def explain_route(self, rows: int = 1):
         """As `Routed`'s, and with whom the layer shares a pass over its input."""

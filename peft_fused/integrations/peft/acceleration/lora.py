@@ -106,15 +106,6 @@ class AcceleratedLora(AcceleratedLayer):
             return f"its scaling is {scale!r}: neither a number nor a constant 0-d tensor on x's device"
         return LoraStep(A, B, of_up["bias"], scale, p)
 
-    def factor_to_share(self, name: str) -> tuple[torch.Tensor, float] | None:
-        own = self.__dict__
-        modules = own["_modules"]
-        down = modules["lora_A"]._modules.get(name)
-        if down is None or name in own["lora_variant"]:
-            return None
-        A, p = down._parameters.get("weight"), drop_probability(modules["lora_dropout"]._modules[name])
-        return (A, p) if type(A) in PLAIN_TENSORS and p is not None and A.size(0) <= MAX_RANK else None
-
 
 class AcceleratedQuantisedLora(AcceleratedLora):
     """The same beside a quantised base, which bitsandbytes may have packed for inference on a CPU.

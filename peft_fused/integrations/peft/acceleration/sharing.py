@@ -67,8 +67,8 @@ def _circumstances(x: torch.Tensor) -> tuple[tuple, weakref.ref | None] | None:
 
 
 class _Run:
-    """Siblings that were called one after the other on one tensor. offer: a weak reference to the leader's. repeated:
-    in a backward, by checkpointing, which may stop it halfway."""
+    """Siblings that were called one after the other on one tensor. offer: a weak reference to the leader's, once it
+    has run. repeated: in a backward, by checkpointing, which may stop it halfway."""
 
     __slots__ = ("members", "offer", "repeated", "seen")
 
@@ -85,28 +85,28 @@ class _Offer:
     """Products with the x of a run for siblings that are still to come. names: of those that the pass was for. Whoever
     owns an offer must not outlive what x lives for."""
 
-    __slots__ = ("__weakref__", "names", "products", "x")
+    __slots__ = ("__weakref__", "names", "products", "run", "x")
 
-    def __init__(self, x: torch.Tensor, names: tuple[str, ...]):
+    def __init__(self, x: torch.Tensor, run: _Run, names: tuple[str, ...]):
         self.products = products = {}  # by id of the factor: (factor, what it was like, S)
-        self.names = names
+        self.run, self.names = run, names
         self.x = weakref.ref(x, lambda _: products.clear())
 
-    def put(self, A: torch.Tensor, p: float, S: torch.Tensor) -> None:
-        self.products[id(A)] = A, _state(A, p), S
+    def put(self, step, S: torch.Tensor) -> None:
+        self.products[id(step.A)] = step.A, _state(step), S
 
     def give(self, step, x: torch.Tensor) -> bool:
         """Gives a step its product. Whether there was one for it as it is now."""
         A, state, S = self.products.pop(id(step.A), (None, None, None))
-        if A is not step.A or state != _state(A, step.p) or is_spent(S):
+        if A is not step.A or state != _state(step) or is_spent(S):
             return False
         step.shared = x, S
         return True
 
 
-def _state(A: torch.Tensor, p: float) -> tuple:
+def _state(step) -> tuple:
     """What of a factor a product with it depends on, and its gradient."""
-    return A._version, A.requires_grad, p
+    return step.A._version, step.A.requires_grad, step.p
 
 
 class Family:
@@ -174,7 +174,7 @@ class Sibling:
     def hold(self, offer: _Offer, y: torch.Tensor) -> None:
         """Keeps an offer while the graph of the leader's output lives, as that of each layer would keep x; where no
         graph is recorded, while x lives."""
-        records = y.grad_fn is not None
+        offer.run.offer, records = weakref.ref(offer), y.grad_fn is not None
         self.family.held = None if records else offer
         if records:
             y.grad_fn.metadata[SIBLING] = offer
@@ -208,19 +208,19 @@ class Sibling:
             self.told = "there is dropout in a forward pass without gradients, which checkpointing may repeat"
             return None
         # Of factors whose products are made together. One that is trained would keep x for the others as well.
-        wanted = (first.A.dtype, x.device, x.shape[-1:], first.A.requires_grad, False)
+        wanted = (first.A.dtype, x.device, x.shape[-1:], first.A.requires_grad, False, first.p)
         theirs, names = [], [self.name]
         for sibling in self.plan:
             layer = sibling.layer()
             if layer is not None and layer.__dict__.get(SIBLING) is sibling:
-                factors = [A for A, p in layer.factors_to_share() if p == first.p and _traits(A) == wanted]
-                theirs += factors
-                names += [sibling.name] if factors else []
-        if not theirs or _traits(first.A) != wanted:
+                steps = [step for step in layer.steps_to_share(x) if step.shares and _traits(step) == wanted]
+                theirs += steps
+                names += [sibling.name] if steps else []
+        if not theirs or _traits(first) != wanted:
             self.told = "its siblings' factors or dropout are of another kind"
             return None
-        mine = [step for step in mine if step.p == first.p and _traits(step.A) == wanted]
-        factors = [*(step.A for step in mine), *theirs]
+        mine = [step for step in mine if _traits(step) == wanted]
+        factors = [step.A for step in (*mine, *theirs)]
         shared = shared_shrink(x, factors, dropout_p=first.p, out_features=first.B.shape[0])
         if shared is None:
             self.told = "a pass of its own is the better one"
@@ -228,15 +228,16 @@ class Sibling:
         x_of_node, *products = shared
         for step in mine:
             step.shared = x_of_node, products.pop(0)
-        offer = _Offer(x, tuple(names))
-        for A, S in zip(theirs, products, strict=True):
-            offer.put(A, first.p, S)
-        run.offer, self.told = weakref.ref(offer), offer.names
+        offer = _Offer(x, run, tuple(names))
+        for step, S in zip(theirs, products, strict=True):
+            offer.put(step, S)
+        self.told = offer.names
         return offer
 
 
-def _traits(A: torch.Tensor) -> tuple:
-    return A.dtype, A.device, A.shape[1:], A.requires_grad, A.is_inference()
+def _traits(step) -> tuple:
+    A = step.A
+    return A.dtype, A.device, A.shape[1:], A.requires_grad, A.is_inference(), step.p
 
 
 def join_siblings(model: torch.nn.Module, accelerated: Callable, group: bool) -> list[list[str]]:
