@@ -188,8 +188,11 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, gpu):
     if points == LARGE and not backward and not n_mid:
         num_warps = 16
     # Each limit is where the compiler begins to spill.
-    # On sm_120, which has little shared memory too, code with split operands takes a few registers more.
-    roomy = not split or gpu.shared_memory > 99 * 1024
+    # Code with split operands takes a few registers more on sm_100, and on sm_120, which has little shared memory too.
+    crowded = split and 100 <= gpu.capability < 120
+    if crowded and backward and (small or large):
+        num_warps *= 2
+    roomy = not split or (gpu.shared_memory > 99 * 1024 and not crowded)
     fused = points < LARGE or (points == LARGE and aligned(factors) and roomy)
     chained = points <= LARGE // 4 and rows_in <= 16 if split else points <= LARGE
     return ConvolutionPlan(

@@ -90,12 +90,12 @@ def source(config):
 
 def rows():
     seen = set()
-    # Their code is of one shape, of which sm_120 takes most registers; sm_90 has what plans have only there.
-    for target in GPUS if EVERY else (120, 90):
+    # Their code is of one shape, of which sm_120 takes most registers; the others have what plans have only there.
+    for target in GPUS if EVERY else (120, 90, 100):
         for c in representatives(target):
-            if not EVERY and shape(c) in seen:
+            if not EVERY and (shape(c), c.num_warps) in seen:
                 continue
-            seen.add(shape(c))
+            seen.add((shape(c), c.num_warps))
             title = f"{'split' if c.plan.split else 'half'} precision"
             yield Row(target, title, c.kernel[:-7], c, describe(c), partial(source, c))
 
