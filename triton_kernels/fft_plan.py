@@ -178,8 +178,10 @@ def _plan(m, n_in, n_out, length, precision, n_mid, backward, gpu):
     if large and split and not backward:
         rows_out, blocks_out = BAND, rows_out // BAND
     if small:
-        # Half as many where the compiler begins to spill: with split operands, and with loads and draws by the column.
-        pairs = (1024 if not split and aligned(factors) else 512) * padded[0] // points
+        # Half as many where the compiler begins to spill: with split operands, with loads and draws by the column, and
+        # in a backward on sm_120 by Triton 3.8.
+        spills = split or not aligned(factors) or (backward and gpu.capability >= 120)
+        pairs = (512 if spills else 1024) * padded[0] // points
     else:
         # Of two factors of 32 with split operands, four warps have no room for two pairs. One pair costs half as much
         # again for each row, because its columns are too few for the warps to share.
