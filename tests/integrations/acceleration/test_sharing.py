@@ -446,43 +446,35 @@ def test_adapters_that_differ(passes):
     assert passes == [6, 3, 2]
 
 
-def test_a_rank_that_is_left_to_peft(passes, taken):
-    """A pass was foreseen for three layers; with another adapter one of them is PEFT's, whose product nobody makes."""
+def switched(passes, prepare=lambda down: None, **kwargs):
+    """A pass was foreseen for three layers; then comes another adapter, with which k is PEFT's, and its product is
+    nobody's."""
     torch.manual_seed(2)
     alone = adapted()
-    alone.add_adapter("large", LoraConfig(r=4, target_modules=["q", "k", "v", "o"], rank_pattern={"k": 300}))
-    randomise(alone)
-    shares = copy.deepcopy(alone)
+    alone.add_adapter("other", LoraConfig(r=4, target_modules=["q", "k", "v", "o"], **kwargs))
+    shares = copy.deepcopy(randomise(alone))
+    for model in (alone, shares):
+        prepare(attention(model).k.lora_A["other"])
     accelerate(alone, group=False), accelerate(shares)
     learned(shares)
     for model in (alone, shares):
-        model.set_adapter("large")
+        model.set_adapter("other")
     for _ in range(2):
         assert_same(run(shares, data()), run(alone, data()), SUM)
-    assert passes == [2, 2] and taken == [True] * 2
+    assert passes == [2, 2]
+
+
+def test_a_rank_that_is_left_to_peft(passes, taken):
+    switched(passes, rank_pattern={"k": 300})
+    assert taken == [True] * 2
 
 
 def test_a_hook_that_writes_to_the_factor(passes):
-    """A pass was foreseen for three layers; with another adapter one of them normalises its factor as it runs."""
-
     def normalise(down, _):
         with torch.no_grad():
             down.weight.div_(down.weight.norm())
 
-    torch.manual_seed(2)
-    alone = adapted()
-    alone.add_adapter("hooked", LoraConfig(r=4, target_modules=["q", "k", "v", "o"]))
-    randomise(alone)
-    shares = copy.deepcopy(alone)
-    for model in (alone, shares):
-        attention(model).k.lora_A["hooked"].register_forward_pre_hook(normalise)
-    accelerate(alone, group=False), accelerate(shares)
-    learned(shares)
-    for model in (alone, shares):
-        model.set_adapter("hooked")
-    for _ in range(2):
-        assert_same(run(shares, data()), run(alone, data()), SUM)
-    assert passes == [2, 2]
+    switched(passes, lambda down: down.register_forward_pre_hook(normalise))
 
 
 def test_a_sibling_that_a_leader_calls(passes):
